@@ -1,0 +1,41 @@
+# Everything starts from python3 and pip: the first call makes .venv, later calls reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all check lab clean
+
+demo: $(STAMP)  ## GRPO post-training of the tiny camera model, with its HTML report
+	$(BIN)/camflow run recam_grpo -f demo
+
+test: $(STAMP)  ## everything that must hold before a commit lands
+	$(BIN)/python -m tools.checks exported clean
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
+
+test-all: test  ## also the long faults and browser tests; what is skipped prints its reason
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+check: $(STAMP)  ## before a commit: export, clean, lint
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python -m tools.checks readme --write
+	$(BIN)/ruff check .
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+$(STAMP): settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$$(grep ^torch== constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'BOX', 'ELLIPSOID', 'CAPSULE', 'NEAR', 'jit', 'hit_box', 'hit_sphere', 'hit_capsule', 'hit', 'texture',
-           'place', 'rectangle', 'raster', 'shade', 'sight', 'pixel', 'clips']
+           'place', 'rectangle', 'raster', 'shade', 'nearest', 'sight', 'land', 'pixel', 'clips']
 
 # %% ../../nbs/world/01_cast.ipynb #4947a9b6
 import math
@@ -90,7 +90,7 @@ def texture(slot, x, y, z, colors, waves, phases):
             w0 * colors[slot, 0, 1] + w1 * colors[slot, 1, 1] + w2 * colors[slot, 2, 1],
             w0 * colors[slot, 0, 2] + w1 * colors[slot, 1, 2] + w2 * colors[slot, 2, 2])
 
-# %% ../../nbs/world/01_cast.ipynb #38db1075
+# %% ../../nbs/world/01_cast.ipynb #8199c419
 @jit
 def place(kind, half, R, t, c2w, matrices, centres):
     "Fills `matrices` [P,3,3] (camera direction to object) and `centres` [P,3] (camera centre in the object)."
@@ -104,22 +104,22 @@ def place(kind, half, R, t, c2w, matrices, centres):
 
 
 @jit
-def rectangle(kind, half, matrix, centre, fx, fy, cx, cy, H, W):
-    "Pixel rows and columns [y0, y1) x [x0, x1) that a solid can touch."
-    if kind == 0: return 0, H, 0, W
+def rectangle(kind, half, matrix, centre, fx, fy, cx, cy):
+    "Image rows y0..y1 and columns x0..x1 that a solid can touch; empty behind the camera, unbounded around it."
+    if kind == 0: return -math.inf, math.inf, -math.inf, math.inf
     if kind == 3: r = half[0] + half[1]
     elif kind == 2: r = max(half[0], half[1], half[2])
     else: r = math.sqrt(half[0] ** 2 + half[1] ** 2 + half[2] ** 2)
     x = -(matrix[0, 0] * centre[0] + matrix[1, 0] * centre[1] + matrix[2, 0] * centre[2])
     y = -(matrix[0, 1] * centre[0] + matrix[1, 1] * centre[1] + matrix[2, 1] * centre[2])
     z = -(matrix[0, 2] * centre[0] + matrix[1, 2] * centre[1] + matrix[2, 2] * centre[2])
-    if z + r <= NEAR: return 0, 0, 0, 0
-    if z - r <= NEAR: return 0, H, 0, W
+    if z + r <= NEAR: return 0.0, 0.0, 0.0, 0.0
+    if z - r <= NEAR: return -math.inf, math.inf, -math.inf, math.inf
     x0 = math.floor(fx * min((x - r) / (z - r), (x - r) / (z + r)) + cx - 1.0)
     x1 = math.ceil(fx * max((x + r) / (z - r), (x + r) / (z + r)) + cx + 1.0)
     y0 = math.floor(fy * min((y - r) / (z - r), (y - r) / (z + r)) + cy - 1.0)
     y1 = math.ceil(fy * max((y + r) / (z - r), (y + r) / (z + r)) + cy + 1.0)
-    return int(min(max(y0, 0.0), H)), int(max(min(y1, H), 0.0)), int(min(max(x0, 0.0), W)), int(max(min(x1, W), 0.0))
+    return y0, y1, x0, x1
 
 
 @jit
@@ -133,8 +133,9 @@ def raster(kind, half, matrices, centres, fx, fy, cx, cy, depth, part, face):
         k, hx, hy, hz = kind[p], half[p, 0], half[p, 1], half[p, 2]
         m, o = matrices[p], centres[p]
         ox, oy, oz = o[0], o[1], o[2]
-        y0, y1, x0, x1 = rectangle(k, half[p], m, o, fx, fy, cx, cy, H, W)
-        for i in range(y0, y1):
+        y0, y1, x0, x1 = rectangle(k, half[p], m, o, fx, fy, cx, cy)
+        x0, x1 = int(min(max(x0, 0.0), W)), int(max(min(x1, W), 0.0))
+        for i in range(int(min(max(y0, 0.0), H)), int(max(min(y1, H), 0.0))):
             v = (i + 0.5 - cy) / fy
             ax, ay, az = m[0, 1] * v + m[0, 2], m[1, 1] * v + m[1, 2], m[2, 1] * v + m[2, 2]
             for j in range(x0, x1):
@@ -145,7 +146,7 @@ def raster(kind, half, matrices, centres, fx, fy, cx, cy, depth, part, face):
                     part[i, j] = p
                     face[i, j] = f
 
-# %% ../../nbs/world/01_cast.ipynb #47a01641
+# %% ../../nbs/world/01_cast.ipynb #3f2382d1
 @jit
 def shade(p, f, s, x, y, fx, fy, cx, cy, slot, matrices, centres, colors, waves, phases):
     "Colour of solid p at depth s along the ray of the image position (x, y)."
@@ -156,24 +157,57 @@ def shade(p, f, s, x, y, fx, fy, cx, cy, slot, matrices, centres, colors, waves,
 
 
 @jit
-def sight(kind, half, slot, matrices, centres, fx, fy, cx, cy, points, colors, waves, phases, color, depth, part, face, where):
+def nearest(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, x, y):
+    "Depth, part and face of the first solid on the ray through the image position (x, y)."
+    u, v = (x - cx) / fx, (y - cy) / fy
+    best, part, face = math.inf, -1, 0
+    for p in range(len(kind)):
+        if y < rectangles[p, 0] or y > rectangles[p, 1] or x < rectangles[p, 2] or x > rectangles[p, 3]: continue
+        m, o = matrices[p], centres[p]
+        s, f = hit(kind[p], half[p, 0], half[p, 1], half[p, 2], o[0], o[1], o[2], m[0, 0] * u + m[0, 1] * v + m[0, 2],
+                   m[1, 0] * u + m[1, 1] * v + m[1, 2], m[2, 0] * u + m[2, 1] * v + m[2, 2])
+        if s < best: best, part, face = s, p, f
+    return best, part, face
+
+
+@jit
+def sight(kind, half, slot, matrices, centres, rectangles, fx, fy, cx, cy, points, colors, waves, phases, color, depth, part, face, where):
     "Casts rays through image positions [N,2]; fills color [N,3], depth, part, face and the hit point in object coordinates [N,3]."
     for n in range(len(points)):
-        u, v = (points[n, 0] - cx) / fx, (points[n, 1] - cy) / fy
-        best, q, g = math.inf, -1, 0
-        for p in range(len(kind)):
-            m, o = matrices[p], centres[p]
-            s, f = hit(kind[p], half[p, 0], half[p, 1], half[p, 2], o[0], o[1], o[2], m[0, 0] * u + m[0, 1] * v + m[0, 2],
-                       m[1, 0] * u + m[1, 1] * v + m[1, 2], m[2, 0] * u + m[2, 1] * v + m[2, 2])
-            if s < best: best, q, g = s, p, f
-        depth[n], part[n], face[n] = best, q, g
+        x, y = points[n, 0], points[n, 1]
+        u, v = (x - cx) / fx, (y - cy) / fy
+        depth[n], part[n], face[n] = nearest(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, x, y)
+        q = part[n]
         if q < 0:
             color[n, :] = 0.0
             where[n, :] = math.nan
             continue
         m, o = matrices[q], centres[q]
-        for i in range(3): where[n, i] = o[i] + best * (m[i, 0] * u + m[i, 1] * v + m[i, 2])
-        color[n, 0], color[n, 1], color[n, 2] = texture(slot[q] + g, where[n, 0], where[n, 1], where[n, 2], colors, waves, phases)
+        for i in range(3): where[n, i] = o[i] + depth[n] * (m[i, 0] * u + m[i, 1] * v + m[i, 2])
+        color[n, 0], color[n, 1], color[n, 2] = texture(slot[q] + face[n], where[n, 0], where[n, 1], where[n, 2], colors, waves, phases)
+
+# %% ../../nbs/world/01_cast.ipynb #2c40e61a
+@jit
+def land(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, H, W, part, face, where, tolerance, points, depth, seen):
+    "Image position [N,2], z-depth [N] and visibility [N] in a view of the surface points (part, face, where); face -1 accepts any."
+    for n in range(len(part)):
+        p = part[n]
+        points[n, 0], points[n, 1], depth[n], seen[n] = math.nan, math.nan, math.nan, False
+        if p < 0: continue
+        m, o = matrices[p], centres[p]
+        dx, dy, dz = where[n, 0] - o[0], where[n, 1] - o[1], where[n, 2] - o[2]
+        z = m[0, 2] * dx + m[1, 2] * dy + m[2, 2] * dz
+        depth[n] = z
+        if z <= NEAR: continue
+        x = fx * (m[0, 0] * dx + m[1, 0] * dy + m[2, 0] * dz) / z + cx
+        y = fy * (m[0, 1] * dx + m[1, 1] * dy + m[2, 1] * dz) / z + cy
+        points[n, 0], points[n, 1] = x, y
+        if x < 0 or y < 0 or x > W or y > H: continue
+        s, q, f = nearest(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, x, y)
+        if q != p or (f != face[n] and face[n] >= 0): continue
+        u, v, gap = (x - cx) / fx, (y - cy) / fy, 0.0
+        for i in range(3): gap += (o[i] + s * (m[i, 0] * u + m[i, 1] * v + m[i, 2]) - where[n, i]) ** 2
+        seen[n] = gap < tolerance * tolerance
 
 # %% ../../nbs/world/01_cast.ipynb #322487d7
 @jit

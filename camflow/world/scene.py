@@ -190,7 +190,7 @@ def _figure(scene, textures, rng, position, action, shirt, trousers, instance):
         _limb(scene, thigh, (0., .43 * s, 0.), .38 * s, .06 * s, legs, instance, axis=(1., 0., 0.), angle=-.5 * a["leg"],
               swing=.5 * a["leg"], swing_rate=rate, swing_phase=phase + side)
 
-# %% ../../nbs/world/00_scene.ipynb #768ffe79
+# %% ../../nbs/world/00_scene.ipynb #7f37fb01
 def _thing(scene, textures, rng, position, shape, motion, color, instance):
     "Adds a box, ball or pillar at a place on the floor with one of the motions of `MOTIONS`."
     size = rng.uniform(.22, .42, 3)
@@ -207,7 +207,7 @@ def _thing(scene, textures, rng, position, shape, motion, color, instance):
     scene.joints.append(Joint(pivot=(position[0], y, position[1]), angle=rng.uniform(0, 2 * math.pi), **move))
     hues = list(HUES)
     near = [color, hues[(hues.index(color) + 1) % len(hues)], color]
-    scene.parts.append(Part(kind, tuple(size), len(scene.joints) - 1, (0., 0., 0.), instance, textures.add(kind, near, .55)))
+    scene.parts.append(Part(kind, tuple(size), len(scene.joints) - 1, (0., 0., 0.), instance, textures.add(kind, near, .65)))
 
 
 MOTIONS = ("stands still", "slides from side to side", "slides back and forth", "spins", "floats up and down")
@@ -224,7 +224,7 @@ def _spots(rng, figures, things):
         spots.append(spot)
     return spots
 
-# %% ../../nbs/world/00_scene.ipynb #bcf2b2cd
+# %% ../../nbs/world/00_scene.ipynb #c804102f
 def random_scene(seed: int,            # any integer: same seed, same scene
                  figures: int = None,  # number of figures, None: 1 or 2
                  things: int = None,   # number of boxes and balls, None: 2 to 4
@@ -236,7 +236,7 @@ def random_scene(seed: int,            # any integer: same seed, same scene
     textures, scene, hues = _Textures(rng, detail), Scene(seed=seed), list(HUES)
     width, height, front, back = rng.uniform(4., 5.5), rng.uniform(4.2, 5.5), rng.uniform(9.5, 12.), rng.uniform(3., 4.)
     walls = [hues[i] for i in rng.permutation(len(hues))[:6]]
-    slot = textures.add(ROOM, walls, 1.7)
+    slot = textures.add(ROOM, walls, 2.3)
     scene.joints.append(Joint(pivot=(0., -height / 2, (front - back) / 2)))
     scene.parts.append(Part(ROOM, (width, height / 2, (front + back) / 2), 0, (0., 0., 0.), 0, slot))
     scene.names, scene.actions = [f"a room with a {walls[5]} back wall and a {walls[3]} floor"], [""]

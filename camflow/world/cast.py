@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'BOX', 'ELLIPSOID', 'CAPSULE', 'NEAR', 'jit', 'hit_box', 'hit_sphere', 'hit_capsule', 'hit', 'texture',
-           'place', 'rectangle', 'raster', 'shade', 'nearest', 'sight', 'land', 'pixel', 'clips']
+           'place', 'rectangle', 'bound', 'raster', 'shade', 'nearest', 'sight', 'land', 'pixel', 'clips']
 
 # %% ../../nbs/world/01_cast.ipynb #4947a9b6
 import math
@@ -90,7 +90,7 @@ def texture(slot, x, y, z, colors, waves, phases):
             w0 * colors[slot, 0, 1] + w1 * colors[slot, 1, 1] + w2 * colors[slot, 2, 1],
             w0 * colors[slot, 0, 2] + w1 * colors[slot, 1, 2] + w2 * colors[slot, 2, 2])
 
-# %% ../../nbs/world/01_cast.ipynb #8199c419
+# %% ../../nbs/world/01_cast.ipynb #ebd9135f
 @jit
 def place(kind, half, R, t, c2w, matrices, centres):
     "Fills `matrices` [P,3,3] (camera direction to object) and `centres` [P,3] (camera centre in the object)."
@@ -120,6 +120,14 @@ def rectangle(kind, half, matrix, centre, fx, fy, cx, cy):
     y0 = math.floor(fy * min((y - r) / (z - r), (y - r) / (z + r)) + cy - 1.0)
     y1 = math.ceil(fy * max((y + r) / (z - r), (y + r) / (z + r)) + cy + 1.0)
     return y0, y1, x0, x1
+
+
+@jit
+def bound(kind, half, matrices, centres, fx, fy, cx, cy, rectangles):
+    "Fills `rectangles` [P,4] for all solids."
+    for p in range(len(kind)):
+        y0, y1, x0, x1 = rectangle(kind[p], half[p], matrices[p], centres[p], fx, fy, cx, cy)
+        rectangles[p, 0], rectangles[p, 1], rectangles[p, 2], rectangles[p, 3] = y0, y1, x0, x1
 
 
 @jit

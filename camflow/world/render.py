@@ -226,7 +226,7 @@ def tracks(scene: Scene, cameras, times, # as in `render`
     return Tracks(*(np.stack([l[i] for l in landed]) for i in (0, 2, 1)), np.stack([v.world(part, where) for v in view_list]),
                   np.where(part < 0, -1, scene.instances[part]))
 
-# %% ../../nbs/world/02_render.ipynb #990f9cca
+# %% ../../nbs/world/02_render.ipynb #10379cba
 def shift_right(cameras, baseline: float): # Cameras or pair; metres
     "The same cameras moved along their own x axis."
     import torch
@@ -253,9 +253,9 @@ def stereo(scene: Scene, cameras, times, # as in `render`
            baseline: float,              # metres, > 0
            want=("image", "depth"), size=None):
     "Left and right renderings, disparity f b / z and exact occlusion."
+    if not baseline > 0: raise InputError(f"baseline is {baseline}; stereo; give metres, greater than 0")
     import torch
     from camflow.media.frames import Depth
-    if not baseline > 0: raise InputError(f"baseline is {baseline}; stereo; give metres, greater than 0")
     right = shift_right(cameras, baseline)
     pairs = list(zip(views(scene, cameras, times, size), views(scene, right, times, size)))
     depth = np.stack([a.see(pixel_centres(a.size))[1].reshape(1, *a.size) for a, _ in pairs])

@@ -55,3 +55,42 @@ def test_import_names_no_device_and_stays_light():
     code = "import sys, camflow.device; assert not torch_initialised(); assert 'diffusers' not in sys.modules and 'matplotlib' not in sys.modules"
     code = "import torch\ndef torch_initialised(): return torch.cuda.is_initialized()\n" + code
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_assets_in_an_installed_package(tmp_path):
+    "A copy of the package without the repository around it, as a wheel would install it."
+    import shutil
+    from pathlib import Path
+
+    import camflow
+    for name in ("__init__.py", "files.py", "assets.py"):
+        (tmp_path / "site/camflow").mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(camflow.__file__).parent / name, tmp_path / "site/camflow")
+    runs = tmp_path / "site/camflow/_assets/runs"
+    runs.mkdir(parents=True)
+    (runs / "toy_train.ipynb").write_text("{}")
+    (runs / "toy_train.smoke.yaml").write_text("steps: 1\n")
+    (tmp_path / "site/camflow/_assets/tiny/toy").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    code = """
+import os
+os.environ.pop("CAMFLOW_REPORTS", None)
+from pathlib import Path
+from camflow import assets
+assert assets.repo_root() is None and assets.list_runs() == ["toy_train"] and assets.list_profiles("toy_train") == ["smoke"]
+assert assets.run_notebook("toy_train").is_file() and assets.profile_path("toy_train", "smoke").is_file() and assets.tiny_path("toy").is_dir()
+assert assets.reports_dir() == Path.cwd() / "reports"
+os.environ["CAMFLOW_TINY"] = "mine"; Path("mine/toy").mkdir(parents=True)
+assert assets.tiny_path("toy") == Path("mine/toy")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path / "work", env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"})
+
+
+def test_assets_in_the_checkout(monkeypatch, tmp_path):
+    from camflow import assets
+    assert (assets.repo_root() / "nbs/index.ipynb").is_file()
+    monkeypatch.delenv("CAMFLOW_REPORTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert assets.reports_dir() == assets.repo_root() / "reports"
+    with pytest.raises(InputError, match="there are"):
+        assets.run_notebook("missing")

@@ -1,0 +1,300 @@
+"""Replays a folder of RL goldens (format: goldens/rl/README.md). Settings come from configs.json and the case files, never from here."""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from camflow.rl.advantage import advantage, best_of
+from camflow.rl.kernels import Kernel, coefficients, log_prob, ode_step, sde_step
+from camflow.rl.losses import masked_mean, mean_kl, ppo_loss
+from camflow.rl.rollout import rollout
+from camflow.rl.sampler import GroupSampler, plan
+from camflow.training.ema import EMA
+
+SAMPLE, LOGP, EXACT, SINGLE = (1e-6, 0.0), (1e-6, 2e-6), (1e-12, 1e-12), (1e-6, 1e-6)  # (absolute, relative)
+
+
+class Score:
+    "Collects differences of one case; a NaN matches only a NaN in the same place."
+    def __init__(self): self.diff, self.worst, self.atol, self.rtol, self.ok = 0.0, -1.0, 0.0, 0.0, True
+
+    def add(self, got, want, tolerance):
+        got, want = (torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).detach().double() for value in (got, want))
+        if got.shape != want.shape or not torch.equal(got.isnan(), want.isnan()):
+            self.ok, self.diff = False, float("inf")
+            return
+        atol, rtol = tolerance
+        gap = (got - want).abs().nan_to_num(0.0)
+        bound = atol + rtol * want.abs().nan_to_num(0.0)
+        if not gap.numel(): return
+        excess = float((gap / bound).max())
+        self.ok &= excess <= 1
+        if excess > self.worst: self.worst, self.diff, self.atol, self.rtol = excess, float(gap.max()), atol, rtol
+
+    def same(self, got, want): self.add(torch.tensor(float(got != want)), torch.zeros(()), EXACT)
+
+    @property
+    def result(self): return self.diff, self.atol, self.rtol, self.ok
+
+
+def gradient(loss, *inputs): return torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def ends(sigmas): return {"sigma_max": float(sigmas[1]), "sigma_min": float(sigmas[-1])}
+
+
+def all_steps(x, v, sigmas, kind, level, form, **how):
+    "One row per step of the schedule."
+    s = sigmas.double()
+    step = sde_step(x, v, s[:-1], s[1:], kind, level, form=form, **ends(s), **how)
+    return step, step.logp if step.logp is not None else log_prob(step.x_next, step.mean, step.std, form)
+
+
+def sde_step_sd3(score, cfg, i, o):
+    kind, form = {"sde": ("flow", "gaussian"), "cps": ("cps", "square")}[cfg["sde_type"]]
+    kernel = kind, cfg["noise_level"], form
+    step, logp = all_steps(i["x"], i["v"], i["sigmas"], *kernel, noise=i["noise"])
+    for name in ("x_next", "mean"): score.add(getattr(step, name), o[name], SAMPLE)
+    score.add(logp, o["log_prob"], LOGP)
+    per_dt = 1.0 if kind == "cps" else o["sqrt_dt"].double()
+    score.add(step.std, o["std_dev_t"].double() * per_dt, SAMPLE)
+    v = i["v"].clone().requires_grad_()
+    _, given = all_steps(i["x"], v, i["sigmas"], *kernel, x_next=i["x_next_given"])
+    score.add(given, o["log_prob_given"], LOGP)
+    if given.isnan().all(): score.same(bool(o["grad_v_given"].isnan().all()), True)  # a step without noise has no density, so no gradient
+    else: score.add(gradient(given.sum(), v)[0], o["grad_v_given"], LOGP)
+
+
+def sde_step_wan(score, cfg, i, o):
+    kernel = "wan", 0.0, "gaussian"
+    step, logp = all_steps(i["x"], i["v"], i["sigmas"], *kernel, noise=i["noise"])
+    for name in ("x_next", "mean"): score.add(getattr(step, name), o[name], SAMPLE)
+    score.add(logp, o["log_prob"], LOGP)
+    score.add(step.std, o["std_step"], SAMPLE)
+    s = i["sigmas"].double()
+    straight = sde_step(i["x"], i["v"], s[:-1], s[1:], level=0.0).mean
+    score.add(straight, o["x_next_deterministic"], SAMPLE)
+    score.add(all_steps(i["x"], i["v"], i["sigmas"], *kernel, x_next=straight)[1], o["log_prob_deterministic"], LOGP)
+    v = i["v"].clone().requires_grad_()
+    _, given = all_steps(i["x"], v, i["sigmas"], *kernel, x_next=i["x_next_given"])
+    score.add(given, o["log_prob_given"], LOGP)
+    score.add(gradient(given.sum(), v)[0], o["grad_v_given"], LOGP)
+
+
+def cameraflow_step(score, cfg, i, o):
+    "The published recipe: an ODE step scored under the Wan SDE; its schedule has no trailing zero."
+    s = i["sigmas"].double()
+    stop = torch.cat([s, s.new_zeros(1)])
+    ode = sde_step(i["x"], i["v"], stop[:-1], stop[1:], level=0.0).mean
+    score.add(ode, o["ode_next"], SAMPLE)
+    v = i["v"][:-1].clone().requires_grad_()
+    step = sde_step(i["x"][:-1], v, s[:-1], s[1:], "wan", x_next=ode[:-1], **ends(s))
+    score.add(step.mean, o["mean"], SAMPLE)
+    score.add(step.std, o["std_step"], SAMPLE)
+    score.add(step.logp, o["log_prob"], LOGP)
+    score.add(gradient(step.logp.sum(), v)[0], o["grad_v"], LOGP)
+
+
+def dance_mix_step(score, cfg, i, o):
+    eta, s = cfg["eta"], i["sigmas"].double()
+    for name, kind, form in [("dance", "dance", "gaussian"), ("mix_dance", "dance", "unnormalised"), ("mix_flow", "flow", "gaussian")]:
+        infix = "_sde" if name == "dance" else ""
+        step, logp = all_steps(i["x"], i["v"], i["sigmas"], kind, eta, form, noise=i["noise"])
+        for part, value, tolerance in [("mean", step.mean, SAMPLE), ("x_next", step.x_next, SAMPLE), ("std_step", step.std, SAMPLE), ("log_prob", logp, LOGP)]:
+            if f"{name}{infix}_{part}" in o: score.add(value, o[f"{name}{infix}_{part}"], tolerance)
+        v = i["v"].clone().requires_grad_()
+        _, given = all_steps(i["x"], v, i["sigmas"], kind, eta, form, x_next=i["x_next_given"])
+        if f"{name}_log_prob_given" in o: score.add(given, o[f"{name}_log_prob_given"], LOGP)
+        if f"{name}_grad_v_given" in o: score.add(gradient(given.sum(), v)[0], o[f"{name}_grad_v_given"], LOGP)
+    straight = sde_step(i["x"], i["v"], s[:-1], s[1:], level=0.0).mean
+    rows = s[:-1].view(-1, *[1] * (i["x"].ndim - 1)).float()
+    score.add(i["x"] - rows * i["v"], o["pred_x0"], SAMPLE)
+    std = eta * (s[:-1] - s[1:]).sqrt()
+    noisy = straight + std.float().view_as(rows) * i["noise"]
+    for name, value, tolerance in [("dance_ode_mean", straight, SAMPLE), ("dance_ode_x_next", noisy, SAMPLE), ("dance_ode_log_prob", log_prob(noisy, straight, std), LOGP),
+                                   ("mix_dance_ode_x_next", straight, SAMPLE), ("mix_flow_ode_x_next", straight, SAMPLE),
+                                   ("mix_dance_ode_log_prob", log_prob(straight, straight, std, "unnormalised"), LOGP)]:
+        if name in o: score.add(value, o[name], tolerance)
+
+
+def grpo_loss(score, cfg, i, o, kind):
+    "Old chain, new chain, clipped loss plus KL, and the gradients."
+    n, sigmas = cfg["step"], i["sigmas"].double()
+    if kind == "wan" and len(sigmas) == cfg["N"] and n == cfg["N"] - 1: return score.same("last step", "not defined")
+    kernel = Kernel(kind, cfg.get("noise_level", 0.0))
+    old = kernel.step(sigmas, n, i["x"], i["v_old"], noise=i["noise"])
+    v = i["v_new"].clone().requires_grad_()
+    new = kernel.step(sigmas, n, i["x"], v, x_next=o["x_next"])
+    ref = kernel.step(sigmas, n, i["x"], i["v_ref"], x_next=o["x_next"])
+    score.add(old.x_next, o["x_next"], SAMPLE)
+    for ours, step in (("old_mean", old), ("mean", new), ("mean_ref", ref)): score.add(step.mean, o[ours], SAMPLE)
+    score.add(old.logp, o["old_log_prob"], LOGP)
+    score.add(new.logp, o["log_prob"], LOGP)
+    policy, metrics = ppo_loss(new.logp, o["old_log_prob"], i["advantages"].double(), cfg["clip_range"], adv_clip=cfg["adv_clip_max"])
+    score.add(policy.reshape(1), o["policy_loss"], SAMPLE)
+    score.add((new.logp - o["old_log_prob"]).exp(), o["ratio"], SAMPLE)
+    spread = o["std_dev_t"][0].double() if kind == "flow" else new.std
+    loss = policy
+    if cfg["beta"]:
+        kl = masked_mean(mean_kl(new.mean, ref.mean, float(spread)))
+        score.add(kl.reshape(1), o["kl_loss"], SAMPLE)
+        loss = policy + cfg["beta"] * kl
+    score.add(loss.reshape(1), o["loss"], (1e-6, 4e-3) if o["loss"].dtype == torch.bfloat16 else SAMPLE)
+    for name, value in zip(("grad_v", "grad_log_prob", "grad_mean"), gradient(loss, v, new.logp, new.mean)): score.add(value, o[name], SINGLE)
+    score.add(metrics["approx_kl"].reshape(1), o["info_approx_kl"], SAMPLE)
+    score.add((metrics["clip_high"] + metrics["clip_low"]).reshape(1), o["info_clipfrac"], SAMPLE)
+    for ours, theirs in (("clip_high", "info_clipfrac_gt_one"), ("clip_low", "info_clipfrac_lt_one")):
+        if theirs in o: score.add(metrics[ours].reshape(1), o[theirs], SAMPLE)
+
+
+def grpo_loss_dance_mix(score, cfg, i, o):
+    share = cfg["grad_acc"] * cfg["T"]
+    rows = {"dance_loss": [], "dance_grad": [], "mix_loss": [], "mix_grad": [], "mix_kl_loss": []}
+    for new, old, adv in zip(i["new_log_probs"], i["old_log_probs"], i["advantages"]):
+        new = new.clone().requires_grad_()
+        loss = ppo_loss(new, old, adv.reshape(1), cfg["clip_range"], adv_clip=cfg["adv_clip_max"])[0] / share
+        kl = cfg["kl_coeff"] * 0.5 * (new - old).square().mean() / share
+        for name, value in [("dance_loss", loss), ("dance_grad", gradient(loss, new)[0]), ("mix_loss", loss + kl), ("mix_grad", gradient(loss + kl, new)[0]), ("mix_kl_loss", kl)]:
+            rows[name].append(float(value.detach()))
+    for name, values in rows.items():
+        if name != "mix_kl_loss": score.add(values, o[name], SAMPLE)
+
+
+def rl_loop_tiny(score, cfg, i, o, shapes):
+    "Two optimizer steps of the reference loop: rollout, tracker, losses, Adam, average."
+    from tests.parity.seeded import seeded_state_dict
+    weights = {name: torch.as_tensor(value) for name, value in seeded_state_dict(shapes).items()}
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
+    cond = i["cond"][i["group"]]
+
+    def velocity(weights):
+        def model(x, sigma, cond):
+            h = torch.cat([x.flatten(1), torch.full((len(x), 1), float(sigma)), cond], 1)
+            h = torch.tanh(h @ weights["policy.fc1.weight"].T + weights["policy.fc1.bias"])
+            return (h @ weights["policy.fc2.weight"].T + weights["policy.fc2.bias"]).view_as(x)
+        return model
+
+    N, kernel = cfg["N"], Kernel("flow", cfg["noise_level"])
+    made = rollout(velocity(params), i["x_T"], i["sigmas"], cond, (0, N), kernel, noise=i["noise"])
+    score.add(made.latents.transpose(0, 1), o["latents"], SAMPLE)
+    score.add(made.logp.T, o["log_probs"], LOGP)
+    rewards = -(made.x0 - i["target"]).flatten(1).square().mean(1)
+    score.add(rewards, o["rewards"], SAMPLE)
+    adv = advantage(rewards, i["group"], std="global" if cfg["global_std"] else "group", zero_tol=0)[0]
+    score.add(adv[:, None].expand_as(o["advantages"]), o["advantages"], SINGLE)
+    optimizer = torch.optim.AdamW(params.values(), lr=cfg["lr"], betas=(.9, .999), eps=1e-8, weight_decay=1e-4)
+    average, T = EMA(params, cfg["ema_decay"]), o["advantages"].shape[1]
+    for update in range(len(o["losses"])):
+        optimizer.zero_grad()
+        for t in range(T):
+            x = made.latents[t]
+            new = kernel.step(made.sigmas, t, x, velocity(params)(x, float(made.sigmas[t]), cond), x_next=made.latents[t + 1])
+            ref = kernel.step(made.sigmas, t, x, velocity(weights)(x, float(made.sigmas[t]), cond), x_next=made.latents[t + 1])
+            loss, _ = ppo_loss(new.logp, made.logp[t], adv, cfg["clip_range"], adv_clip=cfg["adv_clip_max"])
+            std = float(new.std / (made.sigmas[t].double() - made.sigmas[t + 1].double()).sqrt())
+            loss = loss + cfg["beta"] * masked_mean(mean_kl(new.mean, ref.mean, std))
+            score.add(loss, o["losses"][update, t], SAMPLE)
+            score.add((new.logp - made.logp[t]).exp(), o["ratios"][update, t], SAMPLE)
+            (loss / T).backward()
+        for name, p in params.items(): score.add(p.grad, o[f"grad_step{update}.{name}"], SAMPLE)
+        score.add(torch.nn.utils.clip_grad_norm_(params.values(), 1.0), o["grad_norms"][update], SAMPLE)
+        optimizer.step()
+        for name, p in params.items(): score.add(p, o[f"param_step{update}.{name}"], SAMPLE)
+        average.count = update + 1
+        if (average.count + 1) % cfg["ema_interval"] == 0: average.update(params)
+    for name, value in average.shadow.items(): score.add(value, o[f"ema.{name}"], SAMPLE)
+
+
+def advantage_per_prompt(score, i, o):
+    names = sorted(set(i["prompts"]))
+    ids = torch.tensor([names.index(p) for p in i["prompts"]])
+    adv, _, stats = advantage(torch.tensor(i["rewards"], dtype=torch.float64), ids, "global" if i["global_std"] else "group", zero_tol=0)
+    want = torch.tensor(o["advantages"], dtype=torch.float64)
+    score.add(adv[:, None].expand_as(want) if want.ndim == 2 else adv, want, EXACT if o["dtype"] == "float64" else SINGLE)
+    for ours, theirs in (("group_size", "avg_group_size"), ("zero_std_ratio", "zero_std_ratio"), ("group_std_mean", "reward_std_mean")): score.add(stats[ours], o[theirs], SINGLE)
+
+
+def advantage_group(score, i, o):
+    contiguous = lambda n: torch.arange(n) // i["num_generations"]
+    dance = {"unbiased": True, "eps": 1e-8, "zero_tol": 0}
+    if i["kind"] == "dance_group": return score.add(advantage(torch.tensor(i["rewards"]), contiguous(len(i["rewards"])), **dance)[0], o["advantages"], SINGLE)
+    if i["kind"] == "mix_advantage_aggr":
+        rewards = {name: torch.tensor(values) for name, values in i["rewards"].items()}
+        ids = contiguous(len(next(iter(rewards.values()))))
+        return score.add(advantage(rewards, ids, weights=i["weights"], combine="each", trim=i["trimmed_ratio"], **dance)[0], o["advantages"], SINGLE)
+    if i["kind"] == "verl_omni":
+        std = ("global" if i["global_std"] else "group") if i["norm_by_std"] else "none"
+        return score.add(advantage(torch.tensor(i["rewards"]), torch.tensor(i["group"]), std, unbiased=True, zero_tol=0)[0], o["advantages"], SINGLE)
+    if i["kind"] == "dance_hunyuan_bestofn":
+        total = sum(i[f"{name}_coef"] * advantage(torch.tensor(i[name]), contiguous(len(i[name])), **dance)[0] for name in ("vq", "mq"))
+        score.add(total, o["total_scores"], SINGLE)
+        return score.same(best_of(torch.tensor(o["total_scores"]), i["bestofn"]).tolist(), o["selected_before_shuffle"])
+    return NotImplemented
+
+
+def k_repeat_sampler(score, i, o):
+    sampler = GroupSampler(i["dataset_len"], plan(i["world"], i["batch_size"], i["k"]), i["seed"], compat="flow_grpo")
+    score.same(sampler.plan.groups, o["m"])
+    for epoch, want in zip(i["epochs"], o["indices_by_epoch"]): score.same([sampler.indices(epoch, rank) for rank in range(i["world"])], want)
+
+
+def ema(score, i, o):
+    if i["kind"] == "decay":
+        average = EMA({"w": torch.zeros(1)}, i["max_decay"])
+        got = []
+        for average.count in i["steps"]: got.append(average.rate())
+        return score.add(got, o["decay"], EXACT)
+    if i["kind"] == "cpu_swap":
+        live = {"w": torch.tensor(i["live"])}
+        average = EMA({"w": torch.tensor(i["start"])})
+        with average.applied(live): score.add(live["w"], o["after_swap_in"], SINGLE)
+        return score.add(live["w"], i["live"], SINGLE)  # the reference restores the average instead: its bug, not our target
+    if i["kind"] == "trajectory":
+        average = EMA({"w": torch.tensor(i["start"])}, i["max_decay"])
+        got = []
+        for call in i["calls"]:
+            step, live = (call["step"], call["params"]) if isinstance(call, dict) else call
+            average.count = step
+            if (step + 1) % i["interval"] == 0: average.update({"w": torch.tensor(live)})
+            got.append(average.shadow["w"].tolist())
+        return score.add(got, o["ema_after_each_call"], SINGLE)
+    return NotImplemented
+
+
+TENSORS = {"sde_step_sd3": sde_step_sd3, "sde_step_wan": sde_step_wan, "cameraflow_step": cameraflow_step, "dance_mix_step": dance_mix_step,
+           "grpo_loss_sd3": lambda *a: grpo_loss(*a, "flow"), "grpo_loss_wan": lambda *a: grpo_loss(*a, "wan"), "grpo_loss_cf": lambda *a: grpo_loss(*a, "wan"),
+           "grpo_loss_dance_mix": grpo_loss_dance_mix, "rl_loop_tiny": rl_loop_tiny}
+LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema}
+UNCOVERED = (float("nan"), 0.0, 0.0, None)
+
+
+def check_tensors(folder, name, configs):
+    "One result per sub-case of a safetensors file."
+    tensors, extra = load_file(folder / f"{name}.safetensors"), []
+    if name == "rl_loop_tiny": extra = [json.loads((folder / "shapes.json").read_text())]
+    for key in sorted({full.split(".")[1] for full in tensors}):
+        i, o = ({full.split(".", 2)[2]: value for full, value in tensors.items() if full.startswith(f"{side}.{key}.")} for side in ("input", "output"))
+        score = Score()
+        TENSORS[name](score, configs[name][key], i, o, *extra)
+        yield f"{name}.{key}", score.result
+
+
+def check_list(folder, name):
+    "One result per entry of a JSON list."
+    for number, entry in enumerate(json.loads((folder / f"{name}.json").read_text())):
+        score = Score()
+        covered = LISTS[name](score, entry["input"], entry["output"]) is not NotImplemented
+        yield f"{name}.{number}", score.result if covered else UNCOVERED
+
+
+def check(folder):
+    "{case: (max_abs_diff, atol, rtol, ok)}; ok is None for cases that nothing here covers yet."
+    folder = Path(folder)
+    configs, results = json.loads((folder / "configs.json").read_text()) if (folder / "configs.json").exists() else {}, {}
+    for path in sorted(folder.iterdir()):
+        name = path.stem
+        if path.suffix == ".safetensors": results |= dict(check_tensors(folder, name, configs)) if name in TENSORS else {name: UNCOVERED}
+        elif path.suffix == ".json" and isinstance(json.loads(path.read_text()), list): results |= dict(check_list(folder, name)) if name in LISTS else {name: UNCOVERED}
+    return results

@@ -34,13 +34,13 @@ def parameter_table(values: dict,                       # all parameters of the 
                 declared[name].help if name in declared else ""]
     return table([row(n, v) for n, v in values.items()], ("parameter", "value", "")) if values else ""
 
-# %% ../../nbs/lab/04_report.ipynb #dd330db6
+# %% ../../nbs/lab/04_report.ipynb #6b100c2e
 def _facts(run: Run, info: dict) -> str:
     "Status, times, place and links as a table."
     env = read_json(run.path/"env.json") if (run.path/"env.json").exists() else {}
     files = [f for f in ("run.ipynb", "config.json", "result.json", "metrics.jsonl", "train.log", "env.json", "comparison.json") if (run.path/f).exists()]
     cells = f"{info.get('cell')} of {info.get('cells')}" if info["status"] != "ok" and info.get("cell") else ""
-    rows = [("status", f'<span class="status {info["status"]}">{info["status"]}</span>'), ("error", f"<code>{html.escape(info['error'])}</code>" if info.get("error") else ""),
+    rows = [("status", f'<span class="status {info["status"]}">{info["status"]}</span>'), ("error", f"<pre>{html.escape(info['error'])}</pre>" if info.get("error") else ""),
             ("stopped in cell", cells), ("started", info.get("started", "")), ("took", show_seconds(info.get("seconds"))), ("profile", info.get("profile") or ""),
             ("attempts", len(info["attempts"]) + 1 if info.get("attempts") else ""), ("repeats", info.get("rerun_of", "")), ("comparison", info.get("comparison", "")),
             ("code", str(env.get("git_sha") or env.get("git") or "")[:12]), ("device", str(env.get("device") or "")),
@@ -56,7 +56,7 @@ def page_head(run: Run, info: dict, title: str, declared: dict) -> str:
             f'<div class="numbers">{numbers}</div>{_facts(run, info)}<!--contents-->'
             + (f"<details><summary>Parameters</summary>{parameters}</details>" if parameters else "") + "</header>")
 
-# %% ../../nbs/lab/04_report.ipynb #22603a78
+# %% ../../nbs/lab/04_report.ipynb #454cb349
 TEMPLATE = r"""
 {%- extends 'base.html.j2' -%}
 {%- block header -%}<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -75,7 +75,7 @@ body{max-width:1000px}header{border-bottom:2px solid var(--line);padding-bottom:
 .numbers{display:flex;flex-wrap:wrap;gap:.8rem;margin:.6rem 0}.number{background:var(--soft);border-radius:8px;padding:.4rem .9rem}.number b{display:block;font-size:1.35rem}.number span{font-size:12.5px;opacity:.75}
 nav.contents{margin:.8rem 0}nav.contents a{margin-right:1rem;white-space:nowrap}details>summary{cursor:pointer;font-size:12.5px;opacity:.6}details>summary:hover{opacity:1}
 section.code{margin:.4rem 0}.highlight pre,.jp-RenderedText pre{overflow:auto;padding:.5rem .8rem;background:var(--soft);border-radius:6px;margin:.3rem 0}
-.failed-cell{border-left:3px solid #c62828;padding-left:.8rem}img,video,canvas{max-width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid var(--line);opacity:.85}
+td pre{margin:0;white-space:pre-wrap}.failed-cell{border-left:3px solid #c62828;padding-left:.8rem}img,video,canvas{max-width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid var(--line);opacity:.85}
 .anchor-link{display:none}table.dataframe{border:none}.ansi-bold{font-weight:600}.ansi-red-fg{color:#c62828}.ansi-green-fg{color:#1a7f37}.ansi-blue-fg,.ansi-cyan-fg{color:#2563a8}
 """
 

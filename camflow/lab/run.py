@@ -6,12 +6,13 @@
 __all__ = ['VOLATILE', 'find_notebook', 'metrics_line', 'Progress', 'Stop', 'child_environment', 'prepare', 'run', 'resume',
            'flatten', 'evidence', 'compare', 'rerun']
 
-# %% ../../nbs/lab/03_run.ipynb #6bdcaa16
+# %% ../../nbs/lab/03_run.ipynb #dd7b89fd
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import InputError, read_json, sha256_file, write_json
-from .launch import adopt_orphans, children, die_with_parent, end_descendants
+from .launch import GRACE, adopt_orphans, children, die_with_parent, end_descendants
 from .parameters import find_profile, notebook_parameters, read_profile, resolve
 from .registry import Run, build_index, close_run, find_run, new_run, process_mark, read_records, settle, show_number, show_seconds, update
 
@@ -67,7 +68,7 @@ class Progress(threading.Thread):
         self.show()
         if self.stream.isatty(): print(file=self.stream)
 
-# %% ../../nbs/lab/03_run.ipynb #c3896fb4
+# %% ../../nbs/lab/03_run.ipynb #97bf8936
 class Stop:
     "Remembers why the run must end, and ends the kernel as soon as there is one."
     def __init__(self): self.reason, self.pid = None, None
@@ -87,20 +88,21 @@ class Stop:
         except ProcessLookupError: return
 
 
-def _client(stop: Stop, env: dict):
+def _client(stop: Stop, env: dict, sockets: str):
     "The notebook client of one run."
     from jupyter_client.kernelspec import KernelSpec
     from papermill.clientwrap import PapermillNotebookClient
     class Client(PapermillNotebookClient):
         def create_kernel_manager(self):
             super().create_kernel_manager()
+            self.km.transport, self.km.connection_file = "ipc", f"{sockets}/kernel.json"  # private sockets, no open port
             self.km._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
             self.on_notebook_start = lambda notebook: stop.started(self.km.provisioner.pid)
             return self.km
         def execute(self, **kwargs): return super().execute(preexec_fn=lambda: die_with_parent(signal.SIGKILL), env=env, **kwargs)
     return Client
 
-# %% ../../nbs/lab/03_run.ipynb #8a196869
+# %% ../../nbs/lab/03_run.ipynb #98ffddca
 def _watch(nb_man, on_cell):
     "Calls on_cell(number, total, heading) before each code cell."
     total, heading, start = sum(c.cell_type == "code" for c in nb_man.nb.cells), [""], nb_man.cell_start
@@ -121,13 +123,15 @@ def _papermill(notebook: Path, run_dir: Path, parameters: dict, env: dict, stop:
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             _watch(nb_man, on_cell)
-            _client(stop, env)(nb_man, kernel_name="python3", startup_timeout=120, timeout=None, log=logging.getLogger("camflow.run")).execute()
+            with tempfile.TemporaryDirectory(prefix="camflow-", ignore_cleanup_errors=True) as sockets:
+                client = _client(stop, env, sockets)(nb_man, kernel_name="python3", startup_timeout=120, timeout=None, log=logging.getLogger("camflow.run"))
+                client.execute()
     papermill_engines.register("camflow", CamflowEngine)
     logging.getLogger("papermill").setLevel(logging.WARNING)
     papermill.execute_notebook(str(notebook), str(run_dir/"run.ipynb"), parameters={**parameters, "run_dir": str(run_dir)}, engine_name="camflow", kernel_name="python3",
                                language="python", progress_bar=False, cwd=str(run_dir), autosave_cell_every=10)
 
-# %% ../../nbs/lab/03_run.ipynb #01ccc5cc
+# %% ../../nbs/lab/03_run.ipynb #e1030b6d
 @contextmanager
 def _stoppable(stop: Stop, timeout: float | None):
     "Turns SIGTERM, SIGINT, SIGHUP and the time limit into `stop`, and ends whatever the run left behind."
@@ -139,7 +143,7 @@ def _stoppable(stop: Stop, timeout: float | None):
     try: yield
     finally:
         if timer: timer.cancel()
-        end_descendants(keep, grace=12)
+        end_descendants(keep, grace=GRACE + 2)
         adopt_orphans(False)
         for sig, handler in old.items(): signal.signal(sig, handler)
 

@@ -212,7 +212,7 @@ def describe(c2w: torch.Tensor,             # path; [T,4,4]
     if abs(roll_deg) >= min_degrees: parts.append((math.radians(abs(roll_deg)), "roll_right" if roll_deg > 0 else "roll_left"))
     return " + ".join(name for _, name in sorted(parts, reverse=True)) or "static"
 
-# %% ../../nbs/geometry/01_trajectory.ipynb #130e1d6c
+# %% ../../nbs/geometry/01_trajectory.ipynb #fe3a34f2
 def plot_paths(paths: dict,        # {label: [T,4,4] poses or Cameras}
                title: str = "",    # above the picture
                size=(48, 80),      # (height, width) of the frustums drawn for bare poses
@@ -223,8 +223,9 @@ def plot_paths(paths: dict,        # {label: [T,4,4] poses or Cameras}
     ax = figure.add_subplot(projection="3d")
     cameras = {label: path if isinstance(path, Cameras) else Cameras(path, focal_K(24, size), size) for label, path in paths.items()}
     centres = torch.cat([one.c2w[:, :3, 3] for one in cameras.values()])
-    centre, half = (centres.amax(0) + centres.amin(0)) / 2, max(float((centres.amax(0) - centres.amin(0)).max()) / 2, 0.25)
+    low, high = centres.amin(0), centres.amax(0)
+    (x, y, z), half = ((low + high) / 2).tolist(), max(float((high - low).max()) / 2, 0.25)
     for label, one in cameras.items(): one.plot(ax, label=label, depth=0.2 * half)
-    ax.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[2] - half, centre[2] + half), zlim=(-centre[1] - half, -centre[1] + half), title=title)
+    ax.set(xlim=(x - half, x + half), ylim=(z - half, z + half), zlim=(-y - half, -y + half), title=title)
     ax.legend(loc="upper left", fontsize=7)
     return figure

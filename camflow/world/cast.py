@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'BOX', 'ELLIPSOID', 'CAPSULE', 'NEAR', 'jit', 'hit_box', 'hit_sphere', 'hit_capsule', 'hit', 'texture',
-           'place', 'rectangle', 'bound', 'raster', 'shade', 'nearest', 'sight', 'land', 'pixel', 'clips']
+           'place', 'rectangle', 'bound', 'raster', 'shade', 'nearest', 'sight', 'land', 'pixel', 'image', 'clips']
 
 # %% ../../nbs/world/01_cast.ipynb #4947a9b6
 import math
@@ -217,7 +217,7 @@ def land(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, H, W, part, 
         for i in range(3): gap += (o[i] + s * (m[i, 0] * u + m[i, 1] * v + m[i, 2]) - where[n, i]) ** 2
         seen[n] = gap < tolerance * tolerance
 
-# %% ../../nbs/world/01_cast.ipynb #322487d7
+# %% ../../nbs/world/01_cast.ipynb #35e340dc
 @jit
 def pixel(i, j, grid, depth, part, face, kind, half, slot, matrices, centres, fx, fy, cx, cy, colors, waves, phases):
     "Colour of pixel (i, j) from the grid x grid samples of a finer raster."
@@ -242,6 +242,23 @@ def pixel(i, j, grid, depth, part, face, kind, half, slot, matrices, centres, fx
                 red, green, blue = red + c[0], green + c[1], blue + c[2]
     n = grid * grid
     return red / n, green / n, blue / n
+
+
+@jit
+def image(kind, half, slot, R, t, c2w, fx, fy, cx, cy, colors, waves, phases, color, depth):
+    "One point-sampled frame: fills color [3,H,W] in 0..1 and depth [H,W]."
+    H, W = depth.shape
+    part, face = np.empty((H, W), np.int64), np.empty((H, W), np.int64)
+    matrices, centres = np.empty((len(kind), 3, 3)), np.empty((len(kind), 3))
+    place(kind, half, R, t, c2w, matrices, centres)
+    raster(kind, half, matrices, centres, fx, fy, cx, cy, depth, part, face)
+    for i in range(H):
+        for j in range(W):
+            if part[i, j] < 0:
+                color[0, i, j], color[1, i, j], color[2, i, j] = 0.0, 0.0, 0.0
+                continue
+            c = shade(part[i, j], face[i, j], depth[i, j], j + 0.5, i + 0.5, fx, fy, cx, cy, slot, matrices, centres, colors, waves, phases)
+            color[0, i, j], color[1, i, j], color[2, i, j] = c
 
 
 @jit

@@ -40,3 +40,78 @@ def test_unknown_cases_are_reported_not_passed(tmp_path):
 def test_impossible_plans_say_what_to_change(counts, advice):
     with pytest.raises(InputError, match="impossible batch plan") as error: plan(**counts)
     assert advice in str(error.value)
+
+
+def tiny_trainer(world=1, batch=8, reward=None, **changes):
+    "A 4-D linear policy; groups of 4, rewards from the first coordinate."
+    from camflow.rl.trainer import RLConfig, Trainer
+    model = torch.nn.Linear(5, 4)
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.linspace(-.3, .3, p.numel()).view_as(p))
+    def model_fn(x, sigma, cond): return model(torch.cat([x, cond["c"] * sigma], 1))
+    reward = reward or (lambda samples: torch.stack([frames[0] for frames, _, _ in samples]))
+    return Trainer(model, model_fn, lambda i: {"c": torch.tensor([float(i)]), "name": str(i)}, 12, list, reward, torch.linspace(1, 0, 9), (4,),
+                   plan(world, batch, 4, draws=2, updates=2, micro_batch=4), RLConfig(**{"lr": 1e-2, "clip": 1e-2, **changes}))
+
+
+def test_invalid_rewards_are_masked_and_counted():
+    def reward(samples):
+        values = torch.stack([frames[0] for frames, _, _ in samples])
+        values[::4] = torch.nan
+        return values
+    trainer = tiny_trainer(reward=reward)
+    metrics = trainer.step()
+    assert metrics["status_invalid"] == 4 and metrics["kept"] == 12 and metrics["invalid_ratio"] == .25
+    assert all(torch.isfinite(p).all() for p in trainer.params.values())
+
+
+def test_no_signal_no_update():
+    trainer = tiny_trainer(reward=lambda samples: torch.ones(len(samples)))
+    before = {name: p.detach().clone() for name, p in trainer.params.items()}
+    metrics = trainer.step()
+    assert metrics["updates"] == 0 and metrics["zero_std_ratio"] == 1
+    assert all(torch.equal(before[name], p) for name, p in trainer.params.items())
+
+
+def test_evaluation_leaves_the_live_weights():
+    trainer = tiny_trainer()
+    for _ in range(3): trainer.step()
+    before = {name: p.detach().clone() for name, p in trainer.params.items()}
+    first, second = (trainer.evaluate(range(4))[0]["reward"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[name], p) for name, p in trainer.params.items())
+    assert any(not torch.equal(before[name], value) for name, value in trainer.ema.shadow.items())
+
+
+def test_rollout_cache_is_used_and_never_stale(tmp_path):
+    from camflow.rl.rollout import RolloutCache
+    for _ in range(2):
+        trainer = tiny_trainer()
+        trainer.cache = RolloutCache(tmp_path)
+        metrics = [trainer.step() for _ in range(2)]
+    assert trainer.cache.hits == 8 and metrics[0]["first_ratio_gap"] == 0
+    other = tiny_trainer(level=.8)
+    other.cache = RolloutCache(tmp_path)
+    other.step()
+    assert other.cache.hits == 0
+
+
+def _rank(rank, world, folder):
+    import os
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    trainer = tiny_trainer(world, 8 // world)
+    gap = max(trainer.step()["first_ratio_gap"] for _ in range(3))
+    if rank == 0: torch.save({"params": {n: p.detach() for n, p in trainer.params.items()}, "gap": gap}, f"{folder}/result.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    alone = tiny_trainer()
+    for _ in range(3): alone.step()
+    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    both = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert both["gap"] == 0
+    for name, p in alone.params.items(): assert torch.allclose(p, both["params"][name], atol=1e-6)

@@ -167,7 +167,7 @@ def se3_log(pose_T44: torch.Tensor) -> torch.Tensor:
     w = so3_log(pose_T44[..., :3, :3])
     return torch.cat([w, torch.linalg.solve(_left_jacobian(w), pose_T44[..., :3, 3:]).squeeze(-1)], -1)
 
-# %% ../../nbs/geometry/00_camera.ipynb #9a2643ea
+# %% ../../nbs/geometry/00_camera.ipynb #ee2501bb
 def focal_K(focal_mm: float,            # focal length, millimetres
             size: tuple,                # (height, width), pixels
             sensor_mm: float = 23.76):  # sensor width, millimetres
@@ -178,14 +178,18 @@ def focal_K(focal_mm: float,            # focal length, millimetres
 
 
 @patch
-def resize(self: Cameras, size: tuple) -> Cameras: # (height, width) of the resized images
+def resize(self: Cameras,
+           size: tuple) -> Cameras: # (height, width) of the resized images
     "The same cameras for images stretched to `size`."
     scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0], 1], dtype=torch.float64)
     return Cameras(self.c2w, scale[:, None] * self.K, size, self.frames)
 
 
 @patch
-def crop(self: Cameras, top: float, left: float, size: tuple) -> Cameras: # corner and (height, width) of the kept part, pixels
+def crop(self: Cameras,
+         top: float,              # first row kept, pixels
+         left: float,             # first column kept, pixels
+         size: tuple) -> Cameras: # (height, width) kept
     "The same cameras for images cut to `size`."
     K = self.K.clone()
     K[:, 0, 2] -= left
@@ -194,15 +198,17 @@ def crop(self: Cameras, top: float, left: float, size: tuple) -> Cameras: # corn
 
 
 @patch
-def cover(self: Cameras, size: tuple) -> Cameras: # (height, width) to be covered
+def cover(self: Cameras,
+          size: tuple) -> Cameras: # (height, width) to be covered
     "The same cameras for images scaled until they cover `size`, then centre-cropped."
     scale = max(size[0] / self.size[0], size[1] / self.size[1])
     scaled = (round(self.size[0] * scale), round(self.size[1] * scale))
     return self.resize(scaled).crop((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2, size)
 
-# %% ../../nbs/geometry/00_camera.ipynb #dfbe3cc3
+# %% ../../nbs/geometry/00_camera.ipynb #4ae56d63
 @patch
-def relative(self: Cameras, to=0) -> Cameras: # position of the reference pose in this path, or a 4x4 camera-to-world matrix
+def relative(self: Cameras,
+             to=0) -> Cameras: # position of the reference pose in this path, or a 4x4 camera-to-world matrix
     "The path in the coordinates of a reference camera: inv(reference) @ c2w."
     reference = self.c2w[to] if isinstance(to, int) else _tensor(to)
     return Cameras(inverse(reference) @ self.c2w, self.K, self.size, self.frames)
@@ -218,7 +224,9 @@ def embedding(self: Cameras,
 
 
 @patch
-def at(self: Cameras, positions, linear: bool = False) -> Cameras: # fractional positions in 0..T-1; True: straight centres instead of a screw
+def at(self: Cameras,
+       positions,                          # fractional positions in 0..T-1, [n]
+       linear: bool = False) -> Cameras:   # True: centres move on straight lines, not on a screw
     "Cameras between the given ones; frame numbers are 0..n-1."
     position = _tensor(positions).clamp(0, len(self) - 1)
     low = position.floor().long().clamp_max(max(len(self) - 2, 0))
@@ -233,16 +241,19 @@ def at(self: Cameras, positions, linear: bool = False) -> Cameras: # fractional 
 
 
 @patch
-def interpolate(self: Cameras, n: int, linear: bool = False) -> Cameras: # number of frames; see `at`
+def interpolate(self: Cameras,
+                n: int,                           # number of frames
+                linear: bool = False) -> Cameras: # as in `at`
     "`n` cameras evenly spread over the path, first and last kept."
     return self.at(torch.linspace(0, len(self) - 1, n, dtype=torch.float64), linear)
 
-# %% ../../nbs/geometry/00_camera.ipynb #a20d2153
+# %% ../../nbs/geometry/00_camera.ipynb #da6f69ad
 UNREAL_WORLD = torch.tensor([[0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)  # Unreal to OpenCV world axes
 _NUMBER = re.compile(r"[^\s\[\]]+")
 
 
-def parse_unreal(text: str, where: str = "Unreal matrix") -> torch.Tensor:  # the string of one camera; its place, for the message
+def parse_unreal(text: str,                                     # "[r r r 0] [r r r 0] [r r r 0] [x y z 1] "
+                 where: str = "Unreal matrix") -> torch.Tensor: # its place, for the message
     "The 4x4 matrix exactly as written: row vectors, centimetres."
     try:
         numbers = [float(word) for word in _NUMBER.findall(text)]
@@ -317,7 +328,7 @@ def write_unreal_json(path,            # the file
         for number, pose in zip(one.frames.tolist(), one.c2w): data.setdefault(f"frame{number}", {})[name] = unreal_text(pose)
     with atomic_write(path, "w") as file: json.dump(data, file, indent=4)
 
-# %% ../../nbs/geometry/00_camera.ipynb #7174a8b7
+# %% ../../nbs/geometry/00_camera.ipynb #c90cd732
 def read_realestate10k(path): # text file of one clip
     "(time stamps in microseconds [N] int64, fx fy cx cy fractions [N,4], world-to-camera [N,4,4]) of a RealEstate10K file."
     try: lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -337,7 +348,8 @@ def read_realestate10k(path): # text file of one clip
 
 
 @patch(cls_method=True)
-def from_realestate10k(cls: Cameras, path,    # text file of one clip
+def from_realestate10k(cls: Cameras,
+                       path,                  # text file of one clip
                        size,                  # (height, width) of the images in use
                        original_size=None,    # (height, width) of the video before the centre crop; default the aspect of `size`
                        frames=None,           # rows to take; default all
@@ -358,7 +370,10 @@ def from_realestate10k(cls: Cameras, path,    # text file of one clip
 
 
 @patch
-def to_realestate10k(self: Cameras, path, times=None, url: str = "https://example.org/clip"): # file; microseconds per frame; first line
+def to_realestate10k(self: Cameras,
+                     path,                                     # the file
+                     times=None,                               # time stamp per frame, microseconds; default 30 frames a second
+                     url: str = "https://example.org/clip"):   # the first line
     "Writes a RealEstate10K text file."
     times = (self.frames * 33367).tolist() if times is None else [int(t) for t in times]
     H, W = self.size
@@ -368,9 +383,12 @@ def to_realestate10k(self: Cameras, path, times=None, url: str = "https://exampl
         rows.append(" ".join([str(time), *(f"{float(value):.12f}" for value in numbers)]))
     with atomic_write(path, "w") as file: file.write("\n".join(rows) + "\n")
 
-# %% ../../nbs/geometry/00_camera.ipynb #1197633a
+# %% ../../nbs/geometry/00_camera.ipynb #a7257d07
 @patch(cls_method=True)
-def from_w2c(cls: Cameras, w2c, K, size, frames=None): # [T,4,4] or [T,3,4] world-to-camera, OpenCV axes; as in Cameras
+def from_w2c(cls: Cameras,
+             w2c,               # world-to-camera, OpenCV axes; [T,4,4] or [T,3,4]
+             K, size,           # as in Cameras
+             frames=None):      # frame numbers; default 0..T-1
     "Cameras of world-to-camera matrices."
     w2c = homogeneous(_tensor(w2c))
     check_poses(w2c, frames, "world-to-camera matrices")
@@ -378,7 +396,10 @@ def from_w2c(cls: Cameras, w2c, K, size, frames=None): # [T,4,4] or [T,3,4] worl
 
 
 @patch(cls_method=True)
-def from_opengl(cls: Cameras, c2w, K, size, frames=None): # [T,4,4] camera-to-world, x right, y up, z backward
+def from_opengl(cls: Cameras,
+                c2w,            # camera-to-world, x right, y up, z backward; [T,4,4] or [T,3,4]
+                K, size,        # as in Cameras
+                frames=None):   # frame numbers; default 0..T-1
     "Cameras of OpenGL, Blender or NeRF poses."
     return cls(homogeneous(_tensor(c2w)) @ torch.diag(torch.tensor([1., -1, -1, 1], dtype=torch.float64)), K, size, frames)
 
@@ -390,9 +411,12 @@ def to_opengl(self: Cameras) -> torch.Tensor:
 
 
 @patch(cls_method=True)
-def from_pytorch3d(cls: Cameras, R, T,           # [T,3,3] and [T,3], row-vector convention
-                   focal_length, principal_point, # [T,2] (x, y) in pixels, or in NDC units
-                   size, in_ndc: bool = False, frames=None): # (height, width); units; frame numbers
+def from_pytorch3d(cls: Cameras,
+                   R, T,                            # [T,3,3] and [T,3], row-vector convention
+                   focal_length, principal_point,   # (x, y) in pixels, or in NDC units; [T,2]
+                   size,                            # (height, width), pixels
+                   in_ndc: bool = False,            # units of the two above
+                   frames=None):                    # frame numbers; default 0..T-1
     "Cameras of PyTorch3D's PerspectiveCameras."
     flip = torch.diag(torch.tensor([-1., -1, 1], dtype=torch.float64))
     w2c = homogeneous(torch.cat([flip @ _tensor(R).mT, (_tensor(T) @ flip)[..., None]], -1))
@@ -404,7 +428,8 @@ def from_pytorch3d(cls: Cameras, R, T,           # [T,3,3] and [T,3], row-vector
 
 
 @patch
-def to_pytorch3d(self: Cameras, in_ndc: bool = False) -> dict: # units of the two intrinsic entries
+def to_pytorch3d(self: Cameras,
+                 in_ndc: bool = False) -> dict: # units of focal_length and principal_point
     "Arguments of PyTorch3D's PerspectiveCameras: R, T, focal_length, principal_point, image_size, in_ndc."
     flip, (H, W) = torch.diag(torch.tensor([-1., -1, 1], dtype=torch.float64)), self.size
     focal, point = self.K.diagonal(dim1=1, dim2=2)[:, :2], self.K[:, :2, 2]
@@ -412,7 +437,7 @@ def to_pytorch3d(self: Cameras, in_ndc: bool = False) -> dict: # units of the tw
     return dict(R=self.w2c[:, :3, :3].mT @ flip, T=self.w2c[:, :3, 3] @ flip, focal_length=focal, principal_point=point,
                 image_size=self.size, in_ndc=in_ndc)
 
-# %% ../../nbs/geometry/00_camera.ipynb #65550493
+# %% ../../nbs/geometry/00_camera.ipynb #d61e0f05
 _PINHOLE = {"SIMPLE_PINHOLE": (0, 0, 1, 2), "PINHOLE": (0, 1, 2, 3)}  # places of fx fy cx cy in the parameter list
 
 
@@ -423,6 +448,11 @@ def _rows(path):
     return [(number, line.split()) for number, line in enumerate(lines, 1) if not line.startswith("#")]
 
 
+def _floats(words, path, number):
+    try: return [float(word) for word in words]
+    except ValueError as error: raise InputError(f"not a number ({error}); {path}, line {number}; export the model again") from error
+
+
 def _colmap_lenses(path):
     "{camera id: (K, (height, width))} of cameras.txt."
     lenses = {}
@@ -430,14 +460,15 @@ def _colmap_lenses(path):
         if not words: continue
         if len(words) < 7 or words[1] not in _PINHOLE:
             raise InputError(f"lens {words[1] if len(words) > 1 else '?'} is not a pinhole; {path}, line {number}; undistort the images first")
-        parameters = [float(word) for word in words[4:]]
+        parameters = _floats(words[4:], path, number)
         fx, fy, cx, cy = (parameters[place] for place in _PINHOLE[words[1]])
         lenses[words[0]] = (torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64), (int(words[3]), int(words[2])))
     return lenses
 
 
 @patch(cls_method=True)
-def from_colmap(cls: Cameras, folder): # folder with cameras.txt and images.txt
+def from_colmap(cls: Cameras,
+                folder): # with cameras.txt and images.txt
     "Cameras of a COLMAP text model, in the order of the frame numbers in the image names."
     lenses, found = _colmap_lenses(Path(folder) / "cameras.txt"), []
     path = Path(folder) / "images.txt"
@@ -445,7 +476,7 @@ def from_colmap(cls: Cameras, folder): # folder with cameras.txt and images.txt
         if not words: continue
         if len(words) < 10 or words[8] not in lenses:
             raise InputError(f"malformed image line; {path}, line {number}; expected ID QW QX QY QZ TX TY TZ CAMERA_ID NAME of a known camera")
-        values = torch.tensor([float(word) for word in words[1:8]], dtype=torch.float64)
+        values = torch.tensor(_floats(words[1:8], path, number), dtype=torch.float64)
         digits = re.findall(r"\d+", words[9])
         pose = homogeneous(torch.cat([rotation(values[:4]), values[4:, None]], -1))
         found.append((int(digits[-1]) if digits else number, words[9], pose, *lenses[words[8]]))
@@ -456,7 +487,9 @@ def from_colmap(cls: Cameras, folder): # folder with cameras.txt and images.txt
 
 
 @patch
-def to_colmap(self: Cameras, folder, pattern: str = "frame_{:05d}.png"): # folder to write; image name of a frame number
+def to_colmap(self: Cameras,
+              folder,                                 # to be written
+              pattern: str = "frame_{:05d}.png"):     # image name of a frame number
     "Writes cameras.txt, images.txt and an empty points3D.txt, one PINHOLE lens per frame."
     H, W = self.size
     lenses, images = [], []
@@ -467,9 +500,10 @@ def to_colmap(self: Cameras, folder, pattern: str = "frame_{:05d}.png"): # folde
     for name, rows in (("cameras.txt", lenses), ("images.txt", images), ("points3D.txt", [])):
         with atomic_write(Path(folder) / name, "w") as file: file.writelines(rows)
 
-# %% ../../nbs/geometry/00_camera.ipynb #d2f5b942
+# %% ../../nbs/geometry/00_camera.ipynb #c3e63352
 @patch
-def project(self: Cameras, points_N3) -> tuple: # world points; [N,3], or [T,N,3] one set per frame
+def project(self: Cameras,
+            points_N3) -> tuple: # world points; [N,3], or [T,N,3] one set per frame
     "(pixels [T,N,2], depth [T,N]); depth <= 0 is behind the camera."
     points = _tensor(points_N3)
     local = (points - self.c2w[:, None, :3, 3]) @ self.c2w[:, :3, :3]
@@ -478,15 +512,18 @@ def project(self: Cameras, points_N3) -> tuple: # world points; [N,3], or [T,N,3
 
 
 @patch
-def unproject(self: Cameras, pixels_TN2, depth_TN) -> torch.Tensor: # pixel positions; depth along z, metres
+def unproject(self: Cameras,
+              pixels_TN2,                 # pixel positions (x, y)
+              depth_TN) -> torch.Tensor:  # depth along z, metres
     "World points [T,N,3] of pixels with a depth."
     pixels, depth = _tensor(pixels_TN2), _tensor(depth_TN)
     local = torch.cat([pixels, torch.ones_like(pixels[..., :1])], -1) @ torch.linalg.inv(self.K).mT * depth[..., None]
     return local @ self.c2w[:, :3, :3].mT + self.c2w[:, None, :3, 3]
 
-# %% ../../nbs/geometry/00_camera.ipynb #2612ad00
+# %% ../../nbs/geometry/00_camera.ipynb #da6a34e1
 @patch
-def frustums(self: Cameras, depth: float = 0.3) -> torch.Tensor: # distance of the drawn image plane, metres
+def frustums(self: Cameras,
+             depth: float = 0.3) -> torch.Tensor: # distance of the drawn image plane, metres
     "World points of each camera's pyramid: apex, then the four image corners and the first again, [T,6,3]."
     H, W = self.size
     corners = torch.tensor([[0, 0], [W, 0], [W, H], [0, H], [0, 0]], dtype=torch.float64).expand(len(self), 5, 2)
@@ -494,7 +531,12 @@ def frustums(self: Cameras, depth: float = 0.3) -> torch.Tensor: # distance of t
 
 
 @patch
-def plot(self: Cameras, ax=None, every: int = None, label: str = None, color=None, depth: float = None): # 3-D axes; frustum spacing; legend; colour; frustum length, m
+def plot(self: Cameras,
+         ax=None,               # 3-D axes of matplotlib; default new ones
+         every: int = None,     # frames between drawn frustums; default a fifth of the path
+         label: str = None,     # in the legend
+         color=None,            # of line and frustums
+         depth: float = None):  # length of a frustum, metres; default 15% of the path
     "Draws the path and a few frustums on 3-D axes (made if absent); returns the axes."
     import matplotlib.pyplot as plt
     ax = plt.figure(figsize=(5, 4)).add_subplot(projection="3d") if ax is None else ax

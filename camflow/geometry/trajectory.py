@@ -212,7 +212,7 @@ def describe(c2w: torch.Tensor,             # path; [T,4,4]
     if abs(roll_deg) >= min_degrees: parts.append((math.radians(abs(roll_deg)), "roll_right" if roll_deg > 0 else "roll_left"))
     return " + ".join(name for _, name in sorted(parts, reverse=True)) or "static"
 
-# %% ../../nbs/geometry/01_trajectory.ipynb #fe3a34f2
+# %% ../../nbs/geometry/01_trajectory.ipynb #be725b8c
 def plot_paths(paths: dict,        # {label: [T,4,4] poses or Cameras}
                title: str = "",    # above the picture
                size=(48, 80),      # (height, width) of the frustums drawn for bare poses
@@ -227,5 +227,6 @@ def plot_paths(paths: dict,        # {label: [T,4,4] poses or Cameras}
     (x, y, z), half = ((low + high) / 2).tolist(), max(float((high - low).max()) / 2, 0.25)
     for label, one in cameras.items(): one.plot(ax, label=label, depth=0.2 * half)
     ax.set(xlim=(x - half, x + half), ylim=(z - half, z + half), zlim=(-y - half, -y + half), title=title)
+    ax.set_box_aspect((1, 1, 1))
     ax.legend(loc="upper left", fontsize=7)
     return figure

@@ -2,6 +2,8 @@
 pose_align_* and pose_auc (da3). Names, sizes and settings come from the folder, so any folder of the same form can be replayed."""
 import json
 import math
+import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,7 +147,7 @@ def payload(path):
 
 
 # %% da3
-def similarity(folder, name, case):
+def similarity(folder, name, case, root):
     x, score = load_file(folder / f"{name}.safetensors"), Score(1e-9, 1e-9)
     aligned, R, t, s = align.align_poses(x["input.ref"], x["input.est"], case["params"]["ransac"], case["params"]["random_state"])
     for ours, key in ((aligned, "aligned"), (R, "rot"), (t, "trans"), (s, "scale")): score.add(ours, x[f"output.{key}"])
@@ -167,14 +169,17 @@ def check(folder, root=None) -> dict:
     folder = Path(folder)
     cases = read(folder / "cases.json") if (folder / "cases.json").exists() else {}
     config = read(folder / "configs.json") if (folder / "configs.json").exists() else {}
-    rows = {}
-    for name, case in cases.items():
-        kind, there = case.get("kind"), (folder / f"{name}.safetensors").exists()
-        if kind == "cam" and there: rows[name] = camera_file(folder, name, case, root)
-        elif kind == "re10k" and there: rows[name] = realestate(folder, name, case, root)
-        elif kind == "pose_align" and there: rows[name] = similarity(folder, name, case)
+    kinds = {"cam": camera_file, "re10k": realestate, "pose_align": similarity}
+    jobs = {name: partial(kinds[case["kind"]], folder, name, case, root) for name, case in cases.items()
+            if case.get("kind") in kinds and (folder / f"{name}.safetensors").exists()}
     for pattern, replay in (("camera_parse_matrix*.json", parse_matrix), ("pose_metrics_cami2v*.json", cami2v), ("pose_payload*.json", payload), ("pose_auc*.json", auc)):
-        for path in folder.glob(pattern): rows[path.stem] = replay(path)
-    if (folder / "camera_embedding.safetensors").exists(): rows["camera_embedding"] = embedding(folder, config["camera_embedding"], root)
-    if (folder / "pose_error.safetensors").exists(): rows["pose_error"] = server_error(folder)
-    return {name: row or (math.nan, 0.0, 0.0, None) for name, row in rows.items()}
+        jobs |= {path.stem: partial(replay, path) for path in folder.glob(pattern)}
+    if (folder / "camera_embedding.safetensors").exists(): jobs["camera_embedding"] = partial(embedding, folder, config["camera_embedding"], root)
+    if (folder / "pose_error.safetensors").exists(): jobs["pose_error"] = partial(server_error, folder)
+    rows = {}
+    for name, job in jobs.items():
+        try: rows[name] = job() or (math.nan, 0.0, 0.0, None)
+        except Exception:  # one broken case fails alone, with its traceback, and the table goes on
+            traceback.print_exc()
+            rows[name] = (math.inf, 0.0, 0.0, False)
+    return rows

@@ -127,7 +127,7 @@ def flow_between(view_from: View, view_to: View, seen=None): # two views; result
     uv, _, visible = view_to.land(part, face, where)
     return (uv - centres).T.reshape(2, H, W), ~visible.reshape(H, W)
 
-# %% ../../nbs/world/02_render.ipynb #66f679ec
+# %% ../../nbs/world/02_render.ipynb #7ca5f2f6
 WANTS = ("image", "depth", "flow", "ids", "parts", "moving", "tracks")
 
 
@@ -135,7 +135,7 @@ WANTS = ("image", "depth", "flow", "ids", "parts", "moving", "tracks")
 class Rendered:
     "Outputs of `render`; what was not wanted is None."
     frames: Any = None             # Frames, unit range, float32
-    depth: Any = None              # Depth, metric z-depth (inf: nothing)
+    depth: Any = None              # Depth, metric z-depth (NaN: nothing)
     flow_forward: Any = None       # Flow [T-1,2,H,W], frame i to i+1
     flow_backward: Any = None      # Flow [T-1,2,H,W], frame i+1 to i
     occlusion: Any = None          # bool [T-1,H,W], frame i's point is not seen in frame i+1
@@ -168,7 +168,7 @@ def _frame_arrays(scene, view_list, want):
         out["backward"] = [flow_between(b, a, s) for a, b, _, s in pairs]
     return out
 
-# %% ../../nbs/world/02_render.ipynb #abc51dfa
+# %% ../../nbs/world/02_render.ipynb #6ba447cd
 def render(scene: Scene,          # the world
            cameras,               # Cameras of T frames, or a pair (c2w [T,4,4], K)
            times,                 # [T] seconds
@@ -178,14 +178,14 @@ def render(scene: Scene,          # the world
     "Point-sampled images and exact ground truth of a clip."
     import torch
     from camflow.media.frames import Depth, Flow, Frames
-    want = set(WANTS[:-1] if "all" in want else want) | ({"tracks"} & set(want))
+    want = set(want) - {"all"} | (set(WANTS[:-1]) if "all" in want else set())
     if want - set(WANTS): raise InputError(f"unknown outputs {sorted(want - set(WANTS))}; render(want=...); choose from {WANTS}")
     times = np.atleast_1d(np.asarray(times, np.float64))
     view_list = views(scene, cameras, times, size)
     arrays, out = _frame_arrays(scene, view_list, want), Rendered(cameras=cameras, times=times)
     ids = np.where(arrays["parts"] < 0, -1, scene.instances[arrays["parts"]])
     if "image" in want: out.frames = Frames(torch.from_numpy(arrays["color"]).float(), "unit", fps=_fps(times))
-    if "depth" in want: out.depth = Depth(torch.from_numpy(arrays["depth"]), "metric")
+    if "depth" in want: out.depth = Depth(torch.from_numpy(np.where(np.isfinite(arrays["depth"]), arrays["depth"], np.nan)), "metric")
     if "ids" in want: out.ids = torch.from_numpy(ids)
     if "parts" in want: out.parts = torch.from_numpy(arrays["parts"])
     if "moving" in want: out.moving = torch.from_numpy(moving_instances(scene, times)[ids] & (ids >= 0))

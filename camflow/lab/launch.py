@@ -144,7 +144,7 @@ def launch_lines(config,              # path of a configuration, or a dict that 
     port = given.get("master_port", 29500)
     return [" ".join(command(module, path, devices, launcher, nodes, node, address, port, "python")) for node in range(nodes)]
 
-# %% ../../nbs/lab/01_launch.ipynb #7b7f1558
+# %% ../../nbs/lab/01_launch.ipynb #88a11760
 _HEAD = re.compile(r"^(\[\w*?rank ?\d+\]:\s?)?Traceback \(most recent call last\)")
 _CONNECTION = re.compile(r"Connection (closed|reset)|DistBackendError|DistNetworkError|ChildFailedError|Broken pipe|gloo.*(closed|Timed out)", re.I)
 
@@ -170,7 +170,8 @@ def main_error(log: str,          # text of a log file
     "The traceback that explains a failure, else the last lines of the log."
     blocks = tracebacks(log)
     real = [b for b in blocks if not _CONNECTION.search(b.splitlines()[-1])]
-    return (real or blocks or ["\n".join(log.splitlines()[-tail:])])[0]
+    refused = re.findall(r"^error: .+", log, re.M)[-1:]  # how a training module reports bad input
+    return (real or refused or blocks or ["\n".join(log.splitlines()[-tail:])])[0]
 
 # %% ../../nbs/lab/01_launch.ipynb #5f896c83
 class LaunchError(RuntimeError):

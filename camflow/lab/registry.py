@@ -111,9 +111,9 @@ def close_run(run_dir,     # the run's folder
     ended = datetime.fromtimestamp(now).astimezone().isoformat(timespec="seconds")
     return update(run_dir, status=status, ended=ended, seconds=round(now - begin, 3), **info)
 
-# %% ../../nbs/lab/00_registry.ipynb #9d7ae6de
+# %% ../../nbs/lab/00_registry.ipynb #92520adf
 def read_records(path) -> list[dict]: # metrics.jsonl
-    "Records of a JSON-lines file in order, one per `step` (the last one written wins); broken lines are skipped."
+    "Records of a JSON-lines file, one per `step` (merged, the value written last wins); broken lines are skipped."
     try: lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError: return []
     records = {}
@@ -122,8 +122,7 @@ def read_records(path) -> list[dict]: # metrics.jsonl
         except ValueError: continue
         if isinstance(record, dict):
             key = record.get("step", f"line {number}")
-            records.pop(key, None)
-            records[key] = record
+            records[key] = {**records.get(key, {}), **record}
     return list(records.values())
 
 # %% ../../nbs/lab/00_registry.ipynb #3a77c05a

@@ -255,3 +255,41 @@ def test_umeyama_refuses_every_preset():
         w2c = inverse(tr.preset(name))
         with pytest.raises(InputError, match="no rotation is determined"): align_poses(w2c, w2c)
     with pytest.raises(InputError, match="shapes"): umeyama(torch.zeros(4, 3), torch.zeros(5, 3))
+
+
+def test_parity_replays_a_folder_it_has_never_seen(tmp_path, data):
+    "Other cameras, other sizes, no training pairs; the expected numbers by plain numpy."
+    import numpy as np
+    from safetensors.torch import save_file
+    (tmp_path / "poses.json").write_text(json.dumps(data))
+    c2w = []
+    for i in range(81):
+        rows = np.array([[float(v) for v in row.strip("[] ").split()] for row in data[f"frame{i}"]["cam07"].strip().split("] [")]).T[:, [1, 2, 0, 3]]
+        rows[:3, 1] *= -1
+        rows[:3, 3] /= 100
+        c2w.append(rows)
+    c2w = np.ascontiguousarray(np.stack(c2w))
+    inference = (np.linalg.inv(c2w[0]) @ c2w[:9:4])[:, :3].reshape(1, 3, 12).astype(np.float32)
+    save_file({"output.c2w": torch.from_numpy(c2w[None]), "output.inference": torch.from_numpy(inference),
+               "output.inference_bf16": torch.from_numpy(inference).bfloat16().float()}, tmp_path / "seventh.safetensors")
+    text = (GOLDENS / "real" / "0f68374b76390082.txt").read_text()
+    (tmp_path / "clip.txt").write_text(text)
+    table = np.array([[float(word) for word in line.split()] for line in text.splitlines()[1:8]])
+    w2c = np.concatenate([table[:, 7:].reshape(-1, 3, 4), np.tile([[[0, 0, 0, 1.0]]], (7, 1, 1))], 1)
+    H, W, h, w = 36, 64, 20, 20  # the video is wider than the sample: fx grows by (W/H)/(w/h)
+    K = np.stack([table[:, 1] * w * (W / H) / (w / h), table[:, 2] * h, table[:, 3] * w, table[:, 4] * h], 1)
+    relative = np.linalg.inv(np.linalg.inv(w2c[0])) @ np.linalg.inv(w2c)
+    v, u = np.meshgrid(np.arange(h) + 0.5, np.arange(w) + 0.5, indexing="ij")
+    local = np.stack([(u - K[:, 2, None, None]) / K[:, 0, None, None], (v - K[:, 3, None, None]) / K[:, 1, None, None], np.ones((7, h, w))], -1)
+    d = np.einsum("tij,thwj->thwi", relative[:, :3, :3], local / np.linalg.norm(local, axis=-1, keepdims=True))
+    rays_T6HW = np.concatenate([np.cross(np.broadcast_to(relative[:, None, None, :3, 3], d.shape), d), d], -1).transpose(0, 3, 1, 2)
+    save_file({k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in {
+        "input.flip": np.zeros(7, np.uint8), "output.w2c": w2c, "output.c2w": np.linalg.inv(w2c), "output.intrinsics_normalised": table[:, 1:5], "output.K_pixels": K,
+        "output.c2w_relative": relative, "output.plucker": rays_T6HW.astype(np.float32)}.items()}, tmp_path / "clip_a.safetensors")
+    (tmp_path / "cases.json").write_text(json.dumps({
+        "seventh": {"kind": "cam", "config": {"cameras": [7], "train_pairs": False}, "json_input": "poses.json"},
+        "clip_a": {"kind": "re10k", "config": {"size": [h, w], "original_size": [H, W], "zero_t_first_frame": True, "flip": False}, "text_input": "clip.txt"},
+        "lost": {"kind": "cam", "config": {"cameras": [1]}, "json_input": "real/elsewhere/none.json"}, "net": {"kind": "dit"}}))
+    (tmp_path / "lost.safetensors").write_bytes((tmp_path / "seventh.safetensors").read_bytes())
+    rows = parity.check(tmp_path)
+    assert {name: row[3] for name, row in rows.items()} == {"seventh": True, "clip_a": True, "lost": None}, rows

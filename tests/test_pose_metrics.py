@@ -10,7 +10,7 @@ from camflow.geometry import trajectory as tr
 from camflow.geometry.camera import Cameras, focal_K, se3_exp, so3_exp
 from camflow.metrics.interface import Result, measure
 from camflow.metrics.perceptual import psnr, ssim
-from camflow.metrics.pose import cami2v_errors, pose_auc, pose_error, relative
+from camflow.metrics.pose import cami2v_errors, pose_auc, pose_error, pose_record, relative
 from camflow.metrics.statistics import bootstrap_ci, paired_bootstrap, summarise
 
 
@@ -89,6 +89,23 @@ def test_cameras_bfloat16_and_single_frames_are_accepted():
     assert e.status == "ok" and e.rot_mean_deg < 0.3
     assert pose_error(cameras[:1], cameras[:1]).status == "static"
     assert relative(cameras).shape == (9, 4, 4)
+
+
+def test_unregistered_frames_are_found_by_their_numbers():
+    truth = Cameras(tr.preset("zoom_in", 9), focal_K(24, (48, 80)), (48, 80), range(0, 36, 4))
+    e = pose_error(truth, truth[[0, 1, 2, 4, 8]])
+    assert (e.status, e.registered, e.total) == ("invalid", 5, 9) and "frame 3" in e.reason
+    assert pose_error(truth, Cameras(truth.c2w, truth.K, truth.size)).trans_mean < 1e-12  # equally long: position by position
+    with pytest.raises(InputError, match="frame 7 of the estimate"): pose_error(truth, Cameras(truth.c2w[:2], truth.K[:2], truth.size, [0, 7]))
+
+
+def test_anchored_errors_see_a_wrong_start():
+    truth = tr.preset("zoom_in", 9)
+    shifted = tr.translate((0.3, 0, 0), 2)[-1] @ truth
+    assert pose_error(truth, shifted).trans_mean < 1e-12
+    assert abs(pose_error(truth, shifted, anchored=True).trans_mean - 0.3) < 1e-12
+    row = pose_record(truth, tr.rescale(shifted, translation=0.5))
+    assert row["trans_ls"] < 1e-12 and abs(row["ls_scale"] - 2) < 1e-12 and row["trans_metric"] > 0.4 and row["segment1_rot_deg"] < 1e-9
 
 
 def test_rounded_files_read_zero_here_and_not_in_cami2v():

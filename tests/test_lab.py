@@ -20,12 +20,12 @@ TRAINING = '''
 import json, os, pathlib, sys, time
 path = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]); run = path.parent; config = json.loads(path.read_text())
 checkpoint = run/"checkpoint.json"
-state = json.loads(checkpoint.read_text()) if config.get("resume") and checkpoint.exists() else {"step": 0, "w": 1.0}
+state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "w": 1.0}
 while state["step"] < config["steps"]:
     state = {"step": state["step"] + 1, "w": state["w"]*(1 - config["lr"])}
     checkpoint.write_text(json.dumps(state))
     with open(run/"metrics.jsonl", "a") as file: print(json.dumps({"step": state["step"], "loss": state["w"], "time": time.time()}), file=file)
-    if config["mode"] == "fail" and state["step"] == 3 and not config.get("resume"): raise ValueError("a NaN at step 3")
+    if config["mode"] == "fail" and state["step"] == 3 and os.environ.get("CAMFLOW_RESUME") != "1": raise ValueError("a NaN at step 3")
     if config["mode"] == "hang":
         import signal, subprocess
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as stubborn as a rank inside a collective, with a worker in a session of its own
@@ -38,7 +38,7 @@ mode: str = "ok"      # ok, fail, hang
 run_dir: str = ""     # filled in by camflow run'''
 CELLS = ['''from camflow.lab.launch import launch
 from camflow.lab.registry import open_run, write_result
-run_dir = open_run(run_dir, "toy")''', '''done = launch("toy_training", dict(steps=steps, lr=lr, mode=mode), run_dir, tick=0.1)
+run_dir = open_run(run_dir, "toy")''', '''done = launch("toy_training", dict(steps=steps, lr=lr, mode=mode), run_dir/"train", tick=0.1)
 done.returncode''', 'write_result(run_dir, {"loss": done.metrics[-1]["loss"], "records": len(done.metrics), "seconds": done.seconds}, headline=["loss"])']
 
 
@@ -92,7 +92,7 @@ def hanging(lab):
         process.communicate()
 
 
-def pids_of(reports: Path): return read_json(wait_for(lambda: next(reports.glob("toy/*/pids.json"), None)))
+def pids_of(reports: Path): return read_json(wait_for(lambda: next(reports.glob("toy/*/train/pids.json"), None)))
 
 
 def test_a_run_leaves_everything_and_repeats(lab):
@@ -162,7 +162,7 @@ def test_time_limit(hanging):
     out, err = process.communicate(timeout=60)
     run = scan(reports)[0]
     assert process.returncode == 124 and run.status == "timeout" and "stopped after 9.0 s" in err
-    for path in run.path.glob("pids.json"): assert gone(read_json(path))
+    for path in run.path.glob("train/pids.json"): assert gone(read_json(path))
 
 
 def test_notebook_that_cannot_take_a_folder_is_refused(tmp_path):

@@ -173,7 +173,7 @@ def main_error(log: str,          # text of a log file
     refused = re.findall(r"^error: .+", log, re.M)[-1:]  # how a training module reports bad input
     return (real or refused or blocks or ["\n".join(log.splitlines()[-tail:])])[0]
 
-# %% ../../nbs/lab/01_launch.ipynb #5f896c83
+# %% ../../nbs/lab/01_launch.ipynb #d5344ca6
 class LaunchError(RuntimeError):
     "A launched process failed; the message holds the traceback that matters."
     def __init__(self, message, returncode=None, log=None):
@@ -199,6 +199,15 @@ def _config_path(run_dir: Path, module: str) -> Path:
     path = run_dir/"config.json"
     taken = path.exists() and "notebook" in read_json(path)
     return run_dir/f"{module.removeprefix('camflow.')}.config.json" if taken else path
+
+
+def _show_in_run(run_dir: Path):
+    "Links a training's metrics and log into the folder of the run that it belongs to."
+    outer = Path(os.environ.get("CAMFLOW_RUN_DIR") or run_dir).resolve()
+    if outer not in run_dir.resolve().parents: return
+    for name in ("metrics.jsonl", "train.log"):
+        if (outer/name).is_symlink(): (outer/name).unlink()
+        if not (outer/name).exists(): (outer/name).symlink_to(os.path.relpath(run_dir.resolve()/name, outer))
 
 
 def _environment(num_processes: int, extra: dict | None) -> dict:
@@ -240,7 +249,7 @@ def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str):
         if timeout and time.monotonic() - begin > timeout:
             raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}")
 
-# %% ../../nbs/lab/01_launch.ipynb #e7c9d43b
+# %% ../../nbs/lab/01_launch.ipynb #856ddac0
 def launch(module: str,            # module with `main(config, run_dir)`, e.g. camflow.wan.finetune
            config: dict,           # written to the run's folder as JSON
            run_dir,                # where config, metrics.jsonl, train.log and checkpoints go
@@ -253,8 +262,8 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
     "Runs a training in a child process group and follows it; a failure raises `LaunchError` with the real traceback."
     run_dir = Path(run_dir)
     path = _config_path(run_dir, module)
-    resume = os.environ.get("CAMFLOW_RESUME") == "1"
-    write_json(path, {**config, **({"resume": True} if resume else {})})
+    write_json(path, config)
+    _show_in_run(run_dir)
     launcher = "torchrun"
     if num_processes > 1:
         from camflow.device import launcher as preferred

@@ -79,13 +79,14 @@ def new_run(name: str = "scratch",  # name of the run notebook
            parameters=parameters, process=process_mark(), **info)
     return run_dir
 
-# %% ../../nbs/lab/00_registry.ipynb #d12ba5c6
+# %% ../../nbs/lab/00_registry.ipynb #87127e3d
 def open_run(run_dir,       # the parameter `run_dir` of the notebook; empty when it was opened by hand
              name: str = "scratch") -> Path: # name of the run, used when a folder must be made
     "The run's folder: the one given by `camflow run`, or a new one."
-    if not run_dir: return new_run(name, interactive=True)
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    return Path(run_dir)
+    path = Path(run_dir) if run_dir else new_run(name, interactive=True)
+    path.mkdir(parents=True, exist_ok=True)
+    os.environ["CAMFLOW_RUN_DIR"] = str(path)   # trainings launched in a folder below show their files here
+    return path
 
 
 def write_result(run_dir,      # the run's folder
@@ -125,7 +126,7 @@ def read_records(path) -> list[dict]: # metrics.jsonl
             records[key] = {**records.get(key, {}), **record}
     return list(records.values())
 
-# %% ../../nbs/lab/00_registry.ipynb #3a77c05a
+# %% ../../nbs/lab/00_registry.ipynb #a1e3046f
 @dataclass(frozen=True)
 class Run:
     "A run on disk: everything is read from its folder when asked for."
@@ -155,7 +156,7 @@ def settle(run_dir) -> dict: # the run's folder
     "run.json, after turning a stale \"running\" (its process is gone) into \"killed\"."
     info = read_json(Path(run_dir)/"run.json")
     if info.get("status") != "running" or process_alive(info.get("process") or {}) is not False: return info
-    last = max((p.stat().st_mtime for p in Path(run_dir).iterdir()), default=time.time())
+    last = max((p.lstat().st_mtime for p in Path(run_dir).iterdir()), default=time.time())
     ended = datetime.fromtimestamp(last).astimezone().isoformat(timespec="seconds")
     return update(run_dir, status="killed", ended=ended, seconds=round(last - info.get("started_at", last), 3),
                   error="the process that executed this run is gone and left no status (killed, out of memory, or power loss)")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RLConfig', 'choose_trainable', 'reference', 'gather', 'sum_gradients', 'frame_statistics', 'Batch', 'collate',
-           'Clock', 'scores_of', 'RatioError', 'check_ratio', 'Trainer', 'generators', 'sample', 'score', 'learn',
-           'backward', 'update', 'largest', 'averaged', 'step', 'evaluate', 'state_dict', 'load_state_dict', 'save',
-           'restore']
+           'Clock', 'scores_of', 'details_of', 'RatioError', 'check_ratio', 'Trainer', 'generators', 'sample', 'score',
+           'learn', 'backward', 'update', 'largest', 'averaged', 'step', 'evaluate', 'state_dict', 'load_state_dict',
+           'save', 'restore']
 
 # %% ../../nbs/rl/05_trainer.ipynb #64e08fd8
 import fnmatch
@@ -142,7 +142,7 @@ class Clock(dict):
         synchronize()
         self[f"seconds_{name}"] = self.get(f"seconds_{name}", 0.0) + time.perf_counter() - started
 
-# %% ../../nbs/rl/05_trainer.ipynb #03adbe7d
+# %% ../../nbs/rl/05_trainer.ipynb #93f3ee6b
 def scores_of(result): # tensor, Scores, or {name: tensor or Scores}
     "({name: values float64}, status list): a plain tensor is invalid where it is not finite."
     named = result if isinstance(result, dict) else {"reward": result}
@@ -154,6 +154,17 @@ def scores_of(result): # tensor, Scores, or {name: tensor or Scores}
     return values, status
 
 
+def details_of(result): # as for scores_of
+    "{name: values} of the numbers that rewards report beside their score: components, raw errors."
+    named, found = result if isinstance(result, dict) else {"": result}, {}
+    for name, one in named.items():
+        rows = getattr(one, "details", None) or []
+        for key in dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)):
+            numbers = [row.get(key) for row in rows]
+            found[f"{name}_{key}" if name else key] = torch.tensor([float(v) if isinstance(v, (int, float)) else math.nan for v in numbers], dtype=torch.float64)
+    return found
+
+# %% ../../nbs/rl/05_trainer.ipynb #ca74da16
 class RatioError(RuntimeError):
     "The policy that is trained is not the one that sampled."
 
@@ -199,7 +210,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.ema, self.done = EMA(self.params, cfg.ema_decay), 0
 
-# %% ../../nbs/rl/05_trainer.ipynb #4866f42e
+# %% ../../nbs/rl/05_trainer.ipynb #47d598ef
 def generators(self, purpose, items, same=False):
     "One generator per item; `same`: one per group."
     return [generator(self.cfg.seed, purpose, item.group, 0 if same else item.member) for item in items]
@@ -220,11 +231,11 @@ def sample(self, items, window, purpose=""):
 
 
 def score(self, batches, clock):
-    "Decodes and judges; returns ({name: values}, status, frames of all samples)."
+    "Decodes and judges; returns ({name: values}, status, {detail: values}, frames of all samples)."
     with clock("decode"), torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
     samples = [self.sample_fn(*one) for one in zip(frames, (p for b in batches for p in b.parts), (i for b in batches for i in b.items))]
-    with clock("reward"): values, status = scores_of(self.reward_fn(samples))
-    return values, status, frames
+    with clock("reward"): result = self.reward_fn(samples)
+    return *scores_of(result), details_of(result), frames
 
 # %% ../../nbs/rl/05_trainer.ipynb #ffa676b2
 def learn(self, batches, adv, keep, everyone):
@@ -291,7 +302,7 @@ def averaged(self, sums, count):
     total = max(1, sum(n for _, n in parts))
     return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in sorted({k for part, _ in parts for k in part})}
 
-# %% ../../nbs/rl/05_trainer.ipynb #2cc8967b
+# %% ../../nbs/rl/05_trainer.ipynb #61ae5b52
 def step(self):
     "One rollout and its optimizer steps; returns the metrics."
     cfg, p, clock = self.cfg, self.plan, Clock()
@@ -299,7 +310,7 @@ def step(self):
     window = draw_window(cfg.seed, self.done, len(self.sigmas) - 1, cfg.window, cfg.window_low, cfg.window_high)
     items = [item for d in range(p.draws) for item in self.sampler.items(self.done * p.draws + d, self.rank)]
     with clock("rollout"): batches = [self.sample(items[i:i + p.micro_batch], window) for i in range(0, len(items), p.micro_batch)]
-    values, status, frames = self.score(batches, clock)
+    values, status, details, frames = self.score(batches, clock)
     values = {name: gather(one.to(self.device)).cpu() for name, one in values.items()}
     groups = gather(torch.tensor([item.group for item in items], device=self.device)).cpu()
     if cfg.shuffle_rewards:
@@ -311,17 +322,18 @@ def step(self):
     self.done += 1
     health = [self.health_fn(one) for one in frames] if self.health_fn else []
     pictures = {f"frames_{name}": sum(float(h[name]) for h in health) / len(health) for name in (health[0] if health else {})}
+    parts = {f"detail_{name}": float(one.nanmean()) for name, one in details.items()}
     failures = {f"status_{one}": status.count(one) for one in sorted(set(status) - {"ok"})}
-    return stats | learned | pictures | failures | dict(clock) | {"window_start": window[0], "kept": int(keep.sum()), "samples": len(keep), "lr": cfg.lr}
+    return stats | learned | parts | pictures | failures | dict(clock) | {"window_start": window[0], "kept": int(keep.sum()), "samples": len(keep), "lr": cfg.lr}
 
-# %% ../../nbs/rl/05_trainer.ipynb #47e65a96
+# %% ../../nbs/rl/05_trainer.ipynb #26e3e2d3
 def evaluate(self,
              indices,      # conditions to judge
              reward_fn=None, # another judge; None: the training reward
              repeats=1,    # samples per condition
              average=True, # with the averaged weights
              conditions=None): # another data set
-    "({name: values}, status, samples) of deterministic samples; the noise depends on (seed, index, repeat) only."
+    "({reward or detail: values}, status, samples) of deterministic samples; the noise depends on (seed, index, repeat) only."
     from camflow.rl.sampler import Item
     items = [Item(index, index, n) for index in indices for n in range(repeats)]
     mine, swapped = self.conditions, self.ema.applied(self.params) if average else nullcontext()
@@ -334,7 +346,9 @@ def evaluate(self,
         self.model.train(mode)
     with torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
     samples = [self.sample_fn(*one) for one in zip(frames, (p for b in batches for p in b.parts), items)]
-    return *scores_of((reward_fn or self.reward_fn)(samples)), samples
+    result = (reward_fn or self.reward_fn)(samples)
+    values, status = scores_of(result)
+    return details_of(result) | values, status, samples
 
 # %% ../../nbs/rl/05_trainer.ipynb #4a76d72e
 def state_dict(self):

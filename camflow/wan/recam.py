@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ReCamBlock', 'ReCamTransformer3DModel', 'from_wan', 'is_trainable', 'freeze_base', 'tiny_recam_config', 'tiny_recam']
 
-# %% ../../nbs/wan/01_recam.ipynb #3b1f8cce
+# %% ../../nbs/wan/01_recam.ipynb #5dc80b3d
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401  (loading a pipeline, diffusers looks for ModelMixin beside the class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn

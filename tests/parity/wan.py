@@ -112,11 +112,12 @@ def vae(folder, case, x, y):
 
 @torch.no_grad()
 def t5(folder, case, x, y):
+    from camflow.wan.text import zero_padding
     model = folder.text(case["config"], case["shapes"])
     raw = model(x["ids"], x["mask"]).last_hidden_state
     bias = model.encoder.block[0].layer[0].SelfAttention
     buckets = lambda row: bias._relative_position_bucket(torch.arange(x["ids"].shape[1]) - row)
-    pairs = [(raw, y["raw"]), (raw * x["mask"][..., None], y["context"])]
+    pairs = [(raw, y["raw"]), (zero_padding(raw, x["mask"], compat="shortest"), y["context"])]  # frozen with the whole batch cut at its shortest prompt
     last = x["ids"].shape[1] - 1
     pairs += [(buckets(row), y[k]) for k, row in (("position_buckets_row0", 0), ("position_buckets_last_row", last)) if k in y]
     return verdict(difference(pairs), TEXT)
@@ -166,7 +167,7 @@ def e2e(folder, case, x, y):
     tiles = dict(tiled=True, tile_size=config["tile_size"], tile_stride=config["tile_stride"])
     source = Frames(x["source_video"].transpose(0, 1), "byte")
     common = dict(prompt_embeds=context("positive"), negative_prompt_embeds=context("negative"), num_inference_steps=config["steps"], guidance_scale=config["cfg_scale"],
-                  shift=config["shift"], latents=x["noise"], encode_tiles=tiles, **tiles)
+                  shift=config["shift"], latents=x["noise"], **tiles)
     latents = pipe(source, x["camera"], output_type="latent", **common).frames
     video = pipe(source, x["camera"], output_type="pt", **common).frames[0]
     levels = ((video.clamp(-1, 1) + 1) * 127.5).clamp(0, 255).byte().int() - y["video"].int()

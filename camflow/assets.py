@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'repo_root', 'list_runs', 'run_notebook', 'list_profiles', 'profile_path', 'list_tiny', 'tiny_path',
-           'reports_dir']
+           'reports_dir', 'user_path']
 
 # %% ../nbs/02_assets.ipynb #c69a134f
 import os
@@ -84,3 +84,10 @@ def reports_dir() -> Path:
     override = os.environ.get("CAMFLOW_REPORTS")
     if override: return Path(override).expanduser().resolve()
     return (repo_root() or Path.cwd()) / "reports"
+
+# %% ../nbs/02_assets.ipynb #bbab4745
+def user_path(path # as typed by a person; "" and None stay what they are
+             ):
+    "An absolute path, taken relative to the folder in which the command was typed."
+    if not path: return path
+    return str((Path(os.environ.get("CAMFLOW_CWD") or Path.cwd()) / Path(path).expanduser()).resolve())

@@ -112,7 +112,7 @@ def item_noise(shape,       # of one item
     "Normal noise [len(items), *shape], each row from its own generator: independent of ranks and accumulation."
     return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, item)) for item in items])
 
-# %% ../../nbs/training/03_loop.ipynb #146a0663
+# %% ../../nbs/training/03_loop.ipynb #65188ab1
 EXIT_STOPPED = 75  # exit code of a run that a signal ended after writing its checkpoint (EX_TEMPFAIL: try again)
 
 
@@ -120,6 +120,8 @@ class Loop:
     "State of a training run."
     def __init__(self, run_dir, model, cfg: TrainConfig, trainable=None):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        AcceleratorState._reset_state()  # a process may run several fits of different precision; the process group stays
         self.run_dir, self.cfg, self.step = Path(run_dir), cfg, 0
         self.accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if cfg.bf16 else "no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -295,7 +297,7 @@ def _due(self, signals, started):
     end = "stopped" if signal_ else "time" if late else None
     return end, save_ or end is not None or bool(cfg.checkpoint_every) and self.step % cfg.checkpoint_every == 0
 
-# %% ../../nbs/training/03_loop.ipynb #b384957d
+# %% ../../nbs/training/03_loop.ipynb #7051aea1
 def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ live there; continued if it holds a checkpoint
         model,              # float32 module (frozen parts may be bfloat16)
         step_fn,            # (model, batch, generator) -> (loss, {name: number})
@@ -305,8 +307,9 @@ def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ 
         trainable=None):    # predicate of parameter names; None trains what requires grad
     "Trains until `cfg.steps`; returns how it ended. Call it again with the same folder to continue."
     started = time.monotonic()
-    torch.manual_seed(cfg.seed)
+    from accelerate.utils import set_seed
     self = Loop(run_dir, model, cfg, trainable)
+    set_seed(cfg.seed, device_specific=True)  # the global states of python, numpy and torch, different on every rank
     self.saved_time, status, last = started, "done", {}
     self.bare.train()
     self.restore()

@@ -10,8 +10,9 @@ import torch
 from camflow.files import InputError
 from camflow.geometry import trajectory as tr
 from camflow.geometry.align import align_poses, umeyama
-from camflow.geometry.camera import Cameras, focal_K, inverse, quaternion, rotation, se3_exp, se3_log, so3_exp, so3_log, write_unreal_json
+from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
 from camflow.geometry.plucker import plucker, rays
+from camflow.geometry.rigid import inverse, quaternion, rotation, se3_exp, se3_log, so3_exp, so3_log
 from tests.parity import cameras as parity
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -7,7 +7,8 @@ import torch
 
 from camflow.files import InputError
 from camflow.geometry import trajectory as tr
-from camflow.geometry.camera import Cameras, focal_K, se3_exp, so3_exp
+from camflow.geometry.camera import Cameras, focal_K
+from camflow.geometry.rigid import se3_exp, so3_exp
 from camflow.metrics.interface import Result, measure
 from camflow.metrics.perceptual import psnr, ssim
 from camflow.metrics.pose import cami2v_errors, pose_auc, pose_error, pose_record, relative

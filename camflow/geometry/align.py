@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['spread', 'umeyama', 'apply_similarity', 'ransac', 'align_poses', 'ls_scale']
 
-# %% ../../nbs/geometry/02_align.ipynb #c9301aa7
+# %% ../../nbs/geometry/02_align.ipynb #9f9391db
 import numpy as np
 import torch
 
 from ..files import InputError
-from .camera import homogeneous, inverse
+from .rigid import homogeneous, inverse
 # Shapes: N cameras, 33 / 44 matrices.
 
 # %% ../../nbs/geometry/02_align.ipynb #ee993ee8

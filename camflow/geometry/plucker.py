@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['rays', 'plucker', 'relative_cameractrl']
 
-# %% ../../nbs/geometry/03_plucker.ipynb #9e34a4c8
+# %% ../../nbs/geometry/03_plucker.ipynb #f0a4416f
 import torch
 
-from .camera import Cameras, homogeneous, inverse
+from .camera import Cameras
+from .rigid import inverse
 # Shapes: T frames, H W image rows and columns.
 
 # %% ../../nbs/geometry/03_plucker.ipynb #bc483759

@@ -7,13 +7,14 @@ __all__ = ['PRESETS', 'SUBJECT', 'progress', 'speed_law', 'static', 'pan', 'tilt
            'preset', 'orbit', 'arc', 'spiral', 'compose', 'chain', 'rescale', 'random_trajectory', 'describe',
            'plot_paths']
 
-# %% ../../nbs/geometry/01_trajectory.ipynb #d63dc263
+# %% ../../nbs/geometry/01_trajectory.ipynb #3fa0bbe1
 import math
 
 import torch
 
 from ..files import InputError
-from .camera import Cameras, focal_K, geodesic, homogeneous, inverse, se3_exp, so3_exp, so3_log
+from .camera import Cameras, focal_K
+from .rigid import geodesic, homogeneous, inverse, so3_exp, so3_log
 
 PRESETS = ("pan_right", "pan_left", "tilt_up", "tilt_down", "zoom_in", "zoom_out", "translate_up", "translate_down", "arc_left", "arc_right")
 SUBJECT = 4.0  # metres to the point that the presets' arcs and lifts look at

@@ -6,7 +6,7 @@
 __all__ = ['ROUNDED', 'relative', 'geodesic_deg', 'PoseError', 'by_frame', 'pose_error', 'pose_record', 'cami2v_errors',
            'pose_payload', 'parse_payload', 'cameraflow_errors', 'pose_auc']
 
-# %% ../../nbs/metrics/01_pose.ipynb #a6267c88
+# %% ../../nbs/metrics/01_pose.ipynb #c5c27fa0
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,8 @@ import torch
 
 from ..files import InputError
 from ..geometry.align import ls_scale
-from ..geometry.camera import Cameras, check_poses, geodesic, homogeneous, inverse, quaternion
+from ..geometry.camera import Cameras, check_poses
+from ..geometry.rigid import geodesic, homogeneous, inverse, quaternion
 
 ROUNDED = 2e-2  # how far from orthonormal a pose may be: conditions travel in bfloat16
 # Shapes: T frames, n latent frames, 3 / 33 / 34 / 44 vectors and matrices.

@@ -237,7 +237,7 @@ def photometric_pose(frames,              # Frames of T frames, or floats in 0..
     pose, status, cost, extra, reasons = zip(*rows)
     return PhotometricPose(np.stack(pose), list(status), np.array(cost), np.array(extra), list(reasons))
 
-# %% ../../nbs/metrics/03_photometric.ipynb #f6df82a3
+# %% ../../nbs/metrics/03_photometric.ipynb #c20fb21e
 def pose_difference(a_44, b_44): # two poses
     "Angle in degrees and distance in metres between two poses."
     R = a_44[:3, :3].T @ b_44[:3, :3]
@@ -249,7 +249,7 @@ def calibration(scenes: int = 5, frames: int = 3,        # scenes and frames per
                 errors=((0., 0.), (2., .1), (5., .3), (10., .6)), # degrees and metres between asked and shown pose
                 blurs=(0., 1., 2., 3.),                  # Gaussian width, pixels
                 noise: float = .02,                      # standard deviation of pixel noise, range 0..1
-                size=(48, 80), seed: int = 0):
+                size=(48, 80), detail: float = .5, seed: int = 0): # frames; texture detail, .5 is that of the tiny family
     "Table of read errors: one row per known pose error and blur (median and 90 % over frames)."
     import pandas as pd
     rng, K, times, rows = np.random.default_rng(seed), default_K(size), np.arange(frames) / 8, []
@@ -257,7 +257,7 @@ def calibration(scenes: int = 5, frames: int = 3,        # scenes and frames per
         for width in blurs:
             read = []
             for number in range(scenes):
-                scene = random_scene(10_000 + number)
+                scene = random_scene(3_000_000 + number, detail=detail)
                 truth = np.stack([step(scene.start, i * .02 * rng.standard_normal(6)) for i in range(frames)])
                 axis, shift = rng.standard_normal(3), rng.standard_normal(3)
                 off = np.concatenate([np.radians(degrees) * axis / np.linalg.norm(axis), metres * shift / np.linalg.norm(shift)])

@@ -46,7 +46,7 @@ class Part:
     instance: int = 0                    # 0 the room, 1.. things and figures
     slot: int = 0                        # first texture
 
-# %% ../../nbs/world/00_scene.ipynb #867bcb3a
+# %% ../../nbs/world/00_scene.ipynb #88684839
 @dataclass
 class Scene:
     "Parts, joints and textures; `start` is the pose from which the cameras of the scene set out."
@@ -59,6 +59,7 @@ class Scene:
     actions: list = field(default_factory=list) # verb phrase of each instance, "" for the room
     start: np.ndarray = None             # [4,4] camera-to-world
     seed: int = 0
+    detail: float = 1.
 
     def poses(self,
               times): # [T] seconds
@@ -224,7 +225,7 @@ def _spots(rng, figures, things):
         spots.append(spot)
     return spots
 
-# %% ../../nbs/world/00_scene.ipynb #c804102f
+# %% ../../nbs/world/00_scene.ipynb #fc14bb7b
 def random_scene(seed: int,            # any integer: same seed, same scene
                  figures: int = None,  # number of figures, None: 1 or 2
                  things: int = None,   # number of boxes and balls, None: 2 to 4
@@ -233,7 +234,7 @@ def random_scene(seed: int,            # any integer: same seed, same scene
     "Draws a room with figures and things, textures, motions and a start pose for the cameras."
     if detail <= 0: raise InputError(f"random_scene: detail is {detail}; it must be positive")
     rng = np.random.default_rng([int(seed) & 0xFFFFFFFF, 0xCA3E7A])
-    textures, scene, hues = _Textures(rng, detail), Scene(seed=seed), list(HUES)
+    textures, scene, hues = _Textures(rng, detail), Scene(seed=seed, detail=detail), list(HUES)
     width, height, front, back = rng.uniform(4., 5.5), rng.uniform(4.2, 5.5), rng.uniform(9.5, 12.), rng.uniform(3., 4.)
     walls = [hues[i] for i in rng.permutation(len(hues))[:6]]
     slot = textures.add(ROOM, walls, 2.3)

@@ -68,7 +68,7 @@ def write_lossless(path,              # .mp4
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/world/03_write.ipynb #2ea23add
+# %% ../../nbs/world/03_write.ipynb #4483278e
 def write_scene(folder,                # sceneN or 10basic_trajectories
                 scene: Scene,          # the world
                 paths,                 # list of [T,4,4]
@@ -88,15 +88,15 @@ def write_scene(folder,                # sceneN or 10basic_trajectories
         else: write_video(file, Frames(torch.from_numpy(clip), "byte", fps=fps), fps=fps)
     (folder / "cameras").mkdir(exist_ok=True)
     write_unreal_json(folder / "cameras" / "camera_extrinsics.json", cameras)
-    write_json(folder / "world.json", {"seed": scene.seed, "fps": fps, "focal_mm": focal, "size": list(size), "caption": scene.caption()})
+    write_json(folder / "world.json", {"seed": scene.seed, "detail": scene.detail, "fps": fps, "focal_mm": focal, "size": list(size), "caption": scene.caption()})
 
 
 def read_world(folder): # a scene folder that `write_scene` made
     "The Scene of a written folder, and its clock in frames per second."
     record = read_json(Path(folder) / "world.json")
-    return random_scene(record["seed"]), float(record["fps"])
+    return random_scene(record["seed"], detail=record["detail"]), float(record["fps"])
 
-# %% ../../nbs/world/03_write.ipynb #900fc664
+# %% ../../nbs/world/03_write.ipynb #5fe42b99
 def write_captions(path,                    # metadata.csv
                    captions: dict,          # file name -> text
                    column: str = "file_name"): # the real set has both "file_name" and "filename"
@@ -110,9 +110,10 @@ def write_captions(path,                    # metadata.csv
 
 def scene_seed(seed: int, folder: str, number: int): # data set seed, focal folder or "val", scene number
     "Seed of the world scene: different for every folder and number."
-    return seed * 1_000_000 + (FOCALS.index(folder) + 1 if folder in FOCALS else 0) * 100_000 + number
+    if folder not in FOCALS: return 5_000_000 + seed * 1_000 + number
+    return 10_000_000 + (seed * len(FOCALS) + FOCALS.index(folder)) * 100_000 + number
 
-# %% ../../nbs/world/03_write.ipynb #d60cf077
+# %% ../../nbs/world/03_write.ipynb #9792ed55
 def write_multicam(root,                      # folder of the data set
                    scenes: int = 4,           # scenes per focal folder
                    frames: int = 81,          # frames per video
@@ -121,6 +122,7 @@ def write_multicam(root,                      # folder of the data set
                    cameras: int = 10,         # videos per scene
                    paths: str = "random",     # see `scene_paths`
                    seed: int = 0, fps: float = 8., lossless: bool = False, grid: int = 2,
+                   detail: float = .5,        # texture detail; .5 is that of the tiny family
                    column: str = "file_name", # caption column
                    first: int = 1,            # number of the first scene: continue a set with another call
                    val: bool = True):         # also write val/10basic_trajectories
@@ -128,11 +130,11 @@ def write_multicam(root,                      # folder of the data set
     root, captions = Path(root), {}
     for folder in focals:
         for number in range(first, first + scenes):
-            scene, where = random_scene(scene_seed(seed, folder, number)), f"{folder}/scene{number}"
+            scene, where = random_scene(scene_seed(seed, folder, number), detail=detail), f"{folder}/scene{number}"
             write_scene(root / "train" / where, scene, scene_paths(scene, cameras, frames, paths, seed), size, focal_mm(folder), fps, lossless, grid)
             captions.update({f"{where}/videos/cam{i + 1:02d}.mp4": scene.caption() for i in range(cameras)})
     if val:
-        scene = random_scene(scene_seed(seed, "val", first))
+        scene = random_scene(scene_seed(seed, "val", first), detail=detail)
         write_scene(root / "val" / "10basic_trajectories", scene, scene_paths(scene, 10, frames, "presets"), size, 24., fps, lossless, grid)
     write_captions(root / "metadata.csv", captions, column)
     return captions

@@ -49,7 +49,7 @@ class DA3Config:
     @property
     def grid(self): return self.img_size // self.patch_size
 
-# %% ../../nbs/depth/00_da3.ipynb #80a8c7de
+# %% ../../nbs/depth/00_da3.ipynb #cebb07b0
 _LARGE = dict(embed_dim=1024, depth=24, num_heads=16, head_features=256, head_channels=(256, 512, 1024, 1024))
 CONFIGS = {
     "da3-small": DA3Config(),
@@ -59,7 +59,7 @@ CONFIGS = {
     "da3metric-large": DA3Config(**_LARGE, alt_start=-1, out_layers=(4, 11, 17, 23), head="sky", cam_dec=False, cam_enc=False),
     "da3mono-large": DA3Config(**_LARGE, alt_start=-1, out_layers=(4, 11, 17, 23), head="sky", cam_dec=False, cam_enc=False),
     # a network that fits a laptop's core: pose only, 3x5 patches of colours and flow (see camflow.depth.pose_train)
-    "da3-tiny-pose": DA3Config(128, 6, 4, img_size=70, alt_start=2, out_layers=(5,), head=None, cam_enc=False, in_channels=5),
+    "da3-tiny-pose": DA3Config(96, 6, 3, img_size=70, alt_start=2, out_layers=(5,), head=None, cam_enc=False, in_channels=5),
 }
 
 # %% ../../nbs/depth/00_da3.ipynb #caeeb264

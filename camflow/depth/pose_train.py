@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'FRAMES', 'SIDE', 'UNIT', 'PATH_UNIT', 'DEFAULTS', 'contrast', 'step_flow', 'network_input', 'rotation_vector',
            'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'degrade', 'draw_path',
            'make_item', 'Bank', 'mirror', 'PoseNet', 'pose_loss', 'estimate_batch', 'estimate_cameras', 'judge',
-           'headline', 'evaluate', 'save_pose', 'load_pose', 'card', 'vary', 'main', 'export']
+           'headline', 'evaluate', 'save_pose', 'load_pose', 'card', 'vary', 'start', 'main', 'export']
 
 # %% ../../nbs/depth/02_pose_train.ipynb #6376d322
 import json
@@ -364,9 +364,9 @@ def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
         lines += [f"| {k} | {r['slope']:.2f} | {r['corr']:.2f} |" for k, r in numbers["preset"].items()]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/depth/02_pose_train.ipynb #6e5a5fe7
-DEFAULTS = dict(items=6000, clips=160, bank=None, model={}, size=list(SIZE), steps=9000, batch_size=16, lr=1.5e-3, weight_decay=0.03, betas=[0.9, 0.98], warmup=200,
-                schedule="cosine", final_lr=0.01, ema_decay=0.998, checkpoint_every=500, validate_every=500, log_every=20, seed=0, evaluate=True)
+# %% ../../nbs/depth/02_pose_train.ipynb #5cebab07
+DEFAULTS = dict(items=6000, clips=160, bank=None, model={}, size=list(SIZE), steps=6500, batch_size=16, lr=1.5e-3, weight_decay=0.03, betas=[0.9, 0.98], warmup=200,
+                schedule="cosine", final_lr=0.01, ema_decay=0.998, checkpoint_every=250, validate_every=250, log_every=10, seed=0, evaluate=True)
 
 
 def vary(batch: dict, size: tuple, g: torch.Generator) -> Tensor:
@@ -379,7 +379,14 @@ def vary(batch: dict, size: tuple, g: torch.Generator) -> Tensor:
     x[:, 1:, 3:] += noise
     return x
 
-# %% ../../nbs/depth/02_pose_train.ipynb #8ac0ab21
+# %% ../../nbs/depth/02_pose_train.ipynb #f6eb0d2d
+def start(model: PoseNet, g: torch.Generator) -> PoseNet:
+    "Starting weights; positions are as loud as the patches from the beginning, for a zoom is nothing but flow times position."
+    init_weights(model.net, g)
+    with torch.no_grad(): model.net.backbone["pretrained"].pos_embed.normal_(0, 0.3, generator=g)
+    return model
+
+# %% ../../nbs/depth/02_pose_train.ipynb #eed57046
 def main(config: dict,   # see DEFAULTS; `model` overrides fields of the tiny configuration
          run_dir):       # metrics.jsonl, checkpoints/ and model/ live here
     "Trains, validates on held-out scenes, and writes run_dir/model."
@@ -387,7 +394,7 @@ def main(config: dict,   # see DEFAULTS; `model` overrides fields of the tiny co
     from camflow.world.clips import HELD_OUT
     config, run_dir = {**DEFAULTS, **config}, Path(run_dir)
     model = PoseNet(replace(CONFIGS["da3-tiny-pose"], **{k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}), tuple(config["size"]))
-    init_weights(model.net, generator(config["seed"], "init"))
+    start(model, generator(config["seed"], "init"))
     bank = Bank(config["bank"] or run_dir / "bank", 0, config["items"])
     held = Bank(run_dir / "held_out", HELD_OUT, config["clips"], clean=0.5)
     cfg = TrainConfig.pick(config)

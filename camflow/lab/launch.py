@@ -249,7 +249,7 @@ def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str):
         if timeout and time.monotonic() - begin > timeout:
             raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}")
 
-# %% ../../nbs/lab/01_launch.ipynb #856ddac0
+# %% ../../nbs/lab/01_launch.ipynb #238c7db6
 def launch(module: str,            # module with `main(config, run_dir)`, e.g. camflow.wan.finetune
            config: dict,           # written to the run's folder as JSON
            run_dir,                # where config, metrics.jsonl, train.log and checkpoints go
@@ -257,6 +257,8 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
            on_tick=None,           # called with the list of metric records when there are new ones
            timeout: float | None = None, # seconds
            env: dict | None = None,      # further environment variables
+           nodes: int = 1,         # machines that share the run's folder; this one is machine 0, the lines for the others are printed
+           address: str = "127.0.0.1", port: int | None = None, # of machine 0, as the others see it
            dry_run: bool = False,  # print the lines for 1, 8 and 4x8 devices and start nothing
            tick: float = 0.5) -> Launch: # seconds between looks at metrics.jsonl
     "Runs a training in a child process group and follows it; a failure raises `LaunchError` with the real traceback."
@@ -265,10 +267,12 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
     write_json(path, config)
     _show_in_run(run_dir)
     launcher = "torchrun"
-    if num_processes > 1:
+    if num_processes*nodes > 1:
         from camflow.device import launcher as preferred
         launcher = preferred()
-    words = command(module, path, num_processes, launcher)
+    port = port or (29500 if nodes > 1 else free_port())
+    words = command(module, path, num_processes, launcher, nodes, 0, address, port)
+    for node in range(1, nodes): print(f"machine {node}:", " ".join(command(module, path, num_processes, launcher, nodes, node, address, port, "python")))
     if dry_run:
         lines = [line for n, d in ((1, 1), (1, 8), (4, 8)) for line in launch_lines(str(path), n, d, module)]
         print("\n".join(lines))

@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'IMAGE_ATTENTION', 'DIT', 'UMT5', 'RESNET', 'RESAMPLE', 
            'dit_config', 'vae_config', 'umt5_config', 'read_weights', 'load_strict', 'with_camera_layers',
            'recam_from_reference', 'vae_from_reference', 'umt5_from_reference']
 
-# %% ../../nbs/wan/06_convert.ipynb #e5d31ec1
+# %% ../../nbs/wan/06_convert.ipynb #d495987e
 import json
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..files import InputError
-from .recam import ReCamTransformer3DModel
+from .recam import ReCamTransformer3DModel, cast
 from .transformer import FrameRotary
 
 # %% ../../nbs/wan/06_convert.ipynb #9e9f9aed
@@ -187,7 +187,7 @@ def load_strict(model, state: dict):
     model.load_state_dict(state, assign=True)
     return model
 
-# %% ../../nbs/wan/06_convert.ipynb #09d63067
+# %% ../../nbs/wan/06_convert.ipynb #c2f37d9a
 def with_camera_layers(state: dict, camera_dim: int = 12) -> dict:  # diffusers names
     "Adds ReCam's layers at their start to plain Wan weights; returns ReCam weights unchanged."
     if "blocks.0.cam_encoder.weight" in state: return state
@@ -207,7 +207,7 @@ def recam_from_reference(state: dict,                   # reference names, Wan o
     with torch.device("meta"): model = ReCamTransformer3DModel(**config)
     model.rope = FrameRotary(config["attention_head_dim"], config["patch_size"], model.config.rope_max_seq_len)  # its tables are not in the file
     load_strict(model, with_camera_layers(dit_to_diffusers(state), config["camera_dim"]))
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else cast(model, dtype)
 
 # %% ../../nbs/wan/06_convert.ipynb #6daa4227
 def vae_from_reference(state: dict):  # reference names

@@ -210,7 +210,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.ema, self.done = EMA(self.params, cfg.ema_decay), 0
 
-# %% ../../nbs/rl/05_trainer.ipynb #47d598ef
+# %% ../../nbs/rl/05_trainer.ipynb #cfeba453
 def generators(self, purpose, items, same=False):
     "One generator per item; `same`: one per group."
     return [generator(self.cfg.seed, purpose, item.group, 0 if same else item.member) for item in items]
@@ -223,7 +223,8 @@ def sample(self, items, window, purpose=""):
     parts = [by_index[item.index] for item in items]
     cond = collate(parts, self.device)
     x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise), self.device)
-    make = lambda: rollout(self.model_fn, x_T, self.sigmas, cond, window, self.kernel, self.generators(purpose + "step", items))
+    twins = [item.group for item in items] if self.cfg.same_noise else None
+    make = lambda: rollout(self.model_fn, x_T, self.sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins)
     if self.cache is None: return Batch(items, cond, parts, make())
     names = {"cond": cond, "x_T": x_T, "sigmas": self.sigmas, "items": tuple(items), "window": window}
     path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])

@@ -87,7 +87,7 @@ def test_validation_folder_holds_the_ten_presets(written):
 
 
 def test_focal_folders_and_the_other_caption_column(tmp_path):
-    write_multicam(tmp_path, scenes=1, frames=5, cameras=2, size=(48, 48), focals=("f50_aperture2.4",), column="filename", val=False)
+    write_multicam(tmp_path, scenes=1, frames=5, cameras=2, size=(80, 80), focals=("f50_aperture2.4",), column="filename", val=False)
     item = MultiCamVideo(tmp_path, "f50_aperture2.4").load("scene1", "cam01", "cam02", frames=5, size=(48, 80))
     assert abs(item.target_cameras.K[0, 0, 0] - 50 / 23.76 * 80) < 1e-9 and item.caption.startswith("In a room")
     assert len(FOCALS) == 4

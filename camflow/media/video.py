@@ -6,14 +6,14 @@
 __all__ = ['SIZE_TAG', 'CONTAINERS', 'VideoError', 'VideoInfo', 'probe', 'frame_times', 'decodable_frames', 'has_decord',
            'read_video', 'write_video', 'sample_indices', 'resample_indices', 'to_data_uri', 'video_html']
 
-# %% ../../nbs/media/01_video.ipynb #d457ba52
+# %% ../../nbs/media/01_video.ipynb #20590e51
 # Shapes: T frames, C channels, H rows, W columns
 import base64
 import os
 import statistics
 import tempfile
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from ..files import InputError
 from .frames import Frames, strided_fps
 
-# %% ../../nbs/media/01_video.ipynb #b13177fa
+# %% ../../nbs/media/01_video.ipynb #a1880880
 class VideoError(InputError):
     "A video that cannot be read as asked: the message names the file, what is left of it, and what to do."
 
@@ -46,14 +46,19 @@ class VideoInfo:
     @property
     def decord_agrees(self) -> bool:
         "True for the classes of files where decord returns the same frames as PyAV."
-        return (any(kind in self.container for kind in ("mov", "matroska", "avi")) and not (self.damage or self.open_gop or self.variable_rate))
+        return _seeks(self.container) and min(self.size) > 16 and not (self.damage or self.open_gop or self.variable_rate)
 
-# %% ../../nbs/media/01_video.ipynb #ab846a88
+
+def _seeks(container: str) -> bool:
+    "Containers with an index; in others (transport streams) a seek lands somewhere near."
+    return any(kind in container for kind in ("mov", "matroska", "avi"))
+
+# %% ../../nbs/media/01_video.ipynb #d3ead2a1
 @dataclass
 class _Index:
     info: VideoInfo
     times: list                               # presentation time of each frame in ticks, sorted; empty when the file has none
-    keys: list = field(default_factory=list)  # those of the key frames, sorted
+    keys: list = field(default_factory=list)  # those of the key frames that can be sought, sorted
     tick: float = 0.0                         # seconds per tick
     padded: tuple = (0, 0)                    # (H, W) as stored, after rotation
 
@@ -105,7 +110,7 @@ def _promised(container, stream, count: int, seconds: float) -> str:
         if promised > seconds + 1.5 * seconds / count + 0.01: return f"the header promises {promised:.2f} s, the file holds {seconds:.2f} s"
     return ""
 
-# %% ../../nbs/media/01_video.ipynb #39bb1330
+# %% ../../nbs/media/01_video.ipynb #3e81f7e9
 def _spacing(times: list, tick: float, average) -> tuple: # fps, duration, variable
     "Frame rate, duration and whether the spacing varies by more than the rounding of the time stamps."
     if len(times) < 2:
@@ -131,7 +136,7 @@ def _scan(path: Path, stamp: tuple) -> _Index: # stamp: size and time of change,
         problem = problem or _promised(container, stream, count, duration)
         info = VideoInfo(str(path), count, fps, _true_size(container.metadata, (h, w)), duration, variable, turned, stream.codec_context.name,
                          container.format.name, problem, open_gop)
-        return _Index(info, times or [], keys, tick, (h, w))
+        return _Index(info, times or [], keys if _seeks(info.container) else [], tick, (h, w))
 
 
 def _first_frame(path):
@@ -174,7 +179,7 @@ def frame_times(path # video file
     if not index.times: raise VideoError(f"{path} has no usable time stamps; rewrite it with `write_video`")
     return (torch.tensor(index.times, dtype=torch.float64) - index.times[0]) * index.tick
 
-# %% ../../nbs/media/01_video.ipynb #0b39546b
+# %% ../../nbs/media/01_video.ipynb #ca680528
 def _walk(container, stream, index: _Index, wanted: list):
     "Yields (frame number, decoded frame) for sorted distinct frame numbers."
     stream.thread_type = "SLICE"
@@ -183,19 +188,23 @@ def _walk(container, stream, index: _Index, wanted: list):
             if i in wanted: yield i, frame
             if i >= wanted[-1]: return
         return
-    position, frames = None, None
+    position, frames = index.times[0], container.decode(stream)
     for i in wanted:
         target = index.times[i]
-        key = index.keys[bisect_right(index.keys, target) - 1] if index.keys and index.keys[0] <= target else None
-        if frames is None or (key is not None and key > position):
-            container.seek(index.times[0] if key is None else key, stream=stream)
+        before = bisect_right(index.keys, target)
+        if before > 1 and index.keys[before - 1] > position:
+            container.seek(index.keys[before - 1], stream=stream)
             frames = container.decode(stream)
         for frame in frames:
             position = frame.pts if frame.pts is not None else frame.dts
             if position >= target: break
         else: return # the file ended early
-        if position != target: raise VideoError(f"{index.info.path}: frame {i} was not found at its time; rewrite the file with `write_video`")
+        if position != target: raise _Missed(f"{index.info.path}: frame {i} was not found at its time; rewrite the file with `write_video`")
         yield i, frame
+
+
+class _Missed(VideoError):
+    "A seek that landed behind its goal."
 
 
 def _upright(frame, info: VideoInfo):
@@ -203,7 +212,7 @@ def _upright(frame, info: VideoInfo):
     import numpy as np
     return np.rot90(frame.to_ndarray(format="rgb24"), info.rotation // 90)
 
-# %% ../../nbs/media/01_video.ipynb #87324c16
+# %% ../../nbs/media/01_video.ipynb #0142fae1
 def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,W] bytes
     "The wanted frames (sorted, distinct)."
     import av
@@ -216,6 +225,9 @@ def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,
                 if picture.shape != out.shape[1:]: raise VideoError(f"{index.info.path}: frame {i} is {tuple(picture.shape[1:])}, the first {index.padded}; cut the file where its size changes")
                 out[found] = picture
                 found += 1
+        except _Missed:
+            if not index.keys: raise
+            return _read_pyav(replace(index, keys=[]), wanted) # from the start, without seeking
         except av.FFmpegError as error: raise _damaged(index, _reason(error)) from None
     if found < len(wanted): raise _damaged(index, f"it ends before frame {wanted[found]}")
     return out
@@ -234,7 +246,7 @@ def _read_decord(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,
     return frames_THWC.permute(0, 3, 1, 2).contiguous()
 
 
-def _why(info): return info.damage or ("open groups of pictures" if info.open_gop else "variable rate" if info.variable_rate else f"container {info.container}")
+def _why(info): return info.damage or ("open groups of pictures" if info.open_gop else "variable rate" if info.variable_rate else "16 pixels or less" if min(info.size) <= 16 else f"container {info.container}")
 
 # %% ../../nbs/media/01_video.ipynb #339b52f2
 def decodable_frames(path # video file
@@ -254,7 +266,7 @@ def _damaged(index: _Index, reason: str) -> VideoError:
     left = decodable_frames(index.info.path)
     return VideoError(f"{index.info.path} is damaged ({reason}): {left} of {index.info.frames} frames can be decoded; copy or download it again, or read what is left with partial=True")
 
-# %% ../../nbs/media/01_video.ipynb #d8d4bc91
+# %% ../../nbs/media/01_video.ipynb #25fd7d99
 @lru_cache(maxsize=1)
 def has_decord() -> bool:
     "Whether decord is installed (it has no wheel for aarch64)."
@@ -294,7 +306,6 @@ def read_video(path,                   # video file
 
 def _what_is_left(index: _Index) -> _Index:
     "The index of the frames before the damage; broken bits are found only by decoding."
-    from dataclasses import replace
     left = min(decodable_frames(index.info.path), index.info.frames)
     if left == 0: raise VideoError(f"{index.info.path}: no frame can be decoded; copy or download it again")
     return replace(index, info=replace(index.info, frames=left), times=index.times[:left])

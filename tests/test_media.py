@@ -1,0 +1,296 @@
+"""Frames and video files: both readers give the same frames, damage is reported, colours and sizes survive."""
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from camflow.files import InputError
+from camflow.media.frames import Depth, Flow, Frames, cover_geometry, grid_video
+from camflow.media.video import (VideoError, decodable_frames, frame_times, has_decord, probe, read_video, resample_indices, sample_indices, to_data_uri,
+                                 write_video)
+
+REAL = Path(__file__).resolve().parents[2] / "shared/real"
+needs_decord = pytest.mark.skipif(not has_decord(), reason="decord is not installed (no wheel for this platform)")
+ORDER = [37, 0, 5, 5, 24, 23, 36, 1, 39, 12, -1, 35, 34]
+
+
+def picture(i, h=64, w=96):
+    y, x = np.mgrid[:h, :w]
+    return np.stack([(x * 2 + i * 5) % 256, (y * 3 + i * 9) % 256, (x + y + i * 7) % 256], -1).astype(np.uint8)
+
+
+def encode(path, codec="libx264", ticks=lambda i: 3003, frames=40, rotation=None, container=None, **options):
+    "A file with B-frames and a key frame every 12, written without our writer."
+    import av
+    base, time = Fraction(1, 90000) if codec != "mpeg4" else Fraction(1, 30000), 0
+    with av.open(str(path), "w", options=container or {}) as out:
+        stream = out.add_stream(codec, rate=Fraction(30000, 1001))
+        stream.height, stream.width = picture(0).shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", base
+        stream.options = {"crf": "18", "bf": "3", "g": "12", **options} if codec == "libx264" else options
+        if rotation: stream.set_display_rotation(rotation)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = time, base
+            time += ticks(i) if codec != "mpeg4" else 1001
+            for packet in stream.encode(frame): out.mux(packet)
+        for packet in stream.encode(): out.mux(packet)
+    return path
+
+
+def sequential(path):
+    "The plainest reader: decode everything in order."
+    import av
+    with av.open(str(path)) as container:
+        return torch.stack([torch.from_numpy(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90 % 4).copy()).permute(2, 0, 1) for f in container.decode(video=0)])
+
+
+CLASSES = {
+    "b_frames.mp4": {}, "b_frames.mkv": {}, "old.avi": dict(codec="mpeg4"), "faststart.mov": dict(container={"movflags": "faststart"}),
+    "fragmented.mp4": dict(container={"movflags": "frag_keyframe+empty_moov"}), "portrait90.mp4": dict(rotation=90), "portrait270.mp4": dict(rotation=-90),
+    "upside_down.mp4": dict(rotation=180), "one_key_frame.mp4": dict(g="1000"), "one_frame.mp4": dict(frames=1),
+    "open_gop.mp4": {"x264-params": "open-gop=1"}, "transport.ts": {}, "variable.mp4": dict(ticks=lambda i: (1500, 3003, 6006, 12000)[i % 4]),
+    "variable.mkv": dict(ticks=lambda i: (1500, 3003, 6006, 12000)[i % 4]),
+}
+PYAV_ONLY = {"open_gop.mp4", "transport.ts", "variable.mp4", "variable.mkv"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_both_readers_give_the_same_frames(name, tmp_path):
+    path = encode(tmp_path / name, **CLASSES[name])
+    truth, info = sequential(path), probe(path)
+    assert info.frames == len(truth) and info.size == tuple(truth.shape[-2:]) and not info.damage
+    assert info.variable_rate == name.startswith("variable") and info.decord_agrees == (name not in PYAV_ONLY)
+    if not info.variable_rate and info.frames > 1: assert abs(info.fps - 30000 / 1001) < 1e-2
+    order = [i for i in ORDER if i < len(truth)]
+    for backend in ("auto", "pyav", *(["decord"] if has_decord() and name not in PYAV_ONLY else [])):
+        assert torch.equal(read_video(path, backend=backend).data, truth), backend
+        assert torch.equal(read_video(path, order, backend=backend).data, truth[order]), backend
+        assert torch.equal(read_video(path, [len(truth) - 1], backend=backend).data, truth[-1:]), backend
+
+
+def test_every_single_frame_by_number(tmp_path):
+    for name in ("b_frames.mp4", "open_gop.mp4", "transport.ts"):
+        path = encode(tmp_path / name, **CLASSES[name])
+        truth = sequential(path)
+        for i in range(len(truth)): assert torch.equal(read_video(path, [i], backend="pyav").data[0], truth[i]), (name, i)
+
+
+@needs_decord
+@pytest.mark.parametrize("name", sorted(PYAV_ONLY))
+def test_decord_is_refused_where_it_is_not_reliable(name, tmp_path):
+    path = encode(tmp_path / name, **CLASSES[name])
+    with pytest.raises(VideoError, match="decord does not give reliable"):
+        read_video(path, backend="decord")
+
+
+@needs_decord
+def test_why_open_groups_go_to_pyav(tmp_path):
+    "decord returns a neighbour after a seek into an open group; should a release fix this, the rule can go."
+    import decord
+    path = encode(tmp_path / "open.mp4", **CLASSES["open_gop.mp4"])
+    decord.logging.set_level(decord.logging.FATAL)
+    got = decord.VideoReader(str(path), num_threads=1).get_batch([34, 25, 20, 10, 34, 36]).asnumpy()
+    assert not np.array_equal(torch.from_numpy(got).permute(0, 3, 1, 2).numpy(), sequential(path)[[34, 25, 20, 10, 34, 36]].numpy())
+
+
+def test_seeking_reads_little(tmp_path, monkeypatch):
+    "The last frame of a long file costs its group of pictures, not the file."
+    import camflow.media.video as video
+    path = encode(tmp_path / "long.mp4", frames=240)
+    probe(path)
+    real, asked = video._walk, []
+
+    class Counting:
+        def __init__(self, container): self.container = container
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                asked.append(frame.pts)
+                yield frame
+        def seek(self, *args, **kwargs): return self.container.seek(*args, **kwargs)
+
+    monkeypatch.setattr(video, "_walk", lambda container, *rest: real(Counting(container), *rest))
+    read_video(path, [239, 120], backend="pyav")
+    assert len(asked) <= 2 * 13
+
+
+def test_variable_rate(tmp_path):
+    path = encode(tmp_path / "variable.mp4", ticks=lambda i: (1500, 3003, 6006, 12000)[i % 4])
+    times = frame_times(path)
+    assert torch.allclose(times[:5], torch.tensor([0, 1500, 4503, 10509, 22509], dtype=torch.float64) / 90000, atol=1e-6)
+    assert read_video(path).fps is None # no single rate: asking for one is an error, not a guess
+    with pytest.raises(InputError, match="fps="):
+        write_video(tmp_path / "copy.mp4", read_video(path))
+    regular = resample_indices(path, 60)
+    assert regular == [sum(t <= k / 60 + 1e-6 for t in times.tolist()) - 1 for k in range(len(regular))] and len(regular) / 60 <= times[-1] + 1 / 60
+
+
+def test_damage_is_reported_with_what_is_left(tmp_path):
+    whole = encode(tmp_path / "whole.mp4", container={"movflags": "faststart"})
+    data, truth = whole.read_bytes(), sequential(whole)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(data[: len(data) * 2 // 3])
+    left = decodable_frames(cut)
+    assert 0 < left < 40
+    for backend in ("auto", "pyav", *(["decord"] if has_decord() else [])):
+        with pytest.raises(VideoError, match=rf"cut.mp4 is damaged .*{left} of .* frames can be decoded.*partial=True"):
+            read_video(cut, [0], backend=backend)
+    partial = read_video(cut, partial=True)
+    assert torch.equal(partial.data, truth[:left])
+    with pytest.raises(VideoError, match=f"frame 39 asked for, the file has {left}"):
+        read_video(cut, [39], partial=True)
+
+    broken, body = tmp_path / "broken.mp4", bytearray(data)
+    body[len(data) * 2 // 3:len(data) * 2 // 3 + 400] = np.random.default_rng(1).integers(0, 256, 400, dtype=np.uint8).tobytes()
+    broken.write_bytes(body)
+    for backend in ("auto", "pyav", *(["decord"] if has_decord() else [])):
+        with pytest.raises(VideoError, match=r"broken.mp4 is damaged .* of 40 frames"):
+            read_video(broken, backend=backend)
+    assert len(read_video(broken, partial=True)) == decodable_frames(broken) < 40
+
+    mkv = encode(tmp_path / "whole.mkv")
+    (tmp_path / "cut.mkv").write_bytes(mkv.read_bytes()[: mkv.stat().st_size * 2 // 3])
+    with pytest.raises(VideoError, match="cut.mkv is damaged .*promises 1.33 s"):
+        read_video(tmp_path / "cut.mkv")
+
+
+def test_things_that_are_not_videos(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("hello " * 100)
+    (tmp_path / "lost_index.mp4").write_bytes(encode(tmp_path / "whole.mp4").read_bytes()[:3000])
+    from PIL import Image
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    audio(tmp_path / "sound.m4a")
+    for name, why in {"missing.mp4": "does not exist", "empty.mp4": "0 bytes", "text.mp4": "cannot be opened", "lost_index.mp4": "cannot be opened",
+                      "photo.png": "Pillow", "sound.m4a": "no video stream", "": "folder"}.items():
+        for read in (probe, read_video):
+            with pytest.raises(VideoError, match=why) as caught:
+                read(tmp_path / name)
+            assert str(tmp_path / name) in str(caught.value)
+
+
+def audio(path):
+    import av
+    with av.open(str(path), "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode()]: out.mux(packet)
+
+
+def test_numbers_out_of_range(tmp_path):
+    path = encode(tmp_path / "clip.mp4")
+    for wrong in ([0, 40], [-41]):
+        with pytest.raises(VideoError, match=rf"frame {wrong[-1]} asked for, the file has 40 \(0..39\)"):
+            read_video(path, wrong)
+    with pytest.raises(VideoError, match="no frame asked for"):
+        read_video(path, [])
+    with pytest.raises(InputError, match="backend"):
+        read_video(path, backend="ffmpeg")
+    with pytest.raises(InputError, match="need 81 frames, the video has 40"):
+        sample_indices(probe(path).frames, 81)
+
+
+@pytest.mark.parametrize("size", [(48, 80), (47, 80), (48, 79), (47, 79), (1, 1), (81, 33)])
+@pytest.mark.parametrize("fps", [8, 23.976, Fraction(30000, 1001), 12.5])
+def test_sizes_and_rates_survive(size, fps, tmp_path):
+    h, w = size
+    clip = Frames(torch.stack([torch.from_numpy(picture(i, h, w)).permute(2, 0, 1) for i in range(3)]), "byte", fps)
+    path = write_video(tmp_path / "clip.mp4", clip, lossless=h == 81)
+    back = read_video(path)
+    assert back.data.shape == clip.data.shape and abs(back.fps - float(fps)) < 1e-3
+    if h == 81: assert torch.equal(back.data, clip.data)
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    assert torch.equal(read_video(path, backend="pyav").data, back.data)
+
+
+def test_written_files_play_in_browsers(tmp_path):
+    import av
+    clip = Frames(torch.stack([torch.from_numpy(picture(i, 47, 79)).permute(2, 0, 1) for i in range(6)]), "byte", 12)
+    with av.open(str(write_video(tmp_path / "clip.mp4", clip))) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt, context.height, context.width, context.colorspace) == ("h264", "yuv420p", 48, 80, 1)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat") # playing starts before the end has arrived
+    import base64
+    inside = base64.b64decode(to_data_uri(clip).split(",", 1)[1])
+    (tmp_path / "inside.mp4").write_bytes(inside)
+    assert len(read_video(tmp_path / "inside.mp4")) == 6
+    write_video(tmp_path / "again.mp4", clip)
+    assert (tmp_path / "again.mp4").read_bytes() == data # the same input, the same bytes
+
+
+def test_colours_survive(tmp_path):
+    corners = torch.cartesian_prod(*[torch.tensor([0, 128, 255], dtype=torch.uint8)] * 3)
+    patches = corners.T.reshape(1, 3, 1, 27).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(3, -1, -1, -1).contiguous()
+    back = read_video(write_video(tmp_path / "patches.mp4", Frames(patches, "byte", 8), crf=1)).data
+    centres = (slice(None), slice(None), slice(8, 9), slice(8, None, 16))
+    assert (back[centres].int() - patches[centres].int()).abs().max() <= 4
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    import camflow.media.video as video
+    clip = Frames(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "byte", 8)
+    path = write_video(tmp_path / "clip.mp4", clip)
+    before = path.read_bytes()
+    monkeypatch.setattr(video.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_video(path, clip)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_cover_is_the_preprocessing_of_recammaster():
+    "Against the original's arithmetic on Pillow images: resize to round(size * scale), then torchvision's centre crop."
+    from PIL import Image
+    for (h, w), (rows, columns) in (((128, 128), (48, 80)), ((108, 192), (48, 83)), ((97, 61), (48, 80)), ((30, 40), (48, 80)), ((48, 80), (48, 80))):
+        source = np.random.default_rng(h).integers(0, 256, (h, w, 3), dtype=np.uint8)
+        scale = max(columns / w, rows / h)
+        image = Image.fromarray(source).resize((round(w * scale), round(h * scale)), Image.BILINEAR)
+        top, left = int(round((image.height - rows) / 2.0)), int(round((image.width - columns) / 2.0))
+        wanted = torch.from_numpy(np.asarray(image)[top:top + rows, left:left + columns].copy()).permute(2, 0, 1)
+        frames = Frames(torch.from_numpy(source).permute(2, 0, 1)[None], "byte")
+        got = frames.cover((rows, columns)).data[0]
+        assert got.shape == (3, rows, columns) and cover_geometry((h, w), (rows, columns)) == ((image.height, image.width), top, left)
+        assert (got.int() - wanted.int()).abs().max() <= 1
+        assert (frames.unit().cover((rows, columns)).byte().data[0].int() - wanted.int()).abs().max() <= 1
+
+
+def test_frames_flow_depth_refuse_what_they_are_not():
+    ok = torch.zeros(2, 3, 4, 6)
+    for data, kind, why in ((ok, "byte", "uint8"), (ok.byte(), "unit", "floating"), (ok + 2, "signed", "outside"), (ok, "0..1", "unknown"), (ok.permute(0, 2, 3, 1), "unit", "permute"),
+                            (ok[:, :2], "unit", "channels"), (ok / 0, "unit", "NaN, first in frame 0")):
+        with pytest.raises(InputError, match=why):
+            Frames(data, kind)
+    with pytest.raises(InputError, match="frame 7 asked for, there are 2"):
+        Frames(ok, "unit")[7]
+    with pytest.raises(InputError, match="forward"):
+        Flow(torch.zeros(1, 2, 4, 6), "up")
+    with pytest.raises(InputError, match="behind the camera"):
+        Depth(-torch.ones(1, 1, 4, 6), "metric")
+    unknown = Depth(torch.full((1, 1, 4, 6), float("nan")), "metric")
+    assert unknown.picture().data.max() == 0
+
+
+def test_grid_and_html(tmp_path):
+    clips = [Frames(torch.rand(t, 3, 24, 40, generator=torch.Generator().manual_seed(t)), "unit", 8) for t in (3, 5)]
+    grid = grid_video(clips, ["before", "after"])
+    assert len(grid) == 5 and grid.fps == 8 and grid.data.shape[-1] == 82
+    assert torch.equal(grid.data[4, :, 16:, :40], clips[0].byte().data[-1]) # the shorter one holds its last frame
+    assert "src='data:image/png" in clips[0]._repr_html_()
+    clips[0].save_grid(tmp_path / "sheet.png", n=2)
+    from PIL import Image
+    assert Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes())).size == (82, 24)
+
+
+@pytest.mark.parametrize("name", ["recammaster/videos/4.mp4", "recammaster/videos/7.mp4", "recammaster/videos/9.mp4", "recammaster/videos/10.mp4", "omnicam/groundtruth.mp4",
+                                  *[f"realestate10k/videos/{v}.mp4" for v in ("0c9b371cc6225682", "0c11dbe781b1c11c", "0bf152ef84195293", "0f47577ab3441480", "0f68374b76390082")]])
+def test_real_files_in_both_readers(name):
+    if not (REAL / name).exists(): pytest.skip(f"{name} is not in ../shared/real")
+    info = probe(REAL / name)
+    picks = [info.frames // 2, 0, info.frames // 2 + 1, 3]
+    frames = read_video(REAL / name, picks, backend="pyav")
+    assert not info.damage and frames.size == info.size and info.frames >= 16
+    if has_decord(): assert torch.equal(read_video(REAL / name, picks, backend="decord").data, frames.data)

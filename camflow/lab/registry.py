@@ -223,7 +223,7 @@ def loss_curve(records: list[dict]) -> list: # what `read_records` returns
     key = "loss" if any("loss" in r for r in records) else (keys[0] if keys else None)
     return [r.get(key) for r in records]
 
-# %% ../../nbs/lab/00_registry.ipynb #aafd8142
+# %% ../../nbs/lab/00_registry.ipynb #f10a2ac5
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8881;--accent:#2563a8}
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;padding:1.2rem 1.5rem 4rem;max-width:1150px}
@@ -248,15 +248,16 @@ def _row(run: Run, root: Path) -> str:
     env = read_json(run.path/"env.json") if (run.path/"env.json").exists() else {}
     name = f'<a href="{e(link)}/report.html">{e(run.name)}</a>' if (run.path/"report.html").exists() else e(run.name)
     files = " ".join(f'<a href="{e(link)}/{f}">{f.split(".")[0]}</a>' for f in ("run.ipynb", "config.json", "result.json", "train.log") if (run.path/f).exists())
-    changed = ", ".join(f"{k}={show_number(v)}" for k, v in (info.get("changed") or {}).items())
+    changed = e(", ".join(f"{k}={show_number(v)}" for k, v in (info.get("changed") or {}).items()))
+    if len(info.get("changed") or {}) > 3: changed = f"<details><summary>{len(info['changed'])} parameters</summary><small>{changed}</small></details>"
     numbers = "<br>".join(f"{e(k)} <b>{e(show_number(v))}</b>" for k, v in headline(run.result).items())
-    return (f'<tr><td>{name}<br><small>{e(run.id)}</small></td><td class="status {info["status"]}">{info["status"]}</td>'
+    return (f'<tr><td class="num">{name}<br><small>{e(run.id)}</small></td><td class="status {info["status"]}">{info["status"]}</td>'
             f'<td class="num" data-key="{info.get("started_at", 0)}">{e(info.get("started", "")[:16].replace("T", " "))}</td>'
             f'<td class="num" data-key="{info.get("seconds") or 0}">{show_seconds(info.get("seconds"))}</td>'
-            f'<td>{e(str(info.get("profile") or ""))}</td><td>{e(changed)}</td><td class="num">{numbers}</td><td>{sparkline(loss_curve(run.metrics))}</td>'
+            f'<td>{e(str(info.get("profile") or ""))}</td><td>{changed}</td><td class="num">{numbers}</td><td>{sparkline(loss_curve(run.metrics))}</td>'
             f'<td><code>{e(str(env.get("git_sha") or env.get("git") or ""))[:8]}</code></td><td>{files}</td></tr>')
 
-# %% ../../nbs/lab/00_registry.ipynb #714b8cc7
+# %% ../../nbs/lab/00_registry.ipynb #fe596cbe
 @contextmanager
 def _locked(root: Path):
     "One writer of the index at a time, across processes."
@@ -276,7 +277,7 @@ def build_index(root=None) -> Path: # default `reports_root()`
             except (InputError, OSError, KeyError, AttributeError) as error:
                 rows.append(f'<tr><td>{html.escape(run.id)}</td><td class="status failed">unreadable</td><td colspan="8">{html.escape(str(error))}</td></tr>')
         heads = "".join(f'<th data-sort="">{h}</th>' for h in ("run", "status", "started", "took", "profile", "changed", "result", "loss", "code", "files"))
-        page = (f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>camflow runs</title><style>{STYLE}</style><h1>Runs</h1>'
+        page = (f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>camflow runs</title><style>{STYLE}body{{max-width:none}}</style><h1>Runs</h1>'
                 f'<p><input type="search" placeholder="filter" aria-label="filter"> {len(rows)} runs; click a heading to sort.</p>'
                 f'<table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table><script>{SORT}</script></html>')
         with atomic_write(root/"index.html", "w") as file: file.write(page)

@@ -66,7 +66,7 @@ def webp_uri(clip,            # Frames or uint8 [T,3,H,W]
     images[0].save(file, "WEBP", save_all=True, append_images=images[1:], duration=max(1, round(1000/fps)), loop=0, lossless=lossless, quality=80)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
-# %% ../../nbs/lab/06_views.ipynb #6ef8d2a1
+# %% ../../nbs/lab/06_views.ipynb #86085b5c
 def video(clip,                    # Frames or uint8 [T,3,H,W]
           label: str = "",         # caption
           fps: float | None = None, # default: the clip's own, else 8
@@ -82,7 +82,7 @@ def video(clip,                    # Frames or uint8 [T,3,H,W]
         from camflow.media.video import to_data_uri
         body = f'<video src="{to_data_uri(clip, fps)}" {style} autoplay loop muted playsinline controls></video>'
     else: body = f'<img src="{webp_uri(clip, fps)}" {style} alt="{html.escape(label, quote=True)}">'
-    return Html(f'<figure style="margin:0">{body}<figcaption style="font-size:13px">{html.escape(label)}</figcaption></figure>')
+    return Html(f'<figure style="margin:0;width:{width}px">{body}<figcaption style="font-size:13px">{html.escape(label)}</figcaption></figure>')
 
 
 def video_grid(clips,        # {label: clip}, or a list of such dicts, one per row
@@ -212,7 +212,7 @@ def before_after(metrics: dict,       # {name: (before, after)}: one number per 
                      Html(f'<span style="color:{colour}">{verdict}</span>')])
     return grid(rows, ("metric", "before", "after", "difference [95 %]", "clips", ""))
 
-# %% ../../nbs/lab/06_views.ipynb #88249db4
+# %% ../../nbs/lab/06_views.ipynb #d05edcbe
 def _poses(path): # Cameras, or [T,4,4] tensor or array
     "Camera-to-world poses as nested lists, rounded for the page."
     import numpy as np
@@ -222,11 +222,11 @@ def _poses(path): # Cameras, or [T,4,4] tensor or array
     return data[:, :3].round(5)
 
 
-def _panel(paths: dict, horizontal: int, vertical: int, flip: int, title: str, size: int) -> str:
+def _panel(paths: dict, horizontal: int, vertical: int, flip: int, title: str, size: int, reach: float) -> str:
     "One orthographic view as SVG."
     import numpy as np
     points = np.concatenate([p[:, [horizontal, vertical], 3] for p in paths.values()])
-    centre, reach = (points.max(0) + points.min(0))/2, max(float((points.max(0) - points.min(0)).max()), 1e-3)*0.62
+    centre = (points.max(0) + points.min(0))/2
     place = lambda v: (size/2 + (v[0] - centre[0])/reach*size/2, size/2 + flip*(v[1] - centre[1])/reach*size/2)
     out = [f'<text x="6" y="14">{title}</text><rect width="{size}" height="{size}" fill="none" stroke="#8884"/>']
     for i, pose in enumerate(paths.values()):
@@ -246,7 +246,9 @@ def camera_plot(paths: dict,        # {name: Cameras or c2w [T,4,4]}, in one coo
                 size: int = 230) -> Html: # px of each view
     "Camera paths seen from above, from the side and from behind; a dot and a pale frustum mark the start."
     poses = {name: _poses(path) for name, path in paths.items()}
-    views = [_panel(poses, 0, 2, -1, "from above (x, z)", size), _panel(poses, 2, 1, 1, "from the side (z, y)", size), _panel(poses, 0, 1, 1, "from behind (x, y)", size)]
+    spans = [max(float(p[:, k, 3].max()) for p in poses.values()) - min(float(p[:, k, 3].min()) for p in poses.values()) for k in range(3)]
+    common = (size, max(*spans, 1e-3)*0.65)   # one scale for the three views
+    views = [_panel(poses, 0, 2, -1, "from above (x, z)", *common), _panel(poses, 2, 1, 1, "from the side (z, y)", *common), _panel(poses, 0, 1, 1, "from behind (x, y)", *common)]
     return side_by_side(*views, gap=8) + f"<div>{_legend(poses)}</div>"
 
 # %% ../../nbs/lab/06_views.ipynb #e29ef409

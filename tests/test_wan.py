@@ -70,6 +70,10 @@ def test_parity_notices_one_change(tmp_path, what):
         assert results["recam_tiny"][3] is False and results["future"][3] is None
 
 
+def test_parity_counts_nan_as_failure():
+    assert parity.difference([(torch.tensor([1.0, float("nan")]), torch.ones(2)), (torch.ones(1), torch.ones(1))]) == float("inf")
+
+
 def test_trainable_count():
     shapes = json.loads((GOLDENS / "shapes_recam_1p3b.json").read_text())
     state = {k: torch.empty(s, device="meta") for k, s in shapes.items()}
@@ -201,6 +205,22 @@ def test_tiny_vae_learns_at_once():
 @pytest.mark.parametrize("shape,words", [((1, 3, 8, 32, 32), "1 \\+ 4k"), ((1, 3, 5, 30, 32), "multiples of 8"), ((1, 4, 5, 32, 32), r"\[batch, 3")])
 def test_bad_videos_are_refused(shape, words):
     with pytest.raises(InputError, match=words): video_vae.encode_video(video_vae.tiny_vae(), torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_cached_decoding_clamps_nothing_before_blending():
+    "Tiles of a large video are decoded frame by frame; they must not be clamped one by one."
+    vae = video_vae.tiny_vae()
+    z = 20 * normal(1, 16, 3, 2, 2)
+    whole, cached = video_vae.decode_raw(vae, z, whole=True), video_vae.decode_raw(vae, z, whole=False)
+    assert whole.abs().max() > 1.5 and torch.allclose(whole, cached, atol=1e-4)
+    assert torch.allclose(cached.clamp(-1, 1), vae.decode(z).sample, atol=1e-5)
+
+
+def test_published_vae_takes_the_cached_loop_for_long_videos():
+    from diffusers import AutoencoderKLWan
+    with torch.device("meta"): published = AutoencoderKLWan()
+    assert not video_vae.fits_whole(published, 81 * 480 * 832) and video_vae.fits_whole(video_vae.tiny_vae(), 64 * 9 * 48 * 80)
 
 
 # --- converters -----------------------------------------------------------------------------------------------------------------

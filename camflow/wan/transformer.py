@@ -84,7 +84,7 @@ class AttentionPlan:
         split = "whole" if self.chunk >= self.queries else f"{-(-self.queries // self.chunk)} chunks of {self.chunk} queries"
         return f"{self.backend} kernel, {split} (full scores would take {self.score_bytes / 2**30:.3g} GiB)"
 
-# %% ../../nbs/wan/00_transformer.ipynb #4036097f
+# %% ../../nbs/wan/00_transformer.ipynb #7fcc5925
 FUSED = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 
 
@@ -94,7 +94,8 @@ def sdpa_kernel_name(q_BHLD: torch.Tensor,  # queries as torch's SDPA wants them
                      ) -> str:              # name of the kernel torch would run
     "The kernel that `scaled_dot_product_attention` takes for these tensors."
     if q_BHLD.device.type == "meta": return "flash"
-    return FUSED.get(torch._fused_sdp_choice(q_BHLD, k_BHLD, v_BHLD), "math")
+    try: return FUSED.get(torch._fused_sdp_choice(q_BHLD, k_BHLD, v_BHLD), "unknown")
+    except (NotImplementedError, RuntimeError): return "unknown"  # a device that does not tell; taken as one that stores the scores
 
 
 def attention_plan(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor,
@@ -104,7 +105,7 @@ def attention_plan(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Ten
     batch, heads, queries, _ = q_BHLD.shape
     row = batch * heads * k_BHLD.shape[2] * 4
     backend = sdpa_kernel_name(q_BHLD, k_BHLD, v_BHLD)
-    chunk = queries if backend != "math" or row * queries <= score_limit else max(1, score_limit // row)
+    chunk = queries if backend not in ("math", "unknown") or row * queries <= score_limit else max(1, score_limit // row)
     return AttentionPlan(backend, queries, chunk, row * queries)
 
 # %% ../../nbs/wan/00_transformer.ipynb #0c2aa7b0

@@ -1,5 +1,6 @@
 """ReCamMaster, Wan2.1, its VAE, UMT5, schedule and sampler against the reference: `check(folder)` replays a folder of goldens/recam's format."""
 import json
+import math
 import re
 import traceback
 from pathlib import Path
@@ -15,13 +16,15 @@ DIT, VAE, TEXT, EXACT, DENOISE, GRADIENT = 1e-5, 1e-5, 1e-5, 1e-6, 5e-5, 1e-4  #
 UNCOVERED = (float("nan"), 0.0, 0.0, None)
 
 
+def largest(values):
+    "The largest value; NaN counts as infinite."
+    return max((math.inf if math.isnan(v) else v for v in values), default=math.inf)
+
+
 def difference(pairs):
     "Largest |a - b| over (ours, golden) pairs; shapes must agree."
-    worst = 0.0
-    for ours, golden in pairs:
-        assert ours.shape == golden.shape, f"{tuple(ours.shape)} against {tuple(golden.shape)}"
-        worst = max(worst, (ours.double() - golden.double()).abs().max().item())
-    return worst
+    for ours, golden in pairs: assert ours.shape == golden.shape, f"{tuple(ours.shape)} against {tuple(golden.shape)}"
+    return largest((ours.double() - golden.double()).abs().max().item() for ours, golden in pairs)
 
 
 def verdict(diff, atol, rtol=0.0, scale=1.0): return (diff, atol, rtol, bool(diff <= atol + rtol * scale))
@@ -91,7 +94,7 @@ def train(folder, case, x, y):
     gradients = {k.removeprefix("grad."): v for k, v in y.items() if k.startswith("grad.")}
     found = convert.dit_to_reference({k: p.grad for k, p in model.named_parameters() if is_trainable(k)})
     assert gradients.keys() == found.keys(), sorted(gradients.keys() ^ found.keys())[:3]
-    relative = max(((found[k] - g).abs().max() / g.abs().max().clamp_min(1e-12)).item() for k, g in gradients.items())
+    relative = largest(((found[k] - g).abs().max() / g.abs().max().clamp_min(1e-12)).item() for k, g in gradients.items())
     return verdict(max(values / DIT, relative / GRADIENT) * GRADIENT, GRADIENT)
 
 

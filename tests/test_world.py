@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from camflow.files import InputError
-from camflow.world.render import (View, benchmark, camera_arrays, default_K, flow_between, moving_instances, pixel_centres, render_clips, stereo,
+from camflow.world.render import (benchmark, camera_arrays, default_K, flow_between, moving_instances, pixel_centres, render_clips, stereo,
                                   trace, tracks, views)
-from camflow.world.scene import BOX, CAPSULE, ELLIPSOID, ROOM, Joint, Part, Scene, random_scene
+from camflow.world.scene import ELLIPSOID, ROOM, Joint, Part, Scene, random_scene
 
 SIZE = (48, 80)
 K = default_K(SIZE)

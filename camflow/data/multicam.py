@@ -41,7 +41,7 @@ def _caption_row(row, number, path, name, text):
     if "!!!!" in row[text]: raise InputError(f"the caption is a run of exclamation marks; {where}; copy the caption of another camera of the scene")
     return row[name].strip().replace("\\", "/").removeprefix("train/"), row[text].strip()
 
-# %% ../../nbs/data/00_multicam.ipynb #fe3c5669
+# %% ../../nbs/data/00_multicam.ipynb #fa267e21
 def read_captions(path,                    # metadata.csv
                   skip_bad: bool = False): # True: leave bad rows out instead of raising
     "Captions {file name: text} and the messages of the rows that were left out."
@@ -49,7 +49,7 @@ def read_captions(path,                    # metadata.csv
     name = next((c for c in ("file_name", "filename") if c in (reader.fieldnames or ())), None)
     if name is None or "text" not in reader.fieldnames:
         raise InputError(f"columns {reader.fieldnames}; {path}, row 1; expected file_name (or filename) and text")
-    captions, skipped, previous = {}, [], 1
+    captions, skipped = {}, []
     for row in _rows(reader):
         try: captions.update([_caption_row(row[1], row[0], path, name, "text")])
         except InputError as error:

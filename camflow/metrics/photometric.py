@@ -88,7 +88,7 @@ def residual(frame, image): # [3,H,W] both
     r = frame - gain * image - offset
     return r, gain, float(np.sqrt((r * r).mean() / (frame.var((1, 2)).mean() + 1e-9)))
 
-# %% ../../nbs/metrics/03_photometric.ipynb #7d60f786
+# %% ../../nbs/metrics/03_photometric.ipynb #05a3c9d7
 def _normal_equations(r, gain, image, depth, lens):
     "J^T W J and J^T W r of one linearisation."
     gy, gx = np.gradient(image, axis=(1, 2))
@@ -104,13 +104,13 @@ def _normal_equations(r, gain, image, depth, lens):
 def align_level(aligner: Aligner, frame, c2w_44,   # view; frame [3,H,W] already blurred by `sigma`; first pose
                 sigma: float, extra: float = 0.,   # blur of this level; blur of the frame itself
                 steps: int = 8, tolerance: float = 2e-4): # renderings at most; stop below this change (radians, metres)
-    "Levenberg-Marquardt at one level of blur: pose, unexplained share and renderings used."
+    "Levenberg-Marquardt at one level of blur: pose and unexplained share."
     width, damping = float(np.hypot(sigma, extra)), 1e-3
     color, depth = aligner.render(c2w_44)
     image = blur(color, width)
     r, gain, cost = residual(frame, image)
     A = None
-    for used in range(1, steps + 1):
+    for _ in range(steps):
         if A is None: A, g = _normal_equations(r, gain, image, depth, aligner.lens)
         twist = np.linalg.solve(A + damping * np.diag(np.diag(A)) + 1e-9 * np.trace(A) * np.eye(6) + 1e-12 * np.eye(6), g)
         trial = step(c2w_44, twist)
@@ -123,9 +123,9 @@ def align_level(aligner: Aligner, frame, c2w_44,   # view; frame [3,H,W] already
         else:
             damping = max(damping * 20, 1e-2)
             if damping > 1e3 or np.abs(twist).max() < tolerance: break
-    return c2w_44, cost, used
+    return c2w_44, cost
 
-# %% ../../nbs/metrics/03_photometric.ipynb #c4d0df28
+# %% ../../nbs/metrics/03_photometric.ipynb #bcc907a1
 COARSE, MIDDLE, FINE = (3., 8), (3., 8), (1., 6) # blur in pixels of the level, renderings at most
 BLURS = (0., .5, 1., 1.5, 2., 3., 4.)
 RETRY = .35 # unexplained share above which starts around the asked pose are tried as well
@@ -156,10 +156,10 @@ def _around(pose_44, degrees=8., metres=1.):
 
 def _refine(fine, frame, pose):
     "Wide blur, then the frame's own blur, then the last level."
-    pose, _, _ = align_level(fine, blur(frame, MIDDLE[0]), pose, MIDDLE[0], steps=MIDDLE[1])
+    pose, _ = align_level(fine, blur(frame, MIDDLE[0]), pose, MIDDLE[0], steps=MIDDLE[1])
     target, color = blur(frame, FINE[0]), fine.render(pose)[0]
     extra = min(BLURS, key=lambda b: residual(target, blur(color, np.hypot(FINE[0], b)))[2])
-    pose, cost, _ = align_level(fine, target, pose, FINE[0], extra, steps=FINE[1])
+    pose, cost = align_level(fine, target, pose, FINE[0], extra, steps=FINE[1])
     return cost, pose, extra
 
 
@@ -167,7 +167,7 @@ def align_frame(frame_CHW, scene: Scene, time: float, starts, lens): # 0..1; wor
     "Best pose over all starts: (pose [4,4], unexplained share, blur of the frame in pixels)."
     fine, small = Aligner(scene, time, lens, frame_CHW.shape[1:]), blur(_half(frame_CHW), COARSE[0])
     coarse = fine.half_size(scene, time)
-    best = lambda poses: min((align_level(coarse, small, p, COARSE[0], steps=COARSE[1])[1::-1] for p in poses), key=lambda item: item[0])[1]
+    best = lambda poses: min((align_level(coarse, small, p, COARSE[0], steps=COARSE[1])[::-1] for p in poses), key=lambda item: item[0])[1]
     result = _refine(fine, frame_CHW, best(_distinct(starts)))
     if result[0] > RETRY: result = min(result, _refine(fine, frame_CHW, best(_around(starts[0]))), key=lambda item: item[0])
     return result[1], result[0], result[2]

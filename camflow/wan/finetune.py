@@ -128,10 +128,11 @@ def cached_texts(folder, text: TextEncoder, captions): # cache folder, encoder, 
     wait()
     return texts(LatentCache(folder), captions)
 
-# %% ../../nbs/wan/07_finetune.ipynb #f9fa7d3a
+# %% ../../nbs/wan/07_finetune.ipynb #0ab170b6
 def cached_latents(folder, vae, keys, load, identity: dict): # cache folder, encoder, item keys, key -> signed [3,T,H,W], what else the latents depend on
     "Latents [len(keys), ...] through a cache; ranks share the work."
-    identity = {"vae": fingerprint(vae.state_dict()), "stats": [vae.config.latents_mean, vae.config.latents_std], **identity}
+    encoder = {name: p for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))} # the decoder may get better without the latents changing
+    identity = {"vae": fingerprint(encoder), "stats": [vae.config.latents_mean, vae.config.latents_std], **identity}
     rank, world, wait = _shares()
     if rank == 0: LatentCache(folder, identity)
     wait()

@@ -176,3 +176,16 @@ def test_render_returns_typed_outputs():
 def test_speed_is_far_from_the_limit():
     "The full job (100 scenes x 10 cameras x 17 frames, 64 x 96: 1.04e8 rays) must take less than 5 minutes: 3.5e5 rays a second."
     assert benchmark(2, cameras=3, frames=5)["rays_per_second"] > 3.5e5
+
+
+def test_without_a_cache_folder_the_caster_compiles_in_memory(monkeypatch):
+    "numba refuses cache=True when neither the package nor the user's folder can be written."
+    import numba
+    from camflow.world import cast
+    real = numba.njit
+
+    def njit(**options):
+        if options.get("cache"): raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+    monkeypatch.setattr(numba, "njit", njit)
+    assert cast.jit(lambda x: x + 1)(2) == 3

@@ -181,6 +181,24 @@ def test_launch_follows_and_times_out(tmp_path, lab):
     with pytest.raises(LaunchError, match="No module named no_such_module"): launch("no_such_module", {}, tmp_path/"c")
 
 
+RANKS = '''
+import json, os, pathlib, sys, time
+import torch.distributed as dist
+config = json.loads(pathlib.Path(sys.argv[2]).read_text())
+dist.init_process_group("gloo")
+print("world", dist.get_world_size(), flush=True)
+if dist.get_rank() == 1: raise ValueError("row 3 holds a NaN")
+dist.barrier()
+'''
+
+
+def test_two_ranks_and_the_error_that_matters(tmp_path, monkeypatch):
+    (tmp_path/"toy_ranks.py").write_text(RANKS)
+    with pytest.raises(LaunchError) as error: launch("toy_ranks", {}, tmp_path/"run", num_processes=2, env={"PYTHONPATH": tmp_path})
+    assert "world 2" in error.value.log and "ChildFailedError" in error.value.log        # torchrun's own words end the log
+    assert "[rank1]" in str(error.value) and str(error.value).endswith("ValueError: row 3 holds a NaN")
+
+
 def test_dry_run_prints_lines_for_many_devices(tmp_path, capsys):
     plan = launch("camflow.wan.finetune", {}, tmp_path, dry_run=True)
     assert plan.returncode is None and len(plan.lines) == 6 and not (tmp_path/"train.log").exists()

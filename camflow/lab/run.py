@@ -286,7 +286,7 @@ def evidence(run: Run) -> dict:
     here = lambda v: v.replace(str(run.path), "RUN") if isinstance(v, str) else v
     return {k: here(v) for k, v in numbers.items() if not VOLATILE.search(k)} | weights
 
-# %% ../../nbs/lab/03_run.ipynb #fdadf113
+# %% ../../nbs/lab/03_run.ipynb #a784dad6
 def _close(a, b, rtol: float, atol: float) -> bool:
     "Two leaves, within tolerance when both are numbers."
     if a == b: return True
@@ -318,5 +318,5 @@ def rerun(text: str,                 # names a run, see `find_run`
     comparison = compare(past, again, rtol, atol)
     comparison["same_notebook"] = past.config["notebook_sha256"] == again.config["notebook_sha256"]
     write_json(again.path/"comparison.json", comparison)
-    update(again.path, comparison=comparison["verdict"])
+    update(again.path, comparison=comparison["verdict"], profile=past.info.get("profile"))
     return again, comparison

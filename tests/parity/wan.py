@@ -23,6 +23,7 @@ def largest(values):
 
 def difference(pairs):
     "Largest |a - b| over (ours, golden) pairs; shapes must agree."
+    pairs = list(pairs)
     for ours, golden in pairs: assert ours.shape == golden.shape, f"{tuple(ours.shape)} against {tuple(golden.shape)}"
     return largest((ours.double() - golden.double()).abs().max().item() for ours, golden in pairs)
 

@@ -10,6 +10,7 @@ from camflow.files import InputError
 from camflow.rl.sampler import plan
 from tests.parity.rl import check
 
+torch.set_num_threads(1)
 GOLDENS = Path(__file__).parent / "goldens" / "rl"
 
 
@@ -115,3 +116,38 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
     both = torch.load(tmp_path / "result.pt", weights_only=True)
     assert both["gap"] == 0
     for name, p in alone.params.items(): assert torch.allclose(p, both["params"][name], atol=1e-6)
+
+
+def test_shared_noise_keeps_the_ratio_exact():
+    trainer = tiny_trainer(same_noise=True, window_low=1)
+    metrics = [trainer.step() for _ in range(3)]
+    assert all(m["first_ratio_gap"] == 0 for m in metrics)
+
+
+def brightness(samples): return torch.stack([sample.frames.unit().data.mean() for sample in samples])
+
+
+TINY_RECAM = {"model": "random", "groups": 2, "k": 2, "sampling_steps": 4, "window_high": 3, "steps": 2, "micro_batch": 2, "eval_conditions": 1, "conditions": 3, "lr": 1e-3}
+
+
+@pytest.mark.parametrize("arm", ["grpo", "finetune"])
+def test_recam_resumes_exactly(tmp_path, arm):
+    from camflow.rl.recam_grpo import main
+    from camflow.training.metric_writer import read_metrics
+    config = TINY_RECAM | {"arm": arm, "checkpoint_every": 1}
+    whole = main(config, tmp_path / "whole", brightness)
+    first = main(config | {"max_seconds": 1e-9}, tmp_path / "parts", brightness)
+    assert (first["status"], first["step"]) == ("time", 1)
+    second = main(config, tmp_path / "parts", brightness)
+    assert (second["resumed"], second["step"]) == (1, 2)
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert whole["held_out"] == second["held_out"] and len(read_metrics(tmp_path / "parts")) == 2
+
+
+def test_recam_refuses_what_cannot_work(tmp_path):
+    from camflow.rl.recam_grpo import main, parse
+    for config, advice in [({"arm": "dpo"}, "choose one of grpo"), ({"data": "videos"}, "needs root="), ({"rewardz": {}}, "unknown settings"),
+                           ({"arm": "finetune", "data": "videos", "root": "x"}, "needs true target videos"), ({"cameras": "paired"}, "data='multicam'")]:
+        with pytest.raises(InputError, match=advice): parse(config)
+    with pytest.raises(InputError, match="impossible batch plan"): main(TINY_RECAM | {"groups": 8}, tmp_path, brightness)

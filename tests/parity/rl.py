@@ -12,6 +12,7 @@ from camflow.rl.losses import masked_mean, mean_kl, ppo_loss
 from camflow.rl.rollout import rollout
 from camflow.rl.sampler import GroupSampler, plan
 from camflow.training.ema import EMA
+from camflow.wan.sampling import recam_sigmas
 
 SAMPLE, LOGP, EXACT, SINGLE = (1e-6, 0.0), (1e-6, 2e-6), (1e-12, 1e-12), (1e-6, 1e-6)  # (absolute, relative)
 
@@ -263,10 +264,24 @@ def ema(score, i, o):
     return NotImplemented
 
 
+def schedules(score, i, o):
+    "ReCam's schedule and the SD3 shift are one formula; other samplers' schedules come from diffusers."
+    sigmas = recam_sigmas(i["N"], i["shift"])
+    if i["scheduler"].startswith("diffsynth"): sigmas = sigmas[:-1]
+    elif i["scheduler"] != "sd3_time_shift": return NotImplemented
+    score.add(sigmas, o["sigmas"], SAMPLE)
+    wanted = torch.tensor(o["timesteps"], dtype=torch.float64)
+    times = 1000 * sigmas[:len(wanted)].double()
+    if i["scheduler"] == "sd3_time_shift": return score.add(times, wanted, (1.0, 0.0))  # the reference truncates to integers
+    score.add(times, wanted, (1e-3, 0.0))
+    rounded = times.float().bfloat16().double()
+    return score.same([int((times - t).abs().argmin()) for t in rounded], o["index_of_bf16_timestep"])
+
+
 TENSORS = {"sde_step_sd3": sde_step_sd3, "sde_step_wan": sde_step_wan, "cameraflow_step": cameraflow_step, "dance_mix_step": dance_mix_step,
            "grpo_loss_sd3": lambda *a: grpo_loss(*a, "flow"), "grpo_loss_wan": lambda *a: grpo_loss(*a, "wan"), "grpo_loss_cf": lambda *a: grpo_loss(*a, "wan"),
            "grpo_loss_dance_mix": grpo_loss_dance_mix, "rl_loop_tiny": rl_loop_tiny}
-LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema}
+LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema, "schedules": schedules}
 UNCOVERED = (float("nan"), 0.0, 0.0, None)
 
 

@@ -102,7 +102,7 @@ def _client(stop: Stop, env: dict, sockets: str):
         def execute(self, **kwargs): return super().execute(preexec_fn=lambda: die_with_parent(signal.SIGKILL), env=env, **kwargs)
     return Client
 
-# %% ../../nbs/lab/03_run.ipynb #273821ba
+# %% ../../nbs/lab/03_run.ipynb #c221f6a6
 def _watch(nb_man, on_cell):
     "Calls on_cell(number, total, heading) before each code cell."
     total, heading, start = sum(c.cell_type == "code" for c in nb_man.nb.cells), [""], nb_man.cell_start
@@ -127,6 +127,7 @@ def _papermill(notebook: Path, run_dir: Path, parameters: dict, env: dict, stop:
                 client = _client(stop, env, sockets)(nb_man, kernel_name="python3", startup_timeout=120, timeout=None, log=logging.getLogger("camflow.run"))
                 client.execute()
     papermill_engines.register("camflow", CamflowEngine)
+    logging.getLogger("camflow.run").setLevel(logging.CRITICAL)   # the verdict says it in our words
     logging.getLogger("papermill").setLevel(logging.ERROR)   # it warns of comments that hold an equals sign
     papermill.execute_notebook(str(notebook), str(run_dir/"run.ipynb"), parameters={**parameters, "run_dir": str(run_dir)}, engine_name="camflow", kernel_name="python3",
                                language="python", progress_bar=False, cwd=str(run_dir), autosave_cell_every=10)

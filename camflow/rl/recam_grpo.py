@@ -8,7 +8,7 @@ __all__ = ['REWARDS', 'Settings', 'parse', 'Clip', 'target_path', 'world_clips',
            'forwards_per_rollout', 'finetune_step', 'evaluation_clips', 'judged', 'compare', 'save_videos', 'build',
            'main', 'mean', 'conclude']
 
-# %% ../../nbs/rl/06_recam_grpo.ipynb #81d01731
+# %% ../../nbs/rl/06_recam_grpo.ipynb #2e46c9c1
 import functools
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +20,6 @@ from ..device import collective_backend, compute_dtype, device, generator
 from ..files import InputError, atomic_write, read_json, write_json
 from ..geometry.trajectory import PRESETS, preset, random_trajectory, rescale
 from ..media.frames import Frames
-from .losses import masked_mean
 from .rollout import RolloutCache, draw_noise
 from .sampler import Item, plan
 from .trainer import Clock, RLConfig, Trainer, choose_trainable, frame_statistics, reference
@@ -29,7 +28,7 @@ from ..training.metric_writer import MetricWriter
 
 # shape suffixes: T frames, f latent frames, B batch, C channels, 44 pose
 
-# %% ../../nbs/rl/06_recam_grpo.ipynb #4d8d7ff6
+# %% ../../nbs/rl/06_recam_grpo.ipynb #c4f9f0c1
 @dataclass
 class Settings:
     "What is trained on what, and how long."
@@ -48,7 +47,7 @@ class Settings:
     micro_batch: int = 8            # samples per forward
     updates: int = 1                # optimizer steps per rollout
     sampling_steps: int = 8         # N
-    shift: float = 5.0              # of the noise levels
+    shift: float = None             # of the noise levels; None: 3 for the tiny family, 5 for published weights
     guidance: float = 1.0           # text guidance; 1 = none (half the forwards)
     train: tuple = ("*attn1*", "*cam_encoder*", "*projector*", "*source_token*")  # patterns of trained names
     lora_rank: int = 0              # > 0: adapters on attn1, cam_encoder and projector instead
@@ -59,6 +58,7 @@ class Settings:
     eval_every: int = 0             # rollouts; 0 = only before and after
     photometric: bool = False       # also judge held-out world clips by photometric alignment, which no reward sees
     finetune_batch: int = None      # samples per optimizer step of the finetune arm; None: groups * k
+    finetune_shift: float = None    # its training levels; None: as the weights were trained (tiny 2, published 5)
     cache: bool = False             # keep rollouts on disk while debugging rewards
     checkpoint_every: int = 10
     keep: int = 2
@@ -70,7 +70,9 @@ class Settings:
         if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}")
         if self.cameras == "paired" and self.data != "multicam": raise InputError("cameras='paired' needs data='multicam'; use presets or random")
         if self.arm == "finetune" and (self.data == "videos" or self.data == "multicam" and self.cameras != "paired"): raise InputError("the finetune arm needs true target videos: data='world', or data='multicam' with cameras='paired'")
-        self.size, self.train = tuple(self.size), tuple(self.train)
+        self.size, self.train, tiny = tuple(self.size), tuple(self.train), self.model in ("tiny", "random")
+        if self.shift is None: self.shift = 3.0 if tiny else 5.0
+        if self.finetune_shift is None: self.finetune_shift = 2.0 if tiny else 5.0
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #3bb00aa0
 def parse(config: dict): # of the run; keys of Settings and RLConfig
@@ -241,7 +243,7 @@ def reward_from(s: Settings, cfg: RLConfig):
     both = combine(made)
     return both.parts if cfg.combine == "each" else both
 
-# %% ../../nbs/rl/06_recam_grpo.ipynb #7eb3081b
+# %% ../../nbs/rl/06_recam_grpo.ipynb #4bdfa5a1
 def forwards_per_rollout(s: Settings, cfg: RLConfig):
     "Forward passes (one sample each) that a GRPO step costs; guidance doubles the sampling and adds one per replay."
     passes = 1 if s.guidance == 1 else 2
@@ -250,8 +252,8 @@ def forwards_per_rollout(s: Settings, cfg: RLConfig):
 
 def finetune_step(trainer, s: Settings, cfg: RLConfig):
     "As many flow-matching steps as one rollout's compute buys; returns metrics."
-    from camflow.wan.sampling import add_noise, training_schedule, velocity
-    schedule, batch, clock, losses = training_schedule(shift=s.shift), s.finetune_batch or s.groups * s.k, Clock(), []
+    from camflow.wan.finetune import Levels, flow_loss
+    levels, batch, clock, losses = Levels(s.finetune_shift, "none" if s.model in ("tiny", "random") else "bsmntw"), s.finetune_batch or s.groups * s.k, Clock(), []
     worth = lambda rollouts: int(rollouts * forwards_per_rollout(s, cfg) // (3 * batch))
     first, last, rank, world = worth(trainer.done), worth(trainer.done + 1), trainer.rank, trainer.plan.world
     trainer.model.train()
@@ -264,11 +266,8 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):
                 cond = {k: torch.stack([trainer.conditions(i)[k] for i in indices]).to(trainer.device) for k in ("source", "camera", "context")}
                 clean = torch.stack([trainer.conditions.truth(i) for i in indices]).to(trainer.device)
                 noise = draw_noise(trainer.shape, [generator(cfg.seed, "finetune noise", row) for row in rows], trainer.device)
-                level = torch.stack([torch.randint(len(schedule.sigmas), (), generator=generator(cfg.seed, "finetune level", row)) for row in rows])
-                x = add_noise(clean, noise, schedule.sigmas[level].to(trainer.device))
-                v = trainer.network(x, schedule.timesteps[level].to(trainer.device), cond["context"], source=cond["source"], camera=cond["camera"]).float()
-                error = (v - velocity(clean, noise)).square().flatten(1).mean(1)
-                loss = masked_mean(error * schedule.weights[level].to(error), denominator=batch)
+                sigma, weight = (part.to(trainer.device) for part in levels.draw(cfg.seed, rows))
+                loss = flow_loss(trainer.network, clean, cond["source"], cond["camera"], cond["context"], noise, sigma, weight).sum() / batch
                 loss.backward()
                 total += float(loss.detach())
             losses.append((total, trainer.update()))

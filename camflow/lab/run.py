@@ -194,7 +194,7 @@ def child_environment(**extra: str) -> dict:
 def _execute(run_dir: Path, notebook: Path, injected: dict, timeout, progress: bool, resume: bool = False) -> Run:
     "Executes a prepared run: notebook, status, report, index."
     stop, failure, bar = Stop(), None, Progress(run_dir)
-    env = child_environment(CAMFLOW_RUN_DIR=str(run_dir), **({"CAMFLOW_RESUME": "1"} if resume else {}))
+    env = child_environment(CAMFLOW_RUN_DIR=str(run_dir), CAMFLOW_CWD=read_json(run_dir/"config.json").get("cwd", ""), **({"CAMFLOW_RESUME": "1"} if resume else {}))
     def on_cell(number, total, heading):
         bar.cell = f"cell {number}/{total} {heading}".rstrip()
         update(run_dir, cell=number, cells=total)
@@ -238,13 +238,15 @@ def run(name: str,                    # name of a run notebook, or a path ending
         root=None,                    # where runs go, default the reports folder
         timeout: float | None = None, # seconds for the whole run
         progress: bool = False,       # print progress on stderr
+        cwd: str | None = None,       # relative paths among the parameters start here, default the current folder
         **info) -> Run:               # further fields of run.json
     "Executes a run notebook; the returned run says how it ended. Bad input raises before anything starts."
     notebook, values, changed = prepare(name, profile, params)
     names = [str(p) for p in ([profile] if isinstance(profile, (str, Path)) else profile or [])]
     run_dir = new_run(notebook.stem, values, root, notebook=str(notebook), profile=", ".join(Path(n).stem if n.endswith((".yaml", ".yml")) else n for n in names) or None,
                       changed=changed, timeout=timeout, **info)
-    write_json(run_dir/"config.json", {"name": notebook.stem, "notebook": str(notebook), "notebook_sha256": sha256_file(notebook), "profile": names, "parameters": values})
+    write_json(run_dir/"config.json", {"name": notebook.stem, "notebook": str(notebook), "notebook_sha256": sha256_file(notebook), "profile": names, "parameters": values,
+                                         "cwd": cwd or os.getcwd()})
     return _execute(run_dir, notebook, changed, timeout, progress)
 
 # %% ../../nbs/lab/03_run.ipynb #c9543007
@@ -315,7 +317,7 @@ def rerun(text: str,                 # names a run, see `find_run`
     "Repeats a run from its config.json; returns the new run and the comparison (also in its comparison.json)."
     past = find_run(text, root)
     if "notebook" not in past.config: raise InputError(f"{past} was opened by hand and has no config.json of `camflow run`; start a new run")
-    again = run(_known_notebook(past.config), None, past.config["parameters"], root or past.path.parents[1], timeout, progress, rerun_of=str(past))
+    again = run(_known_notebook(past.config), None, past.config["parameters"], root or past.path.parents[1], timeout, progress, past.config.get("cwd"), rerun_of=str(past))
     comparison = compare(past, again, rtol, atol)
     comparison["same_notebook"] = past.config["notebook_sha256"] == again.config["notebook_sha256"]
     write_json(again.path/"comparison.json", comparison)

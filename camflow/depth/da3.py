@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..files import InputError, atomic_write, read_json, write_json
 
-# %% ../../nbs/depth/00_da3.ipynb #bf31371d
+# %% ../../nbs/depth/00_da3.ipynb #83d9c0d7
 @dataclass(frozen=True)
 class DA3Config:
     "Everything that fixes the tensors' names and shapes."
@@ -41,7 +41,6 @@ class DA3Config:
     head_channels: tuple = (48, 96, 192, 384)
     cam_dec: bool = True
     cam_enc: bool = True
-    in_channels: int = 3             # of the images; more for extra maps such as flow
 
     @property
     def width(self): return self.embed_dim if self.alt_start < 0 else 2 * self.embed_dim  # channels handed to the heads
@@ -49,7 +48,7 @@ class DA3Config:
     @property
     def grid(self): return self.img_size // self.patch_size
 
-# %% ../../nbs/depth/00_da3.ipynb #cebb07b0
+# %% ../../nbs/depth/00_da3.ipynb #5dc5d61e
 _LARGE = dict(embed_dim=1024, depth=24, num_heads=16, head_features=256, head_channels=(256, 512, 1024, 1024))
 CONFIGS = {
     "da3-small": DA3Config(),
@@ -58,8 +57,8 @@ CONFIGS = {
     "da3-giant": DA3Config(**{**_LARGE, "embed_dim": 1536, "depth": 40, "num_heads": 24}, ffn="swiglu", alt_start=13, out_layers=(19, 27, 33, 39)),
     "da3metric-large": DA3Config(**_LARGE, alt_start=-1, out_layers=(4, 11, 17, 23), head="sky", cam_dec=False, cam_enc=False),
     "da3mono-large": DA3Config(**_LARGE, alt_start=-1, out_layers=(4, 11, 17, 23), head="sky", cam_dec=False, cam_enc=False),
-    # a network that fits a laptop's core: pose only, 3x5 patches of colours and flow (see camflow.depth.pose_train)
-    "da3-tiny-pose": DA3Config(96, 6, 3, img_size=70, alt_start=2, out_layers=(5,), head=None, cam_enc=False, in_channels=5),
+    # fits a test: pose only
+    "da3-tiny": DA3Config(96, 6, 3, img_size=98, alt_start=2, out_layers=(5,), head=None, cam_enc=False),
 }
 
 # %% ../../nbs/depth/00_da3.ipynb #caeeb264
@@ -201,22 +200,22 @@ def take_views(x: Tensor, order_BS: Tensor) -> Tensor:
     "x [B,S,...] with its views in the given order; `take_views(y, order.argsort(1))` undoes it."
     return x.gather(1, order_BS.reshape(*order_BS.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
-# %% ../../nbs/depth/00_da3.ipynb #1e945270
+# %% ../../nbs/depth/00_da3.ipynb #72d6e078
 class PatchEmbed(nn.Module):
     "One linear map per patch, written as a strided convolution."
-    def __init__(self, dim, patch, channels=3):
+    def __init__(self, dim, patch):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, patch)
+        self.proj = nn.Conv2d(3, dim, patch, patch)
 
     def forward(self, x): return self.proj(x).flatten(2).transpose(1, 2)
 
-# %% ../../nbs/depth/00_da3.ipynb #653ae75b
+# %% ../../nbs/depth/00_da3.ipynb #ec006faa
 class Backbone(nn.Module):
     "DINOv2 vision transformer with alternating single-view and all-view attention."
     def __init__(self, config: DA3Config):
         super().__init__()
         self.config, C = config, config.embed_dim
-        self.patch_embed = PatchEmbed(C, config.patch_size, config.in_channels)
+        self.patch_embed = PatchEmbed(C, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, C))
         self.alternates = config.alt_start >= 0

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REWARDS', 'Settings', 'parse', 'Clip', 'target_path', 'world_clips', 'multicam_clips', 'video_clips', 'Parts',
            'load_parts', 'Conditions', 'make_fn', 'add_lora', 'decoder', 'to_sample', 'reward_from',
-           'forwards_per_rollout', 'finetune_step', 'evaluation_clips', 'judged', 'compare', 'save_videos', 'build',
-           'main', 'mean', 'conclude']
+           'forwards_per_rollout', 'finetune_step', 'evaluation_clips', 'judged', 'compare', 'save_clips', 'read_clips',
+           'build', 'main', 'mean', 'conclude']
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #2e46c9c1
 import functools
@@ -152,9 +152,9 @@ def load_parts(s: Settings):
         transformer, vae = tiny_recam(0), tiny_vae(0)
         encode = lambda prompts: torch.stack([torch.randn(16, transformer.config.text_dim, generator=generator("text", p)) for p in prompts])
     else:
-        from camflow.wan.generate import load_parts as load_networks
-        networks = load_networks("" if s.model == "tiny" else s.model, dtype=compute_dtype())
-        transformer, vae, encode = networks.transformer, networks.vae, networks.text.encode
+        from camflow.wan.generate import load_pipeline
+        pipe = load_pipeline("" if s.model == "tiny" else s.model, dtype=compute_dtype())
+        transformer, vae, encode = pipe.transformer, pipe.vae, pipe.text.encode
     vae.requires_grad_(False).eval().to(device())
     return Parts(transformer.to(device()).eval(), vae, encode)
 
@@ -289,15 +289,17 @@ def evaluation_clips(s: Settings, cfg: RLConfig):
 
 
 def judged(trainer, s, conditions, held):
-    "({name: values}, uint8 videos [M,T,3,H,W]) of the averaged weights."
+    "({name: values per request}, {videos uint8 [M,T,3,H,W], poses [M,n,4,4] read}) of the averaged weights."
     values, status, samples = trainer.evaluate(range(s.eval_conditions), conditions=conditions)
     videos = torch.stack([sample.frames.byte().data for sample in samples])
     values = {name: one.tolist() for name, one in values.items()}
-    if held is not None and s.photometric:
+    tensors = {"videos": videos}
+    if held is not None:
         from camflow.wan.evaluate import judge, photometric_reader
-        table, _ = judge(videos, held, {"photometric": photometric_reader(held)})
-        values |= {name: table[name].tolist() for name in table.columns if name != "kind"}
-    return values, videos
+        table, poses = judge(videos, held, {"photometric": photometric_reader(held)} if s.photometric else {})
+        values |= {name: table[name].tolist() for name in table.columns}
+        if poses: tensors["poses"] = torch.as_tensor(poses["photometric"]).float()
+    return values, tensors
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #2e745300
 def compare(before, after, seed=0): # {name: values per held-out condition}
@@ -305,16 +307,23 @@ def compare(before, after, seed=0): # {name: values per held-out condition}
     from camflow.metrics.statistics import paired_bootstrap
     result = {}
     for name in after:
+        if any(isinstance(v, str) for v in after[name]): continue
         a, b = (torch.tensor([float("nan") if v is None else v for v in values[name]], dtype=torch.float64) for values in (before, after))
         gap = paired_bootstrap(a.numpy(), b.numpy(), seed=seed)
         result[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "difference": gap.estimate, "low": gap.low, "high": gap.high, "missing": gap.missing}
     return result
 
 
-def save_videos(path, **videos): # {name: uint8 [M,T,3,H,W]}
-    "Sample clips for the report."
+def save_clips(path, **tensors): # videos uint8 [M,T,3,H,W], poses [M,n,4,4], ...
+    "What the report shows of a judgement."
     from safetensors.torch import save
-    with atomic_write(path) as file: file.write(save({name: value.contiguous() for name, value in videos.items()}))
+    with atomic_write(path) as file: file.write(save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def read_clips(path): # before.safetensors or after.safetensors of an arm
+    "{name: tensor} as written by `save_clips`."
+    from safetensors.torch import load_file
+    return load_file(path)
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #70bf7d3d
 def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the configured rewards
@@ -352,8 +361,8 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
     writer = MetricWriter(run_dir, resume_step=trainer.done) if lead else None
     if lead and not (run_dir / "before.json").exists():
         if resumed: raise InputError(f"{run_dir}/before.json is missing, so before and after cannot be compared; start a new run folder")
-        values, videos = judged(trainer, s, held_conditions, held)
-        save_videos(run_dir / "before.safetensors", videos=videos)
+        values, tensors = judged(trainer, s, held_conditions, held)
+        save_clips(run_dir / "before.safetensors", **tensors)
         write_json(run_dir / "before.json", values)
     status, silent = "done", 0
     one_step = (lambda: finetune_step(trainer, s, trainer.cfg)) if s.arm == "finetune" else trainer.step
@@ -365,7 +374,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
             if silent == 3: raise RuntimeError(f"no reward gave a valid score in three rollouts, last at step {trainer.done} ({ {k: v for k, v in metrics.items() if k.startswith('status_')} }); check the reward servers or the reward's options")
             if lead: writer.log(trainer.done, **metrics, step_seconds=time.monotonic() - begun)
             if lead and s.eval_every and trainer.done % s.eval_every == 0:
-                writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in judged(trainer, s, held_conditions, held)[0].items()})
+                writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in judged(trainer, s, held_conditions, held)[0].items() if name != "kind"})
             late = bool(s.max_seconds) and time.monotonic() - started > s.max_seconds
             end = trainer.largest(2.0 if signals else float(late))
             if end or trainer.done % s.checkpoint_every == 0 or trainer.done == s.steps:
@@ -389,9 +398,12 @@ def conclude(trainer, s, conditions, held, run_dir):
     "The second judgement, the comparison, and the averaged weights."
     from safetensors.torch import save
     before = read_json(run_dir / "before.json")
-    after, videos = judged(trainer, s, conditions, held)
+    after, tensors = judged(trainer, s, conditions, held)
     write_json(run_dir / "after.json", after)
-    save_videos(run_dir / "after.safetensors", videos=videos, source=torch.stack([conditions(i)["clip"].source.byte().data for i in range(s.eval_conditions)]))
+    clips = [conditions(i)["clip"] for i in range(s.eval_conditions)]
+    tensors |= {"source": torch.stack([clip.source.byte().data for clip in clips]), "asked": torch.stack([clip.path_T44 for clip in clips]).float()}
+    if clips[0].truth is not None: tensors["truth"] = torch.stack([clip.truth.byte().data for clip in clips])
+    save_clips(run_dir / "after.safetensors", **tensors)
     with atomic_write(run_dir / "weights.safetensors") as file: file.write(save({name: value.contiguous() for name, value in trainer.ema.shadow.items()}))
     return {"held_out": compare(before, after), "trained_parameters": sum(p.numel() for p in trainer.params.values())}
 

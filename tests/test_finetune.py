@@ -14,7 +14,7 @@ from camflow.data.cache import LatentCache, fill, fill_texts, texts
 from camflow.files import InputError
 from camflow.training.checkpoint import load_checkpoint
 from camflow.wan import finetune
-from camflow.wan.finetune import Levels, LatentScenes, cached_latents, export_recam, flow_loss, main, prepare_trained, world_scenes
+from camflow.wan.finetune import Levels, LatentScenes, export_recam, flow_loss, main, world_scenes
 from camflow.wan.recam import ReCamTransformer3DModel, tiny_recam
 from camflow.wan.text import build_tiny_text
 from camflow.wan.vae import tiny_vae
@@ -186,3 +186,33 @@ def test_tiny_recam_beats_copying(base):
     scenes = LatentScenes(list(latents), poses, torch.zeros(16, 8, 64), bank.captions)
     numbers = finetune.compare(model, scenes, vae, lambda s, n: signed(bank.images(s, n)), count=16)
     assert numbers["psnr_sample"] > numbers["psnr_copy"] + 1 and numbers["psnr_sample"] > numbers["psnr_wrong_camera"] + 0.5, numbers
+
+
+def test_finetune_on_a_multicam_folder(base, tmp_path):
+    "The published data layout, end to end: read, encode once, train ReCam's part, resume from the caches."
+    from camflow.data.multicam import MultiCamVideo
+    from camflow.world.write import write_multicam
+    write_multicam(tmp_path/"data", scenes=2, frames=9, cameras=3, val=False)
+    config = {**base, "data": "multicam", "root": str(tmp_path/"data"), "trained": "recam", "cache_folder": str(tmp_path/"cache"), "steps": 2}
+    assert main(config, tmp_path/"run").step == 2
+    data = MultiCamVideo(tmp_path/"data")
+    _, vae, text, scenes, held_out, _ = finetune.datasets(configuration(config, finetune.DEFAULTS), tmp_path/"run")
+    assert held_out is None and len(scenes) == 2 and scenes.latents[0].shape == (3, 16, 3, 6, 10)
+    names = data.videos(data.scenes[1])
+    item = data.load(data.scenes[1], names[2], names[0])
+    torch.testing.assert_close(scenes.condition(1, 2, 0), item.camera, atol=1e-5, rtol=1e-5)
+    encoded = finetune._encoder(vae)([item.target.signed().data.transpose(0, 1)])["latents"][0]
+    torch.testing.assert_close(scenes.latents[1][0], encoded, atol=2e-3, rtol=2e-3)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    args = [draw(1, 16, 3, 6, 10), draw(1, 16, 3, 6, 10), draw(1, 3, 12), draw(1, 4, 64), draw(1, 16, 3, 6, 10), torch.tensor([0.4]), torch.ones(1)]
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_recam(0, num_layers=2).train()
+        if checkpointing: model.enable_gradient_checkpointing()
+        flow_loss(model, *args).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) and all(torch.equal(a, b) for a, b in zip(*grads))

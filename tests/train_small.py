@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from camflow.device import generator
 from camflow.training.loop import TrainConfig, fit, item_noise, positions, run_main, shuffled
 
 DATA = torch.randn(23, 5, generator=torch.Generator().manual_seed(1))  # an epoch is no multiple of the batch

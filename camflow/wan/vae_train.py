@@ -144,7 +144,7 @@ def export_vae(run_dir,       # folder of the run
     (out/"card.md").write_text(CARD.format(parameters=size, scenes=scenes, cameras=cameras, last=scenes - 1, held_out=HELD_OUT, **numbers), encoding="utf-8")
     return numbers
 
-# %% ../../nbs/wan/08_vae_train.ipynb #e387c0ac
+# %% ../../nbs/wan/08_vae_train.ipynb #25fc8787
 DEFAULTS = dict(steps=3000, batch_size=4, lr=2e-3, warmup=50, schedule="cosine", final_lr=0.02, weight_decay=0., betas=(0.9, 0.99), grad_clip=1.,
                 ema_decay=0.995, checkpoint_every=0, checkpoint_seconds=60., log_every=10, validate_every=250,
                 scenes=3000, cameras=4, held_out=64, clips_folder=None, short_frames=5, short_share=0.7, mse=1., gradient=0.5, kl=1e-4, start=None, trained="all", export=None)
@@ -156,7 +156,7 @@ def configuration(config: dict, defaults: dict): # given values; all keys with t
     if unknown: raise InputError(f"unknown configuration keys {unknown}; known: {sorted(defaults)} and the fields of TrainConfig")
     return {**defaults, **config}
 
-
+# %% ../../nbs/wan/08_vae_train.ipynb #add4869a
 def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
          run_dir):     # folder of the run
     "Trains the tiny VAE; with `export` set, writes it there at the end."

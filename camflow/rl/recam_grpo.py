@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..device import collective_backend, compute_dtype, device, generator
+from ..device import collective_backend, compute_dtype, device, generator, memory_stats
 from ..files import InputError, atomic_write, read_json, write_json
 from ..geometry.trajectory import PRESETS, preset, random_trajectory, rescale
 from ..media.frames import Frames
@@ -385,7 +385,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
     result = {"status": status, "arm": s.arm, "step": trainer.done, "resumed": first, "settings": asdict(s), "algorithm": asdict(trainer.cfg)}
     if lead and status != "stopped": result |= conclude(trainer, s, held_conditions, held, run_dir)
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier()
-    return result | {"seconds": time.monotonic() - started}
+    return result | {"seconds": time.monotonic() - started, "peak_memory_gb": memory_stats()["peak_bytes"] / 2**30}
 
 
 def mean(values):

@@ -165,6 +165,7 @@ class Conditions:
         self.load, self.length, self.parts, self.guidance = load, length, parts, guidance
         self.get = functools.lru_cache(remember)(self.prepare)
         self.text = functools.lru_cache(remember)(lambda prompt: parts.encode([prompt])[0].cpu())
+        self.truth = functools.lru_cache(remember)(lambda index: self.latents(self(index)["clip"].truth)) # latents of the target video
 
     def __call__(self, index): return self.get(index)
 
@@ -180,11 +181,6 @@ class Conditions:
         stride = self.parts.vae.config.scale_factor_temporal
         made = {"source": self.latents(clip.source), "camera": clip.path_T44[::stride, :3].reshape(-1, 12).float(), "context": self.text(clip.prompt), "clip": clip}
         return made | ({"negative": self.text(NEGATIVE_PROMPT)} if self.guidance != 1 else {})
-
-    @functools.lru_cache(256)
-    def truth(self, index):
-        "Latents of the target video."
-        return self.latents(self(index)["clip"].truth)
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #00f143ed
 def make_fn(guidance: float = 1.0): # text guidance

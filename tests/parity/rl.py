@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from camflow.rl.advantage import advantage, best_of
-from camflow.rl.kernels import Kernel, coefficients, log_prob, ode_step, sde_step
+from camflow.rl.kernels import Kernel, log_prob, sde_step
 from camflow.rl.losses import masked_mean, mean_kl, ppo_loss
 from camflow.rl.rollout import rollout
 from camflow.rl.sampler import GroupSampler, plan

@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "goldens" / "da3"
 def test_parity_with_the_reference():
     results = parity.check(GOLDENS)
     ran = {k: r for k, r in results.items() if r[3] is not None}
-    assert {"full_tiny", "full_tiny_swiglu", "trace_tiny", "nested_tiny", "rope_d64", "ref_view", "pose_encoding"} <= set(ran)
+    assert {"full_tiny", "full_tiny_swiglu", "trace_tiny", "nested_tiny", "rope_d64", "ref_view", "pose_encoding", "ray_pose_24x32", "preprocess_down", "preprocess_sizes"} <= set(ran)
     assert all(r[3] for r in ran.values()), {k: r for k, r in ran.items() if not r[3]}
 
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'FRAMES', 'GRID', 'UNIT', 'PATH_UNIT', 'DEFAULTS', 'contrast', 'step_flow', 'features', 'rotation_vector',
            'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'degrade', 'draw_path',
-           'make_item', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'estimate_batch', 'estimate_cameras',
-           'judge', 'headline', 'evaluate', 'save_pose', 'load_pose', 'card', 'vary', 'main', 'export']
+           'make_item', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'fill_poses', 'estimate_batch',
+           'estimate_cameras', 'judge', 'headline', 'evaluate', 'save_pose', 'load_pose', 'card', 'vary', 'main',
+           'export']
 
 # %% ../../nbs/depth/02_pose_train.ipynb #0afb2b7f
 import math
@@ -262,8 +263,8 @@ def _to_side(x_T3HW: Tensor) -> Tensor:
     top, left = (h - SIDE[0]) // 2, (w - SIDE[1]) // 2
     return x[..., top:top + SIDE[0], left:left + SIDE[1]].round().clamp(0, 255).to(torch.uint8)
 
-# %% ../../nbs/depth/02_pose_train.ipynb #e0f68ea6
-def _fill(poses_S44: Tensor, index: list, total: int) -> Tensor:
+# %% ../../nbs/depth/02_pose_train.ipynb #a7940420
+def fill_poses(poses_S44: Tensor, index: list, total: int) -> Tensor:
     "Poses of all frames from those at `index`, along screws."
     from camflow.geometry.camera import se3_exp, se3_log
     if len(index) == total: return poses_S44
@@ -283,7 +284,7 @@ def estimate_batch(model: PoseNet, clips) -> Tensor:  # clips: Frames or uint8 [
     index = torch.linspace(0, total - 1, min(total, FRAMES)).round().long().tolist()
     small = [_to_side(c[index].cpu()) for c in clips]
     flow, colour = zip(*[features(c, torch.from_numpy(step_flow(c.numpy()))) for c in small])
-    return torch.stack([_fill(p, index, total) for p in model.predict(torch.stack(flow), torch.stack(colour))])
+    return torch.stack([fill_poses(p, index, total) for p in model.predict(torch.stack(flow), torch.stack(colour))])
 
 
 def estimate_cameras(model: PoseNet, frames) -> Tensor:  # Frames or uint8 [T,3,H,W]

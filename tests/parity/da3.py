@@ -1,12 +1,13 @@
 """Depth Anything 3 against its reference: `check(folder)` compares every case of a folder of goldens (network kinds, preprocessing sizes)."""
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from camflow.depth import da3, da3_head
+from camflow.depth import da3, da3_head, da3_video
 from tests.parity.seeded import seeded_array
 
 NETWORK, UNIT, FOCAL = 5e-5, 2e-6, 1e-4  # pass lines of the goldens' README: |a-b| <= tolerance * max(1,|b|); intrinsics relative to |b|
@@ -129,7 +130,47 @@ def nested(folder, case, x):
     return {f"anyview_{k}": out[k] for k in names} | {"metric_depth": metric["depth"], "metric_sky": metric["sky"]} | {k: final[k] for k in (*names, "scale_factor")}
 
 
-KINDS = {f.__name__: f for f in (backbone, full, pos_embed, rope, attention, norms, ref_view, cam_dec, pose_encoding, cam_enc, head, uv_embed, nested)} | {"trace": backbone}
+def ray_pose(folder, case, x):
+    out = da3_video.camera_from_rays(x["ray"][0], x["ray_conf"][0], (case["params"]["H"], case["params"]["W"]), x["sample_index"])
+    return {k: v[None] for k, v in out.items()}
+
+
+def preprocess(folder, case, x):
+    images = [x[k].numpy() for k in sorted(x) if k.startswith("image")]
+    tensor, K = da3_video.preprocess(images, case["params"]["process_res"], case["params"]["method"], x["intrinsics"].numpy() if "intrinsics" in x else None)
+    return {"tensor": tensor[0]} | ({} if K is None else {"intrinsics": K[0]})
+
+
+def size_table(path):
+    "Largest difference of sizes and intrinsics of a table of images."
+    worst = 0.0
+    for row in json.loads(path.read_text()):
+        i, want = row["input"], row["output"]
+        first, last = da3_video.process_sizes(i["height"], i["width"], i["process_res"], i["method"])
+        _, K = da3_video.process_image(np.zeros((i["height"], i["width"], 3), np.uint8), i["process_res"], i["method"], i["K"])
+        same = list(first[::-1]) == want["after_bound"] and list(last[::-1]) == want["final_wh"]
+        worst = max(worst, float(np.abs(K - want["K"]).max()) if same else float("inf"))
+    return (worst, 1e-9, 0.0, worst <= 1e-9)
+
+
+def preprocess_504(path):
+    "Grey levels of large synthetic images; another OpenCV build may differ by one."
+    worst = 0.0
+    for row in json.loads(path.read_text()):
+        i, want = row["input"], row["output"]
+        y, x = np.mgrid[:i["height"], :i["width"]].astype(np.int64)
+        a, b, c, d = i["coef"]
+        image = np.stack([(a * x + b * y + x * y // 64) % 256, (c * x + d * y + x * x // 97) % 256, (x // 7 * 5 + y // 5 * 11) % 256], -1).astype(np.uint8)
+        out, _ = da3_video.process_image(image, i["process_res"], i["method"])
+        if [out.shape[1], out.shape[0]] != want["wh"]: return (float("inf"), 1.0, 0.0, False)
+        if hashlib.sha256(np.ascontiguousarray(out).tobytes()).hexdigest() == want["sha256_u8_hwc"]: continue
+        step = want["sample_step"]
+        worst = max(worst, float(np.abs(out[::step, ::step].astype(int) - np.array(want["sample_u8"])).max()))
+    return (worst, 1.0, 0.0, worst <= 1.0)
+
+
+FILES = {"size_table": size_table, "preprocess_504": preprocess_504}
+KINDS = {f.__name__: f for f in (backbone, full, pos_embed, rope, attention, norms, ref_view, cam_dec, pose_encoding, cam_enc, head, uv_embed, nested, ray_pose, preprocess)} | {"trace": backbone}
 UNITS = ("pos_embed", "rope", "norms", "uv_embed")
 
 
@@ -158,7 +199,8 @@ def check(folder) -> dict:
     with torch.inference_mode():
         for name, case in sorted(goldens.cases.items(), key=lambda item: str(item[1].get("config"))):
             kind = case["kind"]
-            if kind not in KINDS: out[name] = (float("nan"), 0.0, 0.0, None)
+            if kind in FILES: out[name] = FILES[kind](goldens.path / case["file"])
+            elif kind not in KINDS: out[name] = (float("nan"), 0.0, 0.0, None)
             elif not (goldens.path / f"{name}.safetensors").exists(): out[name] = (float("nan"), 0.0, 0.0, None)
             else:
                 x, want = goldens.tensors(name)

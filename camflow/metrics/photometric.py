@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COARSE', 'MIDDLE', 'FINE', 'BLURS', 'RETRY', 'MAX_RESIDUAL', 'RIVAL', 'blur', 'motion_field', 'step', 'Aligner',
-           'residual', 'align_level', 'align_frame', 'PhotometricPose', 'photometric_pose', 'pose_difference',
-           'calibration']
+           'residual', 'align_level', 'pose_difference', 'calibration', 'align_frame', 'PhotometricPose',
+           'photometric_pose']
 
 # %% ../../nbs/metrics/03_photometric.ipynb #7bbcdb3a
 from dataclasses import dataclass
@@ -125,6 +125,41 @@ def align_level(aligner: Aligner, frame, c2w_44,   # view; frame [3,H,W] already
             damping = max(damping * 20, 1e-2)
             if damping > 1e3 or np.abs(twist).max() < tolerance: break
     return c2w_44, cost
+
+# %% ../../nbs/metrics/03_photometric.ipynb #c20fb21e
+def pose_difference(a_44, b_44): # two poses
+    "Angle in degrees and distance in metres between two poses."
+    R = a_44[:3, :3].T @ b_44[:3, :3]
+    vee = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
+    return float(np.degrees(np.arctan2(np.linalg.norm(vee) / 2, (np.trace(R) - 1) / 2))), float(np.linalg.norm(a_44[:3, 3] - b_44[:3, 3]))
+
+
+def calibration(scenes: int = 5, frames: int = 3,        # scenes and frames per cell
+                errors=((0., 0.), (2., .1), (5., .3), (10., .6)), # degrees and metres between asked and shown pose
+                blurs=(0., 1., 2., 3.),                  # Gaussian width, pixels
+                noise: float = .02,                      # standard deviation of pixel noise, range 0..1
+                size=(48, 80), detail: float = .5, seed: int = 0): # frames; texture detail, .5 is that of the tiny family
+    "Table of read errors: one row per known pose error and blur (median and 90 % over frames)."
+    import pandas as pd
+    rng, K, times, rows = np.random.default_rng(seed), default_K(size), np.arange(frames) / 8, []
+    for degrees, metres in errors:
+        for width in blurs:
+            read = []
+            for number in range(scenes):
+                scene = random_scene(3_000_000 + number, detail=detail)
+                truth = np.stack([step(scene.start, i * .02 * rng.standard_normal(6)) for i in range(frames)])
+                axis, shift = rng.standard_normal(3), rng.standard_normal(3)
+                off = np.concatenate([np.radians(degrees) * axis / np.linalg.norm(axis), metres * shift / np.linalg.norm(shift)])
+                video = blur(render_clips(scene, [(truth, K)], times, size)[0] / 255., width)
+                video = np.clip(video + noise * rng.standard_normal(video.shape), 0, 1)
+                result = photometric_pose(video, scene, times, np.stack([step(p, off) for p in truth]), K)
+                read += [(*pose_difference(p, q), s, c) for p, q, s, c in zip(result.c2w, truth, result.status, result.residual)]
+            good = np.array([r[:2] for r in read if r[2] == "ok"]).reshape(-1, 2)
+            stat = lambda q, c: float(np.quantile(good[:, c], q)) if len(good) else np.nan
+            rows.append({"asked_off_deg": degrees, "asked_off_m": metres, "blur_px": width, "read_rot_deg_median": stat(.5, 0), "read_rot_deg_p90": stat(.9, 0),
+                         "read_trans_m_median": stat(.5, 1), "read_trans_m_p90": stat(.9, 1), "residual_median": float(np.nanmedian([r[3] for r in read])),
+                         "failed": sum(r[2] != "ok" for r in read), "frames": len(read)})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/03_photometric.ipynb #bcc907a1
 COARSE, MIDDLE, FINE = (3., 8), (3., 8), (1., 6) # blur in pixels of the level, renderings at most
@@ -247,38 +282,3 @@ def photometric_pose(frames,              # Frames of T frames, or floats in 0..
         if rows[-1][1] == "ok": found.append(rows[-1][0])
     pose, status, cost, extra, reasons = zip(*rows)
     return PhotometricPose(np.stack(pose), list(status), np.array(cost), np.array(extra), list(reasons))
-
-# %% ../../nbs/metrics/03_photometric.ipynb #c20fb21e
-def pose_difference(a_44, b_44): # two poses
-    "Angle in degrees and distance in metres between two poses."
-    R = a_44[:3, :3].T @ b_44[:3, :3]
-    vee = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
-    return float(np.degrees(np.arctan2(np.linalg.norm(vee) / 2, (np.trace(R) - 1) / 2))), float(np.linalg.norm(a_44[:3, 3] - b_44[:3, 3]))
-
-
-def calibration(scenes: int = 5, frames: int = 3,        # scenes and frames per cell
-                errors=((0., 0.), (2., .1), (5., .3), (10., .6)), # degrees and metres between asked and shown pose
-                blurs=(0., 1., 2., 3.),                  # Gaussian width, pixels
-                noise: float = .02,                      # standard deviation of pixel noise, range 0..1
-                size=(48, 80), detail: float = .5, seed: int = 0): # frames; texture detail, .5 is that of the tiny family
-    "Table of read errors: one row per known pose error and blur (median and 90 % over frames)."
-    import pandas as pd
-    rng, K, times, rows = np.random.default_rng(seed), default_K(size), np.arange(frames) / 8, []
-    for degrees, metres in errors:
-        for width in blurs:
-            read = []
-            for number in range(scenes):
-                scene = random_scene(3_000_000 + number, detail=detail)
-                truth = np.stack([step(scene.start, i * .02 * rng.standard_normal(6)) for i in range(frames)])
-                axis, shift = rng.standard_normal(3), rng.standard_normal(3)
-                off = np.concatenate([np.radians(degrees) * axis / np.linalg.norm(axis), metres * shift / np.linalg.norm(shift)])
-                video = blur(render_clips(scene, [(truth, K)], times, size)[0] / 255., width)
-                video = np.clip(video + noise * rng.standard_normal(video.shape), 0, 1)
-                result = photometric_pose(video, scene, times, np.stack([step(p, off) for p in truth]), K)
-                read += [(*pose_difference(p, q), s, c) for p, q, s, c in zip(result.c2w, truth, result.status, result.residual)]
-            good = np.array([r[:2] for r in read if r[2] == "ok"]).reshape(-1, 2)
-            stat = lambda q, c: float(np.quantile(good[:, c], q)) if len(good) else np.nan
-            rows.append({"asked_off_deg": degrees, "asked_off_m": metres, "blur_px": width, "read_rot_deg_median": stat(.5, 0), "read_rot_deg_p90": stat(.9, 0),
-                         "read_trans_m_median": stat(.5, 1), "read_trans_m_p90": stat(.9, 1), "residual_median": float(np.nanmedian([r[3] for r in read])),
-                         "failed": sum(r[2] != "ok" for r in read), "frames": len(read)})
-    return pd.DataFrame(rows)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'FRAMES', 'GRID', 'UNIT', 'PATH_UNIT', 'DEFAULTS', 'contrast', 'step_flow', 'features', 'rotation_vector',
            'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'degrade', 'draw_path',
-           'make_item', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'fill_poses', 'estimate_batch',
-           'estimate_cameras', 'judge', 'headline', 'evaluate', 'save_pose', 'load_pose', 'card', 'vary', 'main',
-           'export']
+           'make_item', 'vae_round_trip', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'fill_poses',
+           'estimate_batch', 'estimate_cameras', 'judge', 'headline', 'evaluate', 'save_pose', 'load_pose', 'card',
+           'vary', 'main', 'export']
 
 # %% ../../nbs/depth/02_pose_train.ipynb #0afb2b7f
 import math
@@ -145,7 +145,7 @@ def degrade(frames_T3HW: Tensor,  # uint8
     if u[10] < 0.6: x = x + 0.04 * u[11] * torch.randn(x.shape, generator=g)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../../nbs/depth/02_pose_train.ipynb #a86463ea
+# %% ../../nbs/depth/02_pose_train.ipynb #ec8396cb
 def draw_path(g: torch.Generator, frames: int = FRAMES) -> tuple:
     "A camera path relative to frame 0 [T,4,4] float64 and its kind: a preset at scale 0..1.5, a smooth random path, or none."
     from camflow.geometry.trajectory import PRESETS, preset, random_trajectory, rescale, static
@@ -159,7 +159,8 @@ def draw_path(g: torch.Generator, frames: int = FRAMES) -> tuple:
 def make_item(seed: int,           # of the item; scenes from HELD_OUT on are for validation
               clean: float = 0.25, # share of undegraded clips
               sigma: float = 0.0,  # a fixed blur instead, pixels
-              path=None            # camera path; None: drawn
+              path=None,           # camera path; None: drawn
+              through=None         # what the frames go through last, see `vae_round_trip`
              ):
     "(frames uint8 [T,3,H,W], flow float32 [T,2,H,W], c2w float32 [T,4,4], kind) of one training clip."
     from camflow.world.clips import scene_clips
@@ -168,17 +169,36 @@ def make_item(seed: int,           # of the item; scenes from HELD_OUT on are fo
     clip = scene_clips(seed, [(path, kind)], SIDE)
     frames = torch.from_numpy(clip.frames_NT3HW[0])
     frames = degrade(frames, g, clean) if not sigma else (blur(frames.float(), sigma)).round().clamp(0, 255).to(torch.uint8)
+    if through: frames = through(frames, g)
     return frames.numpy(), step_flow(frames.numpy()), clip.c2w_NT44[0].astype(np.float32), kind
 
-# %% ../../nbs/depth/02_pose_train.ipynb #f17fe54e
+# %% ../../nbs/depth/02_pose_train.ipynb #914d0376
+def vae_round_trip(folder="tiny", noise: float = 0.4):  # a diffusers AutoencoderKLWan, "tiny": this repository's; largest deviation of the latents' noise
+    "A function (uint8 frames [T,3,H,W], generator) -> uint8 frames that encodes and decodes."
+    from diffusers import AutoencoderKLWan
+    if folder == "tiny":
+        from camflow.assets import tiny_path
+        folder = tiny_path("vae")
+    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def through(frames: Tensor, g: torch.Generator) -> Tensor:
+        z = vae.encode((frames[None].float() / 127.5 - 1).transpose(1, 2)).latent_dist.mode()
+        u = torch.rand(2, generator=g).tolist()
+        if u[0] < 0.5: z = z + noise * u[1] * torch.randn(z.shape, generator=g)
+        return ((vae.decode(z).sample[0].transpose(0, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    return through
+
+# %% ../../nbs/depth/02_pose_train.ipynb #00471bbb
 class Bank:
     "Features and poses of the items first .. first+count-1; made once, found again later, and as far as they go after an interruption."
-    def __init__(self, folder, first: int = 0, count: int = 6000, part: int = 500, **options):
-        self.count, rows, done = count, [], 0
+    def __init__(self, folder, first: int = 0, count: int = 6000, part: int = 500, through=None, **options):
+        self.count, rows, done, options = count, [], 0, options | ({"through": True} if through else {})
         while done < count:
             n = min(part, count - done)
             path = Path(folder) / f"{first + done}_{n}_{content_hash(options)[:8]}.safetensors"
-            if not path.exists(): self._make(path, first + done, n, options)
+            if not path.exists(): self._make(path, first + done, n, options | ({"through": through} if through else {}))
             rows.append(load_file(path))
             done += n
         self.flow, self.colour, self.c2w = (torch.cat([r[k] for r in rows]) for k in ("flow", "colour", "c2w"))
@@ -188,6 +208,12 @@ class Bank:
         flow, colour = zip(*[features(torch.from_numpy(f), torch.from_numpy(w)) for f, w, _, _ in items])
         rows = {"flow": torch.stack(flow).half(), "colour": torch.stack(colour).half(), "c2w": torch.from_numpy(np.stack([i[2] for i in items]))}
         with atomic_write(path) as file: file.write(save(rows))
+
+    def __add__(self, other):
+        both = object.__new__(Bank)
+        both.count = self.count + other.count
+        for k in ("flow", "colour", "c2w"): setattr(both, k, torch.cat([getattr(self, k), getattr(other, k)]))
+        return both
 
     def batch(self, items, mirrored=None) -> dict:
         "flow [B,N,2,6,10], colour [B,N,3,6,10], c2w [B,T,4,4]; mirrored [B] bool turns left into right."
@@ -305,9 +331,9 @@ def headline(j: dict) -> dict:
     corr = {f"corr_{n}": float(np.corrcoef(j["end"][:, k], j["true"][:, k])[0, 1]) for k, n in enumerate(names)}
     return {"rot_deg": float(j["rot"].median()), "trans_m": float(j["trans"].median()), "end_rot_deg": float(j["rot"][:, -1].median()), "end_trans_m": float(j["trans"][:, -1].median()), **corr}
 
-# %% ../../nbs/depth/02_pose_train.ipynb #417c7e15
-def _items(seeds, sigma, path=None) -> dict:
-    rows = [make_item(s, clean=1.0, sigma=sigma, path=path) for s in seeds]
+# %% ../../nbs/depth/02_pose_train.ipynb #e1ebcee6
+def _items(seeds, sigma, path=None, through=None) -> dict:
+    rows = [make_item(s, clean=1.0, sigma=sigma, path=path, through=through) for s in seeds]
     flow, colour = zip(*[features(torch.from_numpy(f), torch.from_numpy(w)) for f, w, _, _ in rows])
     return {"flow": torch.stack(flow), "colour": torch.stack(colour), "c2w": torch.from_numpy(np.stack([r[2] for r in rows]))}
 
@@ -315,12 +341,14 @@ def _items(seeds, sigma, path=None) -> dict:
 def evaluate(model: PoseNet,
              clips: int = 120,              # held-out clips with random paths, per blur
              per_preset: int = 24,          # held-out clips of each preset at scales 0.2 .. 1.5
-             sigmas: tuple = (0., 0.5, 1., 2.)
+             sigmas: tuple = (0., 0.5, 1., 2.),
+             through=None                   # also judged on frames that went through this
             ) -> dict:
     "Held-out numbers: medians and correlations per blur, slope and correlation per preset."
     from camflow.geometry.trajectory import PRESETS, preset, rescale
     from camflow.world.clips import HELD_OUT
     out = {"blur": {str(s): headline(judge(model, _items(range(HELD_OUT, HELD_OUT + clips), s))) for s in sigmas}, "preset": {}}
+    if through: out["blur"]["VAE"] = headline(judge(model, _items(range(HELD_OUT, HELD_OUT + clips), 0., through=through)))
     for n, kind in enumerate(PRESETS):
         asked, measured = [], []
         unit = to_vector(preset(kind, FRAMES)[-1:].double())[0] / PATH_UNIT  # the preset's own direction among the six coordinates
@@ -355,7 +383,7 @@ def load_pose(folder=None) -> PoseNet:  # default: the tiny weights of this repo
     model = PoseNet(meta["width"])
     return load_state(model, {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}, str(folder)).eval()
 
-# %% ../../nbs/depth/02_pose_train.ipynb #53fcad7d
+# %% ../../nbs/depth/02_pose_train.ipynb #696d9ee5
 def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
     "The model card in markdown."
     count = sum(p.numel() for p in model.parameters())
@@ -364,15 +392,15 @@ def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
              "- Use: `load_pose(folder)`, `estimate_cameras(model, frames)`. Made for the tiny family of this project; not for real video.", "- Licence: Apache-2.0.", f"- Training: {notes}", ""]
     if numbers:
         lines += ["Held-out scenes, median over frames (poses relative to frame 0; correlation of the end pose):", "",
-                  "| blur, px | rotation, deg | position, m | pitch | yaw | roll | x | y | z |", "|---|---|---|---|---|---|---|---|---|"]
+                  "| frames: blur in px, or VAE | rotation, deg | position, m | pitch | yaw | roll | x | y | z |", "|---|---|---|---|---|---|---|---|---|"]
         for s, r in numbers["blur"].items():
             lines.append(f"| {s} | {r['rot_deg']:.2f} | {r['trans_m']:.3f} | " + " | ".join(f"{r['corr_' + n]:.2f}" for n in ("pitch", "yaw", "roll", "x", "y", "z")) + " |")
         lines += ["", "Measured size of a preset against its asked size 0.2..1.5 (slope 1 is right):", "", "| preset | slope | correlation |", "|---|---|---|"]
         lines += [f"| {k} | {r['slope']:.2f} | {r['corr']:.2f} |" for k, r in numbers["preset"].items()]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/depth/02_pose_train.ipynb #83cc9d37
-DEFAULTS = dict(items=6000, clips=300, bank=None, width=384, steps=2500, batch_size=128, lr=2e-3, weight_decay=0.05, betas=[0.9, 0.99], warmup=50, schedule="cosine", final_lr=0.01,
+# %% ../../nbs/depth/02_pose_train.ipynb #86819863
+DEFAULTS = dict(items=6000, vae=None, vae_items=3000, clips=300, bank=None, width=384, steps=2500, batch_size=128, lr=2e-3, weight_decay=0.05, betas=[0.9, 0.99], warmup=50, schedule="cosine", final_lr=0.01,
                 ema_decay=0.995, checkpoint_every=250, validate_every=250, log_every=10, seed=0, evaluate=True)
 
 
@@ -384,7 +412,7 @@ def vary(batch: dict, g: torch.Generator) -> tuple:
     colour = colour.gather(2, order[:, None, :, None, None].expand_as(colour))
     return flow, colour * (torch.rand(len(colour), 1, 1, 1, 1, generator=g) > 0.1)
 
-# %% ../../nbs/depth/02_pose_train.ipynb #4b911703
+# %% ../../nbs/depth/02_pose_train.ipynb #9faf40f1
 def main(config: dict,   # see DEFAULTS
          run_dir):       # metrics.jsonl, checkpoints/, bank/ and model/ live here
     "Trains, validates on held-out scenes, and writes run_dir/model."
@@ -394,6 +422,8 @@ def main(config: dict,   # see DEFAULTS
     model = start(PoseNet(config["width"]), generator(config["seed"], "init"))
     folder = config["bank"] or run_dir / "bank"
     bank, held = Bank(folder, 0, config["items"]), Bank(folder, HELD_OUT, config["clips"], clean=0.5)
+    through = vae_round_trip(config["vae"]) if config["vae"] else None
+    if through: bank, held = bank + Bank(folder, 0, config["vae_items"], through=through), held + Bank(folder, HELD_OUT, config["clips"], through=through, clean=1.0)
     cfg = TrainConfig.pick(config)
 
     def batch_fn(step, rank, world, micro):
@@ -408,16 +438,17 @@ def main(config: dict,   # see DEFAULTS
     def validate(net, step): return {f"held_{k}": v for k, v in headline(judge(net, held.batch(list(range(held.count))))).items()}
 
     result = fit(run_dir, model, step_fn, batch_fn, cfg, validate=validate)
-    if result.status == "done": export(run_dir, run_dir / "model", config, f"{(time.time() - started) / 60:.0f} minutes of one CPU core that others used too", config["evaluate"])
+    if result.status == "done": export(run_dir, run_dir / "model", config, f"{(time.time() - started) / 60:.0f} minutes of one CPU core that others used too", config["evaluate"], through)
     return result
 
-# %% ../../nbs/depth/02_pose_train.ipynb #a50154cf
-def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True) -> PoseNet:
+# %% ../../nbs/depth/02_pose_train.ipynb #e0c26e0a
+def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True, through=None) -> PoseNet:
     "Writes the averaged weights of a run's newest checkpoint as a model folder with its card."
     from camflow.training.checkpoint import load_checkpoint
     config, ckpt = {**DEFAULTS, **config}, load_checkpoint(Path(run_dir) / "checkpoints")
     model = load_state(PoseNet(config["width"]), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}").eval()
-    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}; {notes}", evaluate(model) if numbers else None)
+    more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
+    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
     return model
 
 # %% ../../nbs/depth/02_pose_train.ipynb #3d9443b1

@@ -102,10 +102,10 @@ def frame_psnr(a_MT3HW, b_MT3HW):  # uint8 videos
 
 
 def baselines(heldout: HeldOut): # the set
-    "PSNR of the copied source and of the mean frame, {name: [M]}."
+    "PSNR [M] of what needs no model: the copied source and its mean frame; and of the mean frame of the truth, a still that nobody can have."
     truth = heldout.truth_MT3HW
-    mean = truth[:, 1:].float().mean(1, keepdim=True).round().expand(-1, truth.shape[1], -1, -1, -1)
-    return {"copy": frame_psnr(heldout.source_MT3HW, truth), "mean_frame": frame_psnr(mean, truth)}
+    still = lambda video: video[:, 1:].float().mean(1, keepdim=True).round().expand(-1, truth.shape[1], -1, -1, -1)
+    return {"copy": frame_psnr(heldout.source_MT3HW, truth), "mean_frame": frame_psnr(still(heldout.source_MT3HW), truth), "true_still": frame_psnr(still(truth), truth)}
 
 # %% ../../nbs/wan/09_evaluate.ipynb #88b25e4c
 AXES = ("pitch", "yaw", "roll", "right", "down", "forward")

@@ -111,8 +111,8 @@ def rerender(pipe,             # ReCamPipeline
 
 
 def main(config: dict,    # keys of DEFAULTS
-         run_dir):        # results/, metrics.jsonl and result.json go there
-    "Re-renders a folder of videos; continues a killed run."
+         run_dir):        # results/ and metrics.jsonl go there
+    "Re-renders a folder of videos; continues a killed run. Returns counts and what was skipped."
     from camflow.training.metric_writer import MetricWriter
     unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
     if unknown: raise InputError(f"generate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
@@ -135,7 +135,7 @@ def main(config: dict,    # keys of DEFAULTS
             done += 1
         write_video(results/"source"/f"{video.stem}.mp4", clips[video], fps=clips[video].fps or 8)
         writer.log(done, videos=float(done), of=float(sum(map(len, missing.values()))))
-    write_json(run_dir/"result.json", {"videos": len(clips), "cameras": len(paths), "written": done, "skipped": skipped, "weights": config["weights"] or "tiny"})
+    return {"videos": len(clips), "cameras": len(paths), "written": done, "skipped": skipped, "weights": config["weights"] or "tiny"}
 
 # %% ../../nbs/wan/10_generate.ipynb #00625bbc
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ __all__ = ['EXIT', 'say', 'main']
 # %% ../../nbs/lab/05_cli.ipynb #c4ce0897
 import argparse
 import json
+import re
 import os
 import sys
 from pathlib import Path
@@ -47,8 +48,12 @@ def _run(args) -> int:
         from camflow.lab.launch import launch_lines
         notebook, values, changed = prepare(args.name, args.f, params)
         print(json.dumps({"notebook": str(notebook), "parameters": values, "changed": sorted(changed)}, indent=1))
-        say("a training of this run on 1, 8 and 4x8 devices (config: what `launch` writes into the run's folder):")
-        for nodes, devices in ((1, 1), (1, 8), (4, 8)): say("\n".join(launch_lines("RUN/config.json", nodes, devices)))
+        modules = dict.fromkeys(re.findall(r"launch\(\\?[\"']([\w.]+)", notebook.read_text(encoding="utf-8"))) or {"MODULE": None}
+        asked = (values.get("nodes", 1), values.get("num_processes", 1))
+        machines = [asked] if asked != (1, 1) else [(1, 1), (1, 8), (4, 8)]
+        say(f"launch lines for {', '.join(f'{n} x {d}' for n, d in machines)} devices, one per machine (config: what `launch` writes into the run's folder):")
+        for module in modules:
+            for nodes, devices in machines: say("\n".join(launch_lines("RUN/config.json", nodes, devices, module)))
         return 0
     return _told(run(args.name, args.f, params, timeout=args.timeout, progress=not args.quiet))
 

@@ -65,8 +65,8 @@ def mean_kl(mean,     # step mean of the policy [B, ...]
     "KL of two Gaussians with equal std per sample [B], averaged over elements."
     return (mean - mean_ref).flatten(1).square().mean(1) / (2 * torch.as_tensor(std, device=mean.device)**2)
 
-# %% ../../nbs/rl/02_losses.ipynb #da8aee78
-LOSSES = {"ppo": ppo_loss}
+# %% ../../nbs/rl/02_losses.ipynb #895e028e
+LOSSES = {"ppo": ppo_loss, "awm": ppo_loss}  # awm feeds it likelihoods of the forward process instead of the sampler's
 
 
 def loss_by_name(name): # a key of LOSSES

@@ -243,7 +243,8 @@ def reward_from(s: Settings, cfg: RLConfig):
 def forwards_per_rollout(s: Settings, cfg: RLConfig):
     "Forward passes (one sample each) that a GRPO step costs; guidance doubles the sampling and adds one per replay."
     passes = 1 if s.guidance == 1 else 2
-    return s.groups * s.k * (s.sampling_steps * passes + cfg.epochs * cfg.window * (2 + passes + (passes if cfg.kl else 0)))
+    trained = len(cfg.levels) if cfg.loss == "awm" else cfg.window
+    return s.groups * s.k * (s.sampling_steps * passes + cfg.epochs * trained * (2 + passes + (passes if cfg.kl else 0)))
 
 
 def finetune_step(trainer, s: Settings, cfg: RLConfig):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RLConfig', 'choose_trainable', 'reference', 'gather', 'sum_gradients', 'frame_statistics', 'Batch', 'collate',
            'Clock', 'scores_of', 'details_of', 'RatioError', 'check_ratio', 'Trainer', 'generators', 'sample', 'score',
-           'learn', 'backward', 'update', 'largest', 'averaged', 'step', 'evaluate', 'state_dict', 'load_state_dict',
-           'save', 'restore']
+           'learn', 'backward', 'match', 'update', 'largest', 'averaged', 'step', 'evaluate', 'state_dict',
+           'load_state_dict', 'save', 'restore']
 
 # %% ../../nbs/rl/05_trainer.ipynb #64e08fd8
 import fnmatch
@@ -43,7 +43,8 @@ class RLConfig:
     std: str = "global"           # "group", "global", "max", "none"
     combine: str = "sum"          # several rewards: "sum" or "each"
     zero_tol: float = 1e-5        # relative std below which a group has no signal
-    loss: str = "ppo"             # see losses.LOSSES
+    loss: str = "ppo"             # "ppo": the window's policy gradient; "awm": advantage-weighted matching, no window
+    levels: tuple = (0.95, 0.85, 0.65) # "awm": noise levels at which samples are matched
     clip: float = 1e-4
     clip_unit: str = "ratio"      # "ratio", or "velocity": clip is an rms velocity change
     adv_clip: float = 5.0
@@ -123,6 +124,7 @@ class Batch(NamedTuple):
     cond: dict         # stacked tensors for model_fn
     parts: list        # the condition dict of each sample, as `conditions` returned it
     trajectory: object # rollout.Trajectory
+    old: dict          # "awm": log-likelihoods per level before the first update
 
 
 def collate(parts,         # one condition dict per sample
@@ -204,6 +206,7 @@ class Trainer:
         self.sample_fn, self.health_fn, self.weights, self.cache = sample_fn or (lambda *sample: sample), health_fn, weights, cache
         self.rank, world = _world()
         if plan.world != world: raise InputError(f"the plan is for {plan.world} ranks, {world} are running; call plan(world={world}, ...)")
+        cfg.levels = list(cfg.levels)
         self.sampler, self.kernel, self.loss_fn = GroupSampler(length, plan, cfg.seed), Kernel(cfg.kind, cfg.level), loss_by_name(cfg.loss)
         self.origin = fingerprint(dict(model.named_parameters()))
         self.params = choose_trainable(model)
@@ -225,10 +228,10 @@ def sample(self, items, window, purpose=""):
     x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise), self.device)
     twins = [item.group for item in items] if self.cfg.same_noise else None
     make = lambda: rollout(self.model_fn, x_T, self.sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins)
-    if self.cache is None: return Batch(items, cond, parts, make())
+    if self.cache is None: return Batch(items, cond, parts, make(), {})
     names = {"cond": cond, "x_T": x_T, "sigmas": self.sigmas, "items": tuple(items), "window": window}
     path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])
-    return Batch(items, cond, parts, self.cache.get(path, make, window))
+    return Batch(items, cond, parts, self.cache.get(path, make, window), {})
 
 
 def score(self, batches, clock):
@@ -249,7 +252,8 @@ def learn(self, batches, adv, keep, everyone):
         for b in range(start, start + per_update):
             rows = slice(b * size, (b + 1) * size)
             if not keep[rows].any(): continue
-            for metrics in self.backward(batches[b], adv[rows], keep[rows], total):
+            learn = self.match if cfg.loss == "awm" else self.backward
+            for metrics in learn(batches[b], adv[rows], keep[rows], total):
                 kept = int(keep[rows].sum())
                 count += kept
                 gap = max(gap, float(metrics["ratio_gap"])) if first else gap
@@ -276,6 +280,25 @@ def backward(self, batch, adv, keep, total):
             loss, metrics["velocity_kl"] = policy + cfg.kl * kl, kl.detach() * total * steps / int(keep.sum())
         loss.backward()
         yield metrics | {"policy_loss": policy.detach() * total * steps / int(keep.sum()), f"dlogp_step{i}": metrics["dlogp_abs"] * steps}
+
+
+def match(self, batch, adv, keep, total):
+    "Advantage-weighted matching: adds the gradients of one micro-batch; yields the metrics of each level."
+    cfg, x0, count = self.cfg, batch.trajectory.x0, len(self.cfg.levels)
+    adv, keep = adv.float().to(x0.device), keep.to(x0.device)
+    for n, level in enumerate(cfg.levels):
+        noise = draw_noise(self.shape, self.generators(f"match {n}", batch.items, same=True), x0.device)
+        x = (1 - level) * x0 + level * noise
+        v = self.model_fn(x, level, batch.cond)
+        logp = -(v - (noise - x0)).square().flatten(1).mean(1)
+        policy, metrics = self.loss_fn(logp, batch.old.setdefault(n, logp.detach()), adv, cfg.clip, 1.0, cfg.adv_clip, keep, total * count)
+        loss = policy
+        if cfg.kl:
+            with torch.no_grad(): v_ref = self.ref_fn(x, level, batch.cond)
+            kl = masked_mean(velocity_kl(v, v_ref), keep, total * count)
+            loss, metrics["velocity_kl"] = policy + cfg.kl * kl, kl.detach() * total * count / int(keep.sum())
+        loss.backward()
+        yield metrics | {"policy_loss": policy.detach() * total * count / int(keep.sum()), f"matching_level{n}": -logp.detach()[keep].mean() * count}
 
 
 def update(self):
@@ -308,7 +331,7 @@ def step(self):
     "One rollout and its optimizer steps; returns the metrics."
     cfg, p, clock = self.cfg, self.plan, Clock()
     self.model.eval()                                                   # no dropout: the replay must be the sampling policy
-    window = draw_window(cfg.seed, self.done, len(self.sigmas) - 1, cfg.window, cfg.window_low, cfg.window_high)
+    window = (0, 0) if cfg.loss == "awm" else draw_window(cfg.seed, self.done, len(self.sigmas) - 1, cfg.window, cfg.window_low, cfg.window_high)
     items = [item for d in range(p.draws) for item in self.sampler.items(self.done * p.draws + d, self.rank)]
     with clock("rollout"): batches = [self.sample(items[i:i + p.micro_batch], window) for i in range(0, len(items), p.micro_batch)]
     values, status, details, frames = self.score(batches, clock)
@@ -385,5 +408,5 @@ def restore(self, folder): # checkpoint folder
     return True
 
 # %% ../../nbs/rl/05_trainer.ipynb #e510f406
-for _method in (generators, sample, score, learn, backward, update, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore):
+for _method in (generators, sample, score, learn, backward, match, update, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore):
     setattr(Trainer, _method.__name__, _method)

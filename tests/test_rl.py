@@ -151,3 +151,14 @@ def test_recam_refuses_what_cannot_work(tmp_path):
                            ({"arm": "finetune", "data": "videos", "root": "x"}, "needs true target videos"), ({"cameras": "paired"}, "data='multicam'")]:
         with pytest.raises(InputError, match=advice): parse(config)
     with pytest.raises(InputError, match="impossible batch plan"): main(TINY_RECAM | {"groups": 8}, tmp_path, brightness)
+
+
+def test_matching_needs_no_window_and_resumes(tmp_path):
+    trainer = tiny_trainer(loss="awm", levels=[.9, .5], kl=0.0)
+    metrics = [trainer.step() for _ in range(2)]
+    assert metrics[0]["updates"] == 2 and "matching_level1" in metrics[0]
+    trainer.save(tmp_path)
+    again = tiny_trainer(loss="awm", levels=[.9, .5])
+    assert again.restore(tmp_path)
+    trainer.step(), again.step()
+    assert all(torch.equal(trainer.params[n], again.params[n]) for n in trainer.params)

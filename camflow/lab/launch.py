@@ -216,7 +216,8 @@ def _environment(num_processes: int, extra: dict | None) -> dict:
     root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (extra.pop("PYTHONPATH", ""), root, os.environ.get("PYTHONPATH", "")) if p)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1)//num_processes))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, "MPLBACKEND": "Agg", **extra}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), "MPLBACKEND": "Agg", **extra} # spinning threads on a busy machine cost a factor of 14
 
 # %% ../../nbs/lab/01_launch.ipynb #78c7bdb7
 def _failure(rc: int, log_path: Path, start: int, module: str) -> LaunchError:

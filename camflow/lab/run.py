@@ -188,7 +188,8 @@ def child_environment(**extra: str) -> dict:
     root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     base = {k: v for k, v in os.environ.items() if k != "CAMFLOW_RESUME"}
-    return {**base, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1), "PYDEVD_DISABLE_FILE_VALIDATION": "1", **extra}
+    return {**base, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), "PYDEVD_DISABLE_FILE_VALIDATION": "1", **extra}
 
 # %% ../../nbs/lab/03_run.ipynb #bbad485b
 def _execute(run_dir: Path, notebook: Path, injected: dict, timeout, progress: bool, resume: bool = False) -> Run:

@@ -277,8 +277,8 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):
 def evaluation_clips(s: Settings, cfg: RLConfig):
     "(index -> Clip, HeldOut or None) of the held-out conditions."
     if s.data == "world":
-        from camflow.wan.evaluate import held_out
-        held = held_out(s.eval_conditions, factor=s.factor, frames=s.frames, size=s.size)
+        from camflow.wan.evaluate import REPORTED, held_out
+        held = held_out(s.eval_conditions, factor=s.factor, frames=s.frames, size=s.size, first=REPORTED)
         frames = lambda x: Frames(x, "byte")
         return lambda i: Clip(frames(held.source_MT3HW[i]), torch.as_tensor(held.c2w_MT44[i]), held.captions[i], f"held-out {i}", frames(held.truth_MT3HW[i])), held
     load, length = {"multicam": multicam_clips, "videos": video_clips}[s.data](s, cfg.seed)

@@ -203,6 +203,8 @@ def before_after(metrics: dict,       # {name: (before, after)}: one number per 
     for name, (before, after) in metrics.items():
         difference = paired_bootstrap(before, after, seed=seed)
         mean, low, high = difference
+        both = [(a, b) for a, b in zip(before, after) if _finite(float(a)) and _finite(float(b))] # the means are those of the clips that the difference is of
+        before, after = ([pair[i] for pair in both] or [float("nan")] for i in (0, 1))
         sign = -1 if name in lower_is_better else 1
         clear = low > 0 or high < 0
         verdict = "no value" if mean != mean else "no clear difference" if not clear else "better" if sign*mean > 0 else "worse"

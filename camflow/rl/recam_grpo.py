@@ -300,14 +300,14 @@ def judged(trainer, s, conditions, held):
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #2e745300
 def compare(before, after, seed=0): # {name: values per held-out condition}
-    "{name: {before, after, difference, low, high}} with paired bootstrap intervals."
+    "{name: {before, after, difference, low, high}} with paired bootstrap intervals; all of them over the requests that could be judged both times."
     from camflow.metrics.statistics import paired_bootstrap
     result = {}
     for name in after:
         if any(isinstance(v, str) for v in after[name]): continue
         a, b = (torch.tensor([float("nan") if v is None else v for v in values[name]], dtype=torch.float64) for values in (before, after))
         gap = paired_bootstrap(a.numpy(), b.numpy(), seed=seed)
-        result[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "difference": gap.estimate, "low": gap.low, "high": gap.high, "missing": gap.missing}
+        result[name] = {"before": float((a + 0 * b).nanmean()), "after": float((b + 0 * a).nanmean()), "difference": gap.estimate, "low": gap.low, "high": gap.high, "missing": gap.missing}
     return result
 
 

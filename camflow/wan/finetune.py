@@ -20,12 +20,12 @@ from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
 from ..device import device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import fingerprint, load_checkpoint
-from ..training.loop import TrainConfig, fit, item_noise, positions, run_main, shuffled
+from ..training.loop import TrainConfig, configuration, fit, item_noise, positions, run_main, shuffled
 from .recam import ReCamTransformer3DModel, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
 from .vae import decode_latents, encode_video, tiny_vae
-from .vae_train import WorldBank, configuration, signed
+from .vae_train import WorldBank, signed
 from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, S scenes, N cameras, C channels, f latent frames, h w latent rows and columns, L tokens, D width
@@ -159,7 +159,7 @@ def world_scenes(folder,            # caches go to folder/latents and folder/tex
 def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiCamVideo, encoders
                     frames: int = 81, size=(480, 832)):   # 4k + 1; (H, W)
     "Scenes of a MultiCamVideo folder as latents."
-    from camflow.data.multicam import clip_indices, cover_cameras
+    from camflow.data.multicam import clip_indices
     from camflow.media.video import probe, read_video
     keys = [f"{scene}/{camera}" for scene in data.scenes for camera in data.videos(scene)]
     def indices(key):
@@ -189,6 +189,7 @@ def clip_psnr(video, truth): # signed [B,3,T,H,W] -> dB per clip [B], frames 1..
     return -10 * torch.log10((video - truth)[:, :, 1:].square().flatten(1).mean(1) / 4)
 
 
+@torch.no_grad()
 def compare(model, scenes: LatentScenes, vae, # in eval mode
             truth,                            # (scene, camera) -> signed [3,T,H,W]
             count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, sampler

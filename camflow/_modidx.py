@@ -42,6 +42,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'camflow/data/multicam.py'),
                                        'camflow.data.multicam.MultiCamVideo._check_length': ( 'data/multicam.html#multicamvideo._check_length',
                                                                                               'camflow/data/multicam.py'),
+                                       'camflow.data.multicam.MultiCamVideo._gone': ( 'data/multicam.html#multicamvideo._gone',
+                                                                                      'camflow/data/multicam.py'),
                                        'camflow.data.multicam.MultiCamVideo._names': ( 'data/multicam.html#multicamvideo._names',
                                                                                        'camflow/data/multicam.py'),
                                        'camflow.data.multicam.MultiCamVideo._skip': ( 'data/multicam.html#multicamvideo._skip',

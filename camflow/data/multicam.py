@@ -131,6 +131,13 @@ class MultiCamVideo:
         if not self.scene_folders: raise InputError(f"no scenes; {self.folder}; expected folders scene1, scene2, ...")
         self._dropped = set()
         if skip_bad: self._skip(decode)
+        elif gone := self._gone(): raise InputError(f"{len(gone)} videos of the caption table are not there, first {gone[0]}; {self.folder}; copy them, delete their rows in {table}, or use skip_bad=True")
+
+    def _gone(self):
+        "Videos of the table whose scene is there and which are not."
+        keys = (key.split("/") for key in self.captions or () if key.startswith(f"{self.focal}/") and key.count("/") == 3)
+        there = {scene: set(self.videos(scene)) for scene in self.scene_folders}
+        return ["/".join(words) for words in keys if words[1] in there and Path(words[3]).stem not in there[words[1]]]
 
     @property
     def scenes(self):

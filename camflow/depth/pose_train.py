@@ -177,10 +177,11 @@ def make_item(seed: int,           # of the item; scenes from HELD_OUT on are fo
 def vae_round_trip(folder="tiny", noise: float = 0.4):  # a diffusers AutoencoderKLWan, "tiny": this repository's; largest deviation of the latents' noise
     "A function (uint8 frames [T,3,H,W], generator) -> uint8 frames that encodes and decodes."
     from diffusers import AutoencoderKLWan
+    from camflow.training.checkpoint import from_folder
     if folder == "tiny":
         from camflow.assets import tiny_path
         folder = tiny_path("vae")
-    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    vae = from_folder(AutoencoderKLWan, folder).eval()
 
     @torch.inference_mode()
     def through(frames: Tensor, g: torch.Generator) -> Tensor:
@@ -406,9 +407,10 @@ def vary(batch: dict, g: torch.Generator) -> tuple:
 def main(config: dict,   # see DEFAULTS
          run_dir):       # metrics.jsonl, checkpoints/, bank/ and model/ live here
     "Trains, validates on held-out scenes, and writes run_dir/model."
-    from camflow.training.loop import TrainConfig, configuration, fit, positions, shuffled
+    from camflow.training.loop import TrainConfig, at_least, configuration, fit, positions, shuffled
     from camflow.world.clips import HELD_OUT
     config, run_dir, started = configuration(config, DEFAULTS), Path(run_dir), time.time()
+    at_least(config, items=1, vae_items=1, clips=2, width=1)
     model = start(PoseNet(config["width"]), generator(config["seed"], "init"))
     folder = config["bank"] or run_dir / "bank"
     bank, held = Bank(folder, 0, config["items"]), Bank(folder, HELD_OUT, config["clips"], clean=0.5)

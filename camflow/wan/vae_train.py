@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from ..device import device, ranks_share
 from ..files import InputError, write_json
-from ..training.checkpoint import load_checkpoint
-from ..training.loop import TrainConfig, configuration, fit, item_noise, positions, run_main, shuffled
+from ..training.checkpoint import from_folder, load_checkpoint
+from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
 from .vae import decode_raw, encode_moments, tiny_vae, tiny_vae_config
 from ..world.clips import HELD_OUT, clip_bank
 
@@ -113,7 +113,7 @@ def starting_vae(start=None, # folder of a trained VAE; None: the tiny one at it
                  seed: int = 0): # of the tiny one
     "The VAE that a run begins with."
     from diffusers import AutoencoderKLWan
-    return AutoencoderKLWan.from_pretrained(start, torch_dtype=torch.float32) if start else tiny_vae(seed)
+    return from_folder(AutoencoderKLWan, start, torch_dtype=torch.float32) if start else tiny_vae(seed)
 
 
 def load_vae(run_dir,    # folder of the run
@@ -156,6 +156,9 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
          run_dir):     # folder of the run
     "Trains the tiny VAE; with `export` set, writes it there at the end."
     config = configuration(config, DEFAULTS)
+    at_least(config, scenes=1, cameras=1, held_out=1)
+    if config["short_frames"] not in (1, 5, 9): raise InputError(f"short_frames={config['short_frames']} must be 1, 5 or 9: 4k + 1, and clips have 9")
+    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; one of all, decoder")
     cfg, folder = TrainConfig.pick(config), Path(config["clips_folder"] or Path(run_dir)/"clips")
     bank = WorldBank(folder, 0, config["scenes"], config["cameras"])
     held_out = WorldBank(folder, HELD_OUT, config["held_out"], config["cameras"])
@@ -177,7 +180,6 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
         quality = vae_quality(model.vae, held_out)
         return {"val_psnr": quality["psnr"], "val_psnr_worst": quality["psnr_worst"], "latent_std_mean": float(np.mean(quality["std"]))}
 
-    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; one of all, decoder")
     chosen = None if config["trained"] == "all" else lambda name: "decoder" in name or "post_quant_conv" in name
     result = fit(run_dir, AutoEncoding(starting_vae(config["start"], cfg.seed)), step_fn, batch_fn, cfg, validate=validate, trainable=chosen)
     if config["export"] and result.status != "stopped" and result.loop.main:

@@ -6,15 +6,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from camflow.rl.advantage import advantage, best_of
-from camflow.rl.kernels import Kernel, log_prob, sde_step
-from camflow.rl.losses import masked_mean, mean_kl, ppo_loss
+from camflow.rl.advantage import advantage, best_of, shaped
+from camflow.rl.kernels import Kernel, coefficients, log_prob, sde_step
+from camflow.rl.losses import dppo_loss, guard_loss, masked_mean, matching_logp, mean_kl, nft_loss, old_decay, ppo_loss, velocity_kl
 from camflow.rl.rollout import rollout
 from camflow.rl.sampler import GroupSampler, plan
 from camflow.training.ema import EMA
 from camflow.wan.sampling import recam_sigmas
 
 SAMPLE, LOGP, EXACT, SINGLE = (1e-6, 0.0), (1e-6, 2e-6), (1e-12, 1e-12), (1e-6, 1e-6)  # (absolute, relative)
+EXACT_AWM = (1e-9, 1e-9)
 
 
 class Score:
@@ -163,6 +164,103 @@ def grpo_loss_dance_mix(score, cfg, i, o):
         if name != "mix_kl_loss": score.add(values, o[name], SAMPLE)
 
 
+def guard(score, cfg, i, o):
+    "GRPO-Guard. The published drift is one number for the whole batch; it is fed in through the log-probability, the loss itself has one per sample."
+    n, sigmas = cfg["step"], i["sigmas"].double()
+    kernel, dt = Kernel("flow", cfg["noise_level"]), float(sigmas[n + 1] - sigmas[n])
+    old = kernel.step(sigmas, n, i["x"], i["v_old"], noise=i["noise"])
+    v = i["v_new"].clone().requires_grad_()
+    new, ref = (kernel.step(sigmas, n, i["x"], u, x_next=o["x_next"]) for u in (v, i["v_ref"]))
+    for ours, value in (("x_next", old.x_next), ("old_mean", old.mean), ("mean", new.mean), ("mean_ref", ref.mean)): score.add(value, o[ours], SAMPLE)
+    score.add(old.logp, o["old_log_prob"], LOGP)
+    score.add(new.logp, o["log_prob"], LOGP)
+    drift = mean_kl(new.mean, o["old_mean"], float(new.std))
+    policy, metrics = guard_loss(new.logp + drift.mean() - drift, o["old_log_prob"], i["advantages"].double(), drift, float(new.std), dt, cfg["clip_range"], adv_clip=cfg["adv_clip_max"])
+    score.add(policy.reshape(1), o["policy_loss"], SINGLE)
+    score.add(((new.logp - o["old_log_prob"] + drift.mean()) * float(new.std)).exp(), o["ratio"], SAMPLE)
+    loss = policy + cfg["beta"] * masked_mean(mean_kl(new.mean, ref.mean, float(o["std_dev_t"][0])))
+    score.add(loss.reshape(1), o["loss"], SINGLE)
+    for name, value in zip(("grad_v", "grad_log_prob", "grad_mean"), gradient(loss, v, new.logp, new.mean)): score.add(value, o[name], SINGLE)
+    score.add((metrics["clip_high"] + metrics["clip_low"]).reshape(1), o["info_clipfrac"], SAMPLE)
+    for ours, theirs in (("clip_high", "info_clipfrac_gt_one"), ("clip_low", "info_clipfrac_lt_one")): score.add(metrics[ours].reshape(1), o[theirs], SAMPLE)
+
+
+def dppo(score, cfg, i, o):
+    "One implementation's loss over all columns, another's three losses column by column, on that one's standard deviations."
+    eta, sigmas, adv = cfg["eta"], i["sigmas"].double(), i["advantages"]
+    rows, tau = torch.tensor(cfg["steps"]), cfg["kl_mask_threshold"]
+    s = sigmas[rows]
+    score.add(coefficients(s, sigmas[rows + 1], "flow", eta, sigma_max=0.99)[2], o["sigma_t"], SINGLE)  # at sigma = 1 not sigmas[1], but .99
+    logp = i["new_log_prob"].clone().requires_grad_()
+    columns = []
+    for c, std in enumerate(o["sigma_t"].tolist()):
+        new, old = logp[:, c], i["old_log_prob"][:, c]
+        drift = mean_kl(i["new_mean"][:, c], i["old_mean"][:, c], std)
+        loss, metrics = dppo_loss(new, old, adv, drift, tau)
+        columns.append((loss, drift, metrics))
+        score.add(loss, o["verl_dppo_loss"][c], SAMPLE)
+        score.add(ppo_loss(new, old, adv, cfg.get("clip_range", 1e-4))[0], o["verl_grpo_loss"][c], SAMPLE)
+        dt = float(sigmas[rows[c] + 1] - sigmas[rows[c]])
+        score.add(guard_loss(new, old, adv, drift, std, dt, cfg.get("clip_range", 1e-4))[0], o["verl_guard_loss"][c], SINGLE)
+    loss, drifts = torch.stack([one[0] for one in columns]).mean(), torch.stack([one[1] for one in columns], 1)
+    ratio = (logp - i["old_log_prob"]).exp().detach()
+    dropped, far = torch.stack([one[2]["dropped"] for one in columns]).mean(), (drifts >= tau).float().mean()
+    score.add(loss.reshape(1), o["loss"], SAMPLE)
+    score.add(gradient(loss, logp)[0], o["grad_log_prob"], SAMPLE)
+    for name, value in [("kl_new_old_mean", drifts.mean()), ("kl_new_old_max", drifts.max()), ("masked_fraction", dropped), ("unmasked_fraction", 1 - dropped),
+                        ("kl_mask_fraction", far), ("ratio_mean", ratio.mean()), ("ratio_std", ratio.std()), ("ratio_min", ratio.min()), ("ratio_max", ratio.max())]:
+        score.add(value.reshape(1), o[f"metric_{name}"], SAMPLE)
+
+
+def nft(score, cfg, i, o):
+    t = (i["timestep"].double() / 1000).view(-1, *[1] * (i["x0"].ndim - 1))
+    x_t = (1 - t).float() * i["x0"] + t.float() * i["noise"]
+    score.add(x_t, o["xt"], SAMPLE)
+    adv, v = shaped(i["advantages"], cfg["adv_mode"], cfg["adv_clip_max"]).double(), i["v"].clone().requires_grad_()
+    given = lambda keep=None: nft_loss(v.double(), i["v_old"].double(), o["xt"].double(), i["x0"].double(), t, adv, cfg["beta"], cfg["adv_clip_max"], keep)
+    policy, metrics = given()
+    rows = [given(torch.arange(len(adv)) == row) for row in range(len(adv))]
+    score.add(torch.stack([one[0] for one in rows]) / cfg["adv_clip_max"], o["per_sample"], SINGLE)
+    for ours, theirs in (("nft_positive", "positive_loss"), ("nft_negative", "negative_loss")): score.add(torch.stack([one[1][ours] for one in rows]), o[theirs], SINGLE)
+    kl = velocity_kl(v, i["v_ref"]).mean()
+    loss = policy + cfg["kl"] * kl
+    for name, value in [("loss", loss), ("log_total_loss", loss), ("log_policy_loss", loss), ("log_kl_div", kl), ("log_kl_div_loss", kl),
+                        ("log_old_kl_div", velocity_kl(i["v_old"], i["v_ref"]).mean()), ("log_old_deviate", metrics["old_distance"])]:
+        score.add(value.reshape(1), o[name], SINGLE)
+    score.add(gradient(loss, v)[0], o["grad_v"], SAMPLE)
+
+
+AWM_NAMES = {"Uniform": "uniform", "t**2": "t2"}
+
+
+def awm(score, cfg, i, o):
+    T, B, t = cfg["T"], cfg["B"], i["t"].double()
+    rows = t.view(-1, *[1] * (i["clean"].ndim - 1))
+    score.add((1 - rows) * i["clean"] + rows * i["noise"], o["noised"], SAMPLE)
+    how = AWM_NAMES.get(cfg["weighting"], cfg["weighting"]), cfg["ghuber_power"]
+    v = i["v"].clone().requires_grad_()
+    new, old = (matching_logp(u.double(), i["clean"].double(), i["noise"].double(), i["t"], *how) for u in (v, i["v_old"]))
+    if not cfg["off_policy"]: old = new.detach()
+    score.add(new.view(T, B), o["log_prob"], EXACT_AWM)
+    score.add(old.view(T, B), o["old_log_prob"], EXACT_AWM)
+    adv = shaped(i["advantages"].double(), "all", cfg["adv_clip_max"], cfg["advantage_max"])
+    if cfg["loss_type"] == "exp_first": adv = adv.repeat(T)
+    else: new, old = (one.view(T, B).mean(0) for one in (new, old))
+    score.add((new - old).exp(), o["ratio"], EXACT_AWM)
+    policy, _ = ppo_loss(new, old, adv, cfg["clip_range"], adv_clip=None)
+    score.add(policy.reshape(1), o["policy_loss"], EXACT_AWM)
+    std = 0.7 * (t / (1 - t.clamp(max=0.99))).sqrt()
+    score.add(std, o["std_dev_t"], SAMPLE)
+    distance = {"Uniform": lambda u: velocity_kl(v.double(), u), "ELBO": lambda u: mean_kl(v.double(), u.double(), o["std_dev_t"].double())}
+    loss = policy
+    for name, weight, law, other in [("kl_loss", "beta", "kl_weight", "v_ref"), ("ema_kl_loss", "ema_beta", "kl_ema_weight", "v_ema")]:
+        kl = distance[cfg[law]](i[other]).mean()
+        score.add(kl.reshape(1), o[name], EXACT_AWM)
+        loss = loss + cfg[weight] * kl
+    score.add(loss.reshape(1), o["loss"], EXACT_AWM)
+    score.add(gradient(loss, v)[0], o["grad_v"], SAMPLE)
+
+
 def rl_loop_tiny(score, cfg, i, o, shapes):
     "Two optimizer steps of the reference loop: rollout, tracker, losses, Adam, average."
     from tests.parity.seeded import seeded_state_dict
@@ -280,7 +378,8 @@ def schedules(score, i, o):
 
 TENSORS = {"sde_step_sd3": sde_step_sd3, "sde_step_wan": sde_step_wan, "cameraflow_step": cameraflow_step, "dance_mix_step": dance_mix_step,
            "grpo_loss_sd3": lambda *a: grpo_loss(*a, "flow"), "grpo_loss_wan": lambda *a: grpo_loss(*a, "wan"), "grpo_loss_cf": lambda *a: grpo_loss(*a, "wan"),
-           "grpo_loss_dance_mix": grpo_loss_dance_mix, "rl_loop_tiny": rl_loop_tiny}
+           "grpo_loss_dance_mix": grpo_loss_dance_mix, "guard_loss": guard, "dppo_loss": dppo, "nft_loss": nft, "awm_loss": awm,
+           "rl_loop_tiny": rl_loop_tiny}
 LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema, "schedules": schedules}
 UNCOVERED = (float("nan"), 0.0, 0.0, None)
 

@@ -1,5 +1,7 @@
 """Replays a folder of RL goldens (format: goldens/rl/README.md). Settings come from configs.json and the case files, never from here."""
+import hashlib
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from camflow.rl.advantage import advantage, best_of, shaped
-from camflow.rl.kernels import Kernel, coefficients, log_prob, sde_step
+from camflow.rl.kernels import Kernel, coefficients, compressed, dpm_step, log_prob, schedule, sde_step
 from camflow.rl.losses import dppo_loss, guard_loss, masked_mean, matching_logp, mean_kl, nft_loss, old_decay, ppo_loss, velocity_kl
-from camflow.rl.rollout import rollout
+from camflow.rl.rollout import STAYS, draw_levels, draw_window, moving_window, rollout
 from camflow.rl.sampler import GroupSampler, plan
 from camflow.training.ema import EMA
-from camflow.wan.sampling import recam_sigmas
+from camflow.wan.sampling import add_noise, euler_step, recam_sigmas, training_schedule, velocity
 
 SAMPLE, LOGP, EXACT, SINGLE = (1e-6, 0.0), (1e-6, 2e-6), (1e-12, 1e-12), (1e-6, 1e-6)  # (absolute, relative)
 EXACT_AWM = (1e-9, 1e-9)
@@ -261,6 +263,29 @@ def awm(score, cfg, i, o):
     score.add(gradient(loss, v)[0], o["grad_v"], SAMPLE)
 
 
+def mix_dpmpp_ode(score, cfg, i, o):
+    x, x0s, sigmas, N = i["x_T"].double(), [], i["sigmas"].double(), len(i["v"])
+    for n, v in enumerate(i["v"].double()):
+        x0s.append(x - float(sigmas[n]) * v)
+        x = dpm_step(x, x0s, sigmas, n, min(cfg["order"], 2) if N < 15 and n == N - 2 else cfg["order"], cfg["solver"])
+        score.add(x, o["x"][n], SINGLE)
+
+
+def flow_match_training(score, cfg, i, o):
+    "Two packages train on one schedule with different weights; the bell of the second is 2.8 times narrower."
+    made, ids = training_schedule(cfg["N"]), torch.tensor(cfg["ids"])
+    other = torch.exp(-2 * ((made.timesteps / 1000 - 0.5) / 0.5)**2)
+    other = other - other.min()
+    ends = torch.cat([made.sigmas, torch.zeros(1)])
+    for name, weights in (("rc", made.weights), ("cf", other * (cfg["N"] / other.sum()))):
+        score.add(made.timesteps, o[f"{name}_timesteps"], (1e-3, 0.0))
+        score.add(weights, o[f"{name}_weights"], SINGLE)
+        score.add(velocity(i["x0"], i["noise"]), o[f"{name}_target"], SAMPLE)
+        noised = add_noise(i["x0"].expand(len(ids), *i["x0"].shape), i["noise"], made.sigmas[ids])
+        score.add(noised, o[f"{name}_noised"], SAMPLE)
+        score.add(torch.stack([euler_step(i["x0"], i["v"], ends[n], ends[n + 1]) for n in ids]), o[f"{name}_step"], SAMPLE)
+
+
 def rl_loop_tiny(score, cfg, i, o, shapes):
     "Two optimizer steps of the reference loop: rollout, tracker, losses, Adam, average."
     from tests.parity.seeded import seeded_state_dict
@@ -345,6 +370,7 @@ def ema(score, i, o):
         got = []
         for average.count in i["steps"]: got.append(average.rate())
         return score.add(got, o["decay"], EXACT)
+    if i["kind"] == "nft_old_decay": return score.add([old_decay(step, i["decay_type"]) for step in i["steps"]], o["decay"], EXACT)
     if i["kind"] == "cpu_swap":
         live = {"w": torch.tensor(i["live"])}
         average = EMA({"w": torch.tensor(i["start"])})
@@ -363,24 +389,75 @@ def ema(score, i, o):
 
 
 def schedules(score, i, o):
-    "ReCam's schedule and the SD3 shift are one formula; other samplers' schedules come from diffusers."
-    sigmas = recam_sigmas(i["N"], i["shift"])
+    "ReCam's schedule and the SD3 shift are one formula, diffusers' two end differently."
+    kind = {"euler": "euler", "unipc": "unipc", "sd3_time_shift": "plain", "diffsynth_cf": "plain", "diffsynth_rc": "plain"}.get(i["scheduler"])
+    if kind is None: return NotImplemented
+    sigmas = schedule(i["N"], i["shift"], kind)
+    if kind == "plain": score.add(sigmas, recam_sigmas(i["N"], i["shift"]), SAMPLE)
     if i["scheduler"].startswith("diffsynth"): sigmas = sigmas[:-1]
-    elif i["scheduler"] != "sd3_time_shift": return NotImplemented
     score.add(sigmas, o["sigmas"], SAMPLE)
     wanted = torch.tensor(o["timesteps"], dtype=torch.float64)
     times = 1000 * sigmas[:len(wanted)].double()
-    if i["scheduler"] == "sd3_time_shift": return score.add(times, wanted, (1.0, 0.0))  # the reference truncates to integers
+    if i["scheduler"] in ("sd3_time_shift", "unipc"): return score.add(times, wanted, (1.0, 0.0))  # the reference truncates to integers
     score.add(times, wanted, (1e-3, 0.0))
+    if "index_of_bf16_timestep" not in o: return
     rounded = times.float().bfloat16().double()
     return score.same([int((times - t).abs().argmin()) for t in rounded], o["index_of_bf16_timestep"])
 
 
+def awm_time_sampling(score, i, o):
+    g, sigmas = torch.Generator().manual_seed(i["torch_seed"]), schedule(i["num_steps"], i["time_shift"], "euler")
+    t = draw_levels(i["time_type"], i["train_timesteps"], g, i["batch_size"], i["time_shift"], sigmas, i["timestep_fraction"])
+    score.add(t.flatten(), o["t"], SAMPLE)
+
+
+def fast_window_draws(score, i, o):
+    "Drawn per process and per draw in the reference; with its random source ours are the same windows."
+    source, (low, high), N = random.Random(i["python_seed"]), i["window_range"], i["num_steps"]
+    if i["window_size"] == 0: low, high = 0, N - 1
+    made = [draw_window(0, 0, max(N, high + 1), i["window_size"], low, high, draw=lambda n: source.randint(0, n - 1)) for _ in range(i["draws"])]
+    score.same([list(window) for window in made], o["windows"])
+
+
+def mix_window_schedule(score, i, o):
+    "Before each update; its random draws are seeded by the number of the update before."
+    law, steps, size = i["sample_strategy"], i["max_timesteps"], i["group_size"]
+    if law == "random": made = [(0, size)] + [draw_window(0, 0, steps + 1, size, 0, steps, draw=np.random.default_rng(n).integers) for n in range(i["iters"] - 1)]
+    elif law in STAYS:
+        how = {"every": i["iters_per_group"], "stride": i.get("prog_overlap_step", 1) if i.get("prog_overlap") else size, "k": i.get("exp_decay_k", 0.1),
+               "knee": i.get("exp_decay_thre_timestep", 13), "roll_back": i.get("roll_back", False)}
+        made = [moving_window(n, steps, size, 0, steps, law, overhang=True, **how) for n in range(i["iters"])]
+    else: return NotImplemented
+    score.same([list(range(*window)) for window in made], o["windows"])
+
+
+def mix_compressed_sigmas(score, i, o):
+    score.add(compressed(schedule(i["N"], i["shift"]), i["window_last"] + 1, i["ratio"]), o["sigmas"], SAMPLE)
+
+
+def prompt_seeds(score, i, o):
+    "The reference seeds the initial noise by the prompt's text. Ours is keyed by (seed, group), so equal prompts stay apart; this is its rule alone."
+    seeds = [(i["base_seed"] + int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")) % 2**31 for prompt in i["prompts"]]
+    score.same(seeds, o["seeds"])
+
+
+def zero_advantage_filter(score, i, o):
+    "The reference puts random silent rows back until their number divides; ours masks them (`keep`) and needs no such filling."
+    keep = shaped(torch.tensor(i["advantages"], dtype=torch.float64), clip=None).abs().sum(1) != 0
+    score.same(keep.tolist(), o["nonzero"])
+    missing, silent = -int(keep.sum()) % i["num_batches"], torch.where(~keep)[0]
+    if missing and len(silent) >= missing: keep[silent[torch.randperm(len(silent), generator=torch.Generator().manual_seed(i["torch_seed"]))[:missing]]] = True
+    score.same(keep.tolist(), o["kept"])
+    score.same(int(keep.sum()), o["kept_count"])
+
+
 TENSORS = {"sde_step_sd3": sde_step_sd3, "sde_step_wan": sde_step_wan, "cameraflow_step": cameraflow_step, "dance_mix_step": dance_mix_step,
            "grpo_loss_sd3": lambda *a: grpo_loss(*a, "flow"), "grpo_loss_wan": lambda *a: grpo_loss(*a, "wan"), "grpo_loss_cf": lambda *a: grpo_loss(*a, "wan"),
-           "grpo_loss_dance_mix": grpo_loss_dance_mix, "guard_loss": guard, "dppo_loss": dppo, "nft_loss": nft, "awm_loss": awm,
+           "grpo_loss_dance_mix": grpo_loss_dance_mix, "guard_loss": guard, "dppo_loss": dppo, "nft_loss": nft, "awm_loss": awm, "mix_dpmpp_ode": mix_dpmpp_ode, "flow_match_training": flow_match_training,
            "rl_loop_tiny": rl_loop_tiny}
-LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema, "schedules": schedules}
+LISTS = {"advantage_per_prompt": advantage_per_prompt, "advantage_group": advantage_group, "k_repeat_sampler": k_repeat_sampler, "ema": ema, "schedules": schedules,
+         "awm_time_sampling": awm_time_sampling, "fast_window_draws": fast_window_draws, "mix_window_schedule": mix_window_schedule, "mix_compressed_sigmas": mix_compressed_sigmas,
+         "prompt_seeds": prompt_seeds, "zero_advantage_filter": zero_advantage_filter}
 UNCOVERED = (float("nan"), 0.0, 0.0, None)
 
 

@@ -160,7 +160,7 @@ def test_attention_is_planned_and_reported():
     x = inputs()
     with torch.no_grad():
         whole = moving(tiny_recam(num_layers=2))
-        chunked = moving(tiny_recam(num_layers=2, score_limit=2 * 6 * 36 * 4 * 5))
+        chunked = moving(tiny_recam(num_layers=2, score_limit=2 * 3 * 144 * 4 * 5))
         with sdpa_kernel(SDPBackend.MATH): assert torch.allclose(whole(**x), chunked(**x), atol=1e-5)
     assert "chunks of 5 queries" in attention_report(chunked)["self"] and "whole" in attention_report(whole)["self"]
     q = torch.empty(1, 12, 65520, 128, dtype=torch.bfloat16, device="meta")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'Settings', 'parse', 'Clip', 'target_path', 'world_clips', 'multicam_clips', 'video_clips', 'Parts',
-           'load_parts', 'Conditions', 'make_fn', 'add_lora', 'decoder', 'to_sample', 'reward_from',
+           'load_parts', 'Conditions', 'make_fn', 'add_lora', 'explore_cameras', 'decoder', 'to_sample', 'reward_from',
            'forwards_per_rollout', 'finetune_step', 'evaluation_clips', 'judged', 'compare', 'save_clips', 'read_clips',
            'build', 'main', 'mean', 'conclude']
 
@@ -49,6 +49,7 @@ class Settings:
     sampling_steps: int = 8         # N
     shift: float = None             # of the noise levels; None: 3 for the tiny family, 5 for published weights
     guidance: float = 1.0           # text guidance; 1 = none (half the forwards)
+    explore: tuple = ()             # awm: members are drawn with changed cameras; (spread of the log-size, degrees, metres)
     train: tuple = ("*attn1*", "*cam_encoder*", "*projector*", "*source_token*")  # patterns of trained names
     lora_rank: int = 0              # > 0: adapters on attn1, cam_encoder and projector instead
     gradient_checkpointing: bool = False
@@ -70,7 +71,8 @@ class Settings:
         if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}")
         if self.cameras == "paired" and self.data != "multicam": raise InputError("cameras='paired' needs data='multicam'; use presets or random")
         if self.arm == "finetune" and (self.data == "videos" or self.data == "multicam" and self.cameras != "paired"): raise InputError("the finetune arm needs true target videos: data='world', or data='multicam' with cameras='paired'")
-        self.size, self.train, tiny = tuple(self.size), tuple(self.train), self.model in ("tiny", "random")
+        self.size, self.train, self.explore, tiny = tuple(self.size), tuple(self.train), tuple(self.explore), self.model in ("tiny", "random")
+        if self.explore and (len(self.explore) != 3 or min(self.explore) < 0): raise InputError(f"explore={list(self.explore)}; give three numbers from 0: spread of the log-size, degrees, metres")
         if self.shift is None: self.shift = 3.0 if tiny else 5.0
         if self.finetune_shift is None: self.finetune_shift = 2.0 if tiny else 5.0
 
@@ -205,6 +207,22 @@ def add_lora(model, rank: int): # adapters on attention, camera encoder and proj
     from peft import LoraConfig, get_peft_model
     targets = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|cam_encoder|projector)"
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
+
+# %% ../../nbs/rl/06_recam_grpo.ipynb #6e4f2c78
+def explore_cameras(spread): # (log-size, degrees, metres), standard deviations at the path's end
+    "explore_fn of the trainer: changes `cond['camera']` [B,f,12], differently for every sample."
+    from camflow.geometry.rigid import homogeneous, so3_exp, so3_log
+    size, degrees, metres = spread
+    def explore_fn(cond, generators):
+        pose = homogeneous(cond["camera"].cpu().double().unflatten(-1, (3, 4)))             # [B,f,4,4]
+        draws = torch.stack([torch.randn(8, generator=g, dtype=torch.float64) for g in generators])
+        progress = torch.linspace(0, 1, pose.shape[1], dtype=torch.float64)[None, :, None]
+        turn, move = (draws[:, :2] * size).exp().unbind(1)
+        R = so3_exp(so3_log(pose[..., :3, :3]) * turn[:, None, None]) @ so3_exp(draws[:, None, 2:5] * progress * torch.pi / 180 * degrees)
+        t = pose[..., :3, 3] * move[:, None, None] + draws[:, None, 5:] * progress * metres
+        changed = torch.cat([R, t[..., None]], -1).flatten(2).float()
+        return cond | {"camera": changed.to(cond["camera"].device)}
+    return explore_fn
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #f7f3b931
 def decoder(vae):
@@ -342,7 +360,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     ref_fn = reference(network, make_fn(s.guidance)) if cfg.kl else None
     trainer = Trainer(network, make_fn(s.guidance)(network), conditions, length, decoder(parts.vae), reward_fn, recam_sigmas(s.sampling_steps, s.shift),
                       conditions(0)["source"].shape, counts, cfg, ref_fn, to_sample, frame_statistics, s.rewards if cfg.combine == "each" else None,
-                      RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device())
+                      RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None)
     trainer.network = network
     clips, held = evaluation_clips(s, cfg)
     return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance), held

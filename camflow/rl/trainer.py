@@ -197,10 +197,13 @@ class Trainer:
                  health_fn=None,  # frames -> {name: number}, e.g. frame_statistics
                  weights=None,    # {reward: weight} for several rewards
                  cache=None,      # rollout.RolloutCache while debugging
-                 device="cpu"):   # of latents and conditions
+                 device="cpu",    # of latents and conditions
+                 explore_fn=None):# (cond, one generator per sample) -> cond that training samples are drawn with; judged and learned is the request ("awm" only)
         self.cfg = cfg = cfg or RLConfig()
         if cfg.kl and ref_fn is None: raise InputError(f"kl={cfg.kl} needs a reference model; pass ref_fn=reference(model, make_fn) or set kl=0")
         if cfg.clip_unit not in ("ratio", "velocity"): raise InputError(f"clip_unit {cfg.clip_unit!r} is not ratio or velocity")
+        if explore_fn and cfg.loss == "ppo": raise InputError("explore_fn draws samples from other requests, and ppo's importance ratio would be wrong; use loss='awm'")
+        self.explore_fn = explore_fn
         self.model, self.model_fn, self.conditions, self.decode_fn, self.reward_fn = model, model_fn, conditions, decode_fn, reward_fn
         self.sigmas, self.shape, self.plan, self.ref_fn, self.device = torch.as_tensor(sigmas).cpu(), tuple(shape), plan, ref_fn, device
         self.sample_fn, self.health_fn, self.weights, self.cache = sample_fn or (lambda *sample: sample), health_fn, weights, cache
@@ -224,14 +227,15 @@ def sample(self, items, window, purpose=""):
     parts = [self.conditions(index) for index in dict.fromkeys(item.index for item in items)]
     by_index = dict(zip(dict.fromkeys(item.index for item in items), parts))
     parts = [by_index[item.index] for item in items]
-    cond = collate(parts, self.device)
+    asked = collate(parts, self.device)
+    cond = self.explore_fn(asked, self.generators("explore", items)) if self.explore_fn and not purpose else asked
     x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise), self.device)
     twins = [item.group for item in items] if self.cfg.same_noise else None
     make = lambda: rollout(self.model_fn, x_T, self.sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins)
-    if self.cache is None: return Batch(items, cond, parts, make(), {})
+    if self.cache is None: return Batch(items, asked, parts, make(), {})
     names = {"cond": cond, "x_T": x_T, "sigmas": self.sigmas, "items": tuple(items), "window": window}
     path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])
-    return Batch(items, cond, parts, self.cache.get(path, make, window), {})
+    return Batch(items, asked, parts, self.cache.get(path, make, window), {})
 
 
 def score(self, batches, clock):

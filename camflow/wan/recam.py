@@ -149,8 +149,8 @@ def freeze_base(model: ReCamTransformer3DModel) -> list[str]:  # names of the pa
 # %% ../../nbs/wan/01_recam.ipynb #a94271af
 def tiny_recam_config(text_dim: int = 64) -> dict:  # width of the text encoder
     "Config of the tiny model of the tests and the default runs."
-    return dict(num_attention_heads=6, attention_head_dim=32, num_layers=6, ffn_dim=512, in_channels=16, out_channels=16, text_dim=text_dim,
-                freq_dim=128, rope_max_seq_len=128, shared_source_positions=True, source_embedding=True)
+    return dict(patch_size=(1, 1, 1), num_attention_heads=3, attention_head_dim=64, num_layers=4, ffn_dim=512, in_channels=16, out_channels=16,
+                text_dim=text_dim, freq_dim=128, rope_max_seq_len=128, shared_source_positions=True, source_embedding=True)
 
 
 def tiny_recam(seed: int = 0, **changes) -> ReCamTransformer3DModel:  # changes of the config

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from camflow.files import InputError
-from camflow.rl.kernels import Kernel, schedule
+from camflow.rl.kernels import Kernel
 from camflow.rl.rollout import rollout
 from camflow.rl.sampler import plan
+from camflow.rl.schedules import schedule
 from camflow.rl.trainer import RLConfig, Trainer, reference
 
 torch.set_num_threads(1)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from camflow.rl.advantage import advantage, best_of, shaped
-from camflow.rl.kernels import Kernel, coefficients, compressed, dpm_step, log_prob, schedule, sde_step
+from camflow.rl.kernels import Kernel, coefficients, dpm_step, log_prob, sde_step
 from camflow.rl.losses import dppo_loss, guard_loss, masked_mean, matching_logp, mean_kl, nft_loss, old_decay, ppo_loss, velocity_kl
-from camflow.rl.rollout import STAYS, draw_levels, draw_window, moving_window, rollout
+from camflow.rl.rollout import rollout
 from camflow.rl.sampler import GroupSampler, plan
+from camflow.rl.schedules import STAYS, compressed, draw_levels, draw_window, moving_window, schedule
 from camflow.training.ema import EMA
 from camflow.wan.sampling import add_noise, euler_step, recam_sigmas, training_schedule, velocity
 

@@ -1010,7 +1010,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'camflow.rl.rollout.Trajectory.tensors': ( 'rl/rollout.html#trajectory.tensors',
                                                                                'camflow/rl/rollout.py'),
                                     'camflow.rl.rollout._noise_source': ('rl/rollout.html#_noise_source', 'camflow/rl/rollout.py'),
-                                    'camflow.rl.rollout._record': ('rl/rollout.html#_record', 'camflow/rl/rollout.py'),
                                     'camflow.rl.rollout._twins': ('rl/rollout.html#_twins', 'camflow/rl/rollout.py'),
                                     'camflow.rl.rollout.digest': ('rl/rollout.html#digest', 'camflow/rl/rollout.py'),
                                     'camflow.rl.rollout.draw_noise': ('rl/rollout.html#draw_noise', 'camflow/rl/rollout.py'),

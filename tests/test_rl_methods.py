@@ -105,8 +105,8 @@ def by_hand(trainer, batch, adv, v_of, old_of, ref_of):
         mean = x * (1 + a**2 * dt / (2 * s[i])) + v * (1 + a**2 * (1 - s[i]) / (2 * s[i])) * dt
         std = a * math.sqrt(-dt)
         logp = (-(y - mean)**2 / (2 * std**2)).mean(1)
-        change, drift = logp - logp.detach(), ((mean - made.mean[n])**2).mean(1) / (2 * std**2)
-        loss = {"ppo": lambda: -adv * change.exp(), "dppo": lambda: -adv * change.exp(), "guard": lambda: -adv * ((change + drift) * std).exp() / -dt}[cfg.loss]()
+        change, drift = logp - logp.detach(), lambda: ((mean - made.mean[n])**2).mean(1) / (2 * std**2)
+        loss = {"ppo": lambda: -adv * change.exp(), "dppo": lambda: -adv * change.exp(), "guard": lambda: -adv * ((change + drift()) * std).exp() / -dt}[cfg.loss]()
         if cfg.step_weight == "noise":
             stds = [.7 * math.sqrt(s[j] / (1 - (s[j] if j else s[1])) * (s[j] - s[j + 1])) for j in range(4)]
             loss = loss * std / (sum(stds) / 4)

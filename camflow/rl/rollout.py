@@ -30,15 +30,14 @@ class Trajectory:
     "A window of a rollout. S = steps in the window, B = samples."
     latents: torch.Tensor   # [S+1, B, ...] states before each step of the window and after the last
     logp: torch.Tensor      # [S, B]; NaN for a step without noise
-    mean: torch.Tensor      # [S, B, ...]
-    velocity: torch.Tensor  # [S, B, ...] of the policy that sampled
+    mean: torch.Tensor      # [S, B, ...] of the steps, if recorded, else [0, B, ...]
     x0: torch.Tensor        # [B, ...] the result
     sigmas: torch.Tensor    # [N+1] the whole schedule, host
     window: tuple           # (start, stop) step numbers of the schedule
 
     def __len__(self): return self.window[1] - self.window[0]
 
-    def tensors(self): return {name: getattr(self, name) for name in ("latents", "logp", "mean", "velocity", "x0", "sigmas")}
+    def tensors(self): return {name: getattr(self, name) for name in ("latents", "logp", "mean", "x0", "sigmas")}
 
 # %% ../../nbs/rl/04_rollout.ipynb #80eaf5da
 SOLVERS = ("euler", "dpm2")
@@ -53,6 +52,7 @@ def rollout(model_fn,           # (x [B, ...], sigma float, cond) -> velocity [B
             generator=None,     # one per sample (list), or one for all
             noise=None,         # instead: fixed noise [N, B, ...]
             twins=None,         # [B] integers: samples with one number share noise and condition, and the ODE steps before the window are run once for them
+            means=False,        # record the steps' means, which "guard" and "dppo" compare with
             solver="euler"):    # of the steps after the window, one of SOLVERS; "dpm2" is second order (kernels.dpm_step)
     "Samples from x_T to x0; records the steps inside the window."
     sigmas = torch.as_tensor(sigmas).detach().cpu()
@@ -60,7 +60,7 @@ def rollout(model_fn,           # (x [B, ...], sigma float, cond) -> velocity [B
     if not 0 <= start <= stop <= len(sigmas) - 1: raise InputError(f"window {window} lies outside the {len(sigmas) - 1} steps of the schedule; see schedules.draw_window")
     draw = _noise_source(x_T, generator, noise)
     leaders, back = _twins(twins, len(x_T)) if twins is not None and stop > start else (None, None)
-    x, latents, record, x0s = x_T.float(), [], [], []
+    x, latents, logp, mean, x0s = x_T.float(), [], [], [], []
     with torch.inference_mode():
         for i in range(len(sigmas) - 1):
             if leaders is not None and i == 0: x, whole, cond = x[leaders], cond, pick(cond, leaders)
@@ -69,14 +69,16 @@ def rollout(model_fn,           # (x [B, ...], sigma float, cond) -> velocity [B
             if start <= i < stop:
                 step = kernel.step(sigmas, i, x, v, noise=draw(i))
                 latents.append(x)
-                record.append((step.logp if step.logp is not None else x.new_full((len(x),), torch.nan), step.mean, v.float()))
+                logp.append(step.logp if step.logp is not None else x.new_full((len(x),), torch.nan))
+                if means: mean.append(step.mean)
                 x = step.x_next
             elif solver == "dpm2" and i >= stop:
                 x0s = [*x0s[-1:], x - float(sigmas[i]) * v.float()]
                 x = dpm_step(x, x0s, sigmas, i)
             else: x = ode_step(x, v, sigmas[i], sigmas[i + 1])
             if i + 1 == stop: latents.append(x)
-    return _record(latents, record, x, sigmas, (start, stop))
+    stack = lambda parts, shape: torch.stack(parts) if parts else x_T.new_empty((0, *shape))  # outside of inference mode, so that autograd may keep them
+    return Trajectory(stack(latents, x.shape), stack(logp, x.shape[:1]), stack(mean, x.shape), x.clone(), sigmas, (start, stop))
 
 # %% ../../nbs/rl/04_rollout.ipynb #9c5e2fd1
 def pick(cond,   # dict of stacked tensors, a tensor, or None
@@ -98,14 +100,6 @@ def _noise_source(x_T, generator, noise):
     if generator is None: return lambda i: None
     if isinstance(generator, (list, tuple)): return lambda i: draw_noise(x_T.shape[1:], generator, x_T.device)
     return lambda i: torch.randn(x_T.shape, generator=generator).to(x_T.device)
-
-
-def _record(latents, record, x0, sigmas, window):
-    "Stacks outside of inference mode, so that autograd may keep the latents."
-    empty = x0.new_empty((0, *x0.shape))
-    logp, mean, velocity = ([part[n] for part in record] for n in range(3))
-    stack = lambda parts, none: torch.stack(parts) if parts else none.clone()
-    return Trajectory(stack(latents, empty), stack(logp, x0.new_empty((0, len(x0)))), stack(mean, empty), stack(velocity, empty), x0.clone(), sigmas, window)
 
 # %% ../../nbs/rl/04_rollout.ipynb #758964ed
 def replay(model_fn,     # as in the rollout

@@ -141,19 +141,19 @@ def sample(self, items, window, purpose=""):
     x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise), self.device)
     twins = [item.group for item in items] if self.cfg.same_noise and cond is asked else None
     sigmas, solver = (self.sigmas, "euler") if purpose else (compressed(self.sigmas, window[1], self.cfg.compress), self.cfg.solver)
-    make = lambda: rollout(self.model_fn, x_T, sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins, solver=solver)
+    make = lambda: rollout(self.model_fn, x_T, sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins, means=self.cfg.loss in ("guard", "dppo"), solver=solver)
     if self.cache is None: return Batch(items, asked, parts, make(), {})
     names = {"cond": cond, "x_T": x_T, "sigmas": sigmas, "items": tuple(items), "window": window}
     path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])
     return Batch(items, asked, parts, self.cache.get(path, make, window), {})
 
 
-def score(self, batches, clock):
-    "Decodes and judges; returns ({name: values}, status, {detail: values}, frames of all samples)."
+def score(self, batches, clock, reward_fn=None):
+    "Decodes and judges; returns ({name: values}, status, {detail: values}, frames, samples)."
     with clock("decode"), torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
     samples = [self.sample_fn(*one) for one in zip(frames, (p for b in batches for p in b.parts), (i for b in batches for i in b.items))]
-    with clock("reward"): result = self.reward_fn(samples)
-    return *scores_of(result), details_of(result), frames
+    with clock("reward"): result = (reward_fn or self.reward_fn)(samples)
+    return *scores_of(result), details_of(result), frames, samples
 
 # %% ../../nbs/rl/05_trainer.ipynb #ffa676b2
 def learn(self, batches, adv, keep, everyone):
@@ -198,7 +198,7 @@ def window_loss(self, batch, n, v, adv, keep, denominator):
     cfg, made, i = self.cfg, batch.trajectory, batch.trajectory.window[0] + n
     step, (_, kv, std) = self.kernel.step(made.sigmas, i, made.latents[n], v, x_next=made.latents[n + 1]), self.kernel.coefficients(made.sigmas, i)
     unit = ratio_std(kv, std, v[0].numel()) if cfg.clip_unit == "velocity" else 1.0
-    drift = mean_kl(step.mean, made.mean[n], float(std)) if cfg.loss != "ppo" else None
+    drift = mean_kl(step.mean, made.mean[n], float(std)) if len(made.mean) else None
     loss, metrics = self.loss_fn(step.logp, made.logp[n], adv, clip=cfg.clip, clip_scale=unit, adv_clip=None, drift=drift, std=float(std), dt=float(made.sigmas[i + 1] - made.sigmas[i]),
                                  threshold=cfg.threshold, keep=keep, denominator=denominator)
     weight = step_weight(cfg.step_weight, self.sigmas, i, self.kernel, cfg.window, cfg.window_low, cfg.window_high)
@@ -276,7 +276,7 @@ def step(self):
     window, sampling = self.window(), self.old.applied(self.params) if self.old else nullcontext()
     items = [item for d in range(p.draws) for item in self.sampler.items(self.done * p.draws + d, self.rank)]
     with clock("rollout"), sampling: batches = [self.sample(items[i:i + p.micro_batch], window) for i in range(0, len(items), p.micro_batch)]
-    values, status, details, frames = self.score(batches, clock)
+    values, status, details, frames, _ = self.score(batches, clock)
     values = {name: gather(one.to(self.device)).cpu() for name, one in values.items()}
     groups = gather(torch.tensor([item.group for item in items], device=self.device)).cpu()
     if cfg.shuffle_rewards:
@@ -314,11 +314,8 @@ def evaluate(self,
     finally:
         self.conditions = mine
         self.model.train(mode)
-    with torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
-    samples = [self.sample_fn(*one) for one in zip(frames, (p for b in batches for p in b.parts), items)]
-    result = (reward_fn or self.reward_fn)(samples)
-    values, status = scores_of(result)
-    return details_of(result) | values, status, samples
+    values, status, details, _, samples = self.score(batches, Clock(), reward_fn)
+    return details | values, status, samples
 
 # %% ../../nbs/rl/05_trainer.ipynb #4a76d72e
 def state_dict(self):

@@ -141,6 +141,22 @@ def test_best_of_trains_on_the_extremes():
     assert metrics["kept"] == 8 and metrics["samples"] == 16          # two of each four
 
 
+@pytest.mark.parametrize("loss", ["guard", "awm"])
+def test_packing_halves_the_replays_and_changes_nothing(loss):
+    results, calls = [], []
+    for pack in (False, True):
+        trainer = make(best_of=2, pack=pack, loss=loss, epochs=2)
+        inner, seen = trainer.model_fn, []
+        trainer.model_fn = lambda x, sigma, cond: (seen.append(len(x)) if torch.is_grad_enabled() else None, inner(x, sigma, cond))[1]
+        results.append(trainer.step())
+        calls.append(sum(seen))
+        params = {n: p.detach().clone() for n, p in trainer.params.items()}
+        results[-1]["params"] = params
+    assert calls[1] * 2 == calls[0]
+    assert all(torch.allclose(results[0]["params"][n], results[1]["params"][n], atol=1e-6) for n in params)
+    assert results[0]["policy_loss"] == pytest.approx(results[1]["policy_loss"], abs=1e-5)
+
+
 def test_the_nft_policy_that_samples_trails():
     trainer = make(loss="nft", old_decay=2)
     start = {n: p.detach().clone() for n, p in trainer.params.items()}

@@ -15,7 +15,7 @@ from .losses import FORWARD, LOSSES, WEIGHTINGS
 from .rollout import SOLVERS
 from .schedules import LEVEL_LAWS, SCHEDULES, STEP_WEIGHTS, window_range
 
-# %% ../../nbs/rl/09_config.ipynb #518ed065
+# %% ../../nbs/rl/09_config.ipynb #407eb687
 CHOICES = {"kind": KINDS, "form": FORMS, "schedule": SCHEDULES, "step_weight": STEP_WEIGHTS, "solver": SOLVERS, "std": STDS, "combine": COMBINES, "adv_mode": tuple(MODES), "loss": tuple(LOSSES),
            "clip_unit": ("ratio", "velocity"), "level_law": LEVEL_LAWS, "weighting": tuple(WEIGHTINGS), "old_decay": (0, 1, 2)}
 
@@ -44,6 +44,7 @@ class RLConfig:
     combine: str = "sum"          # several rewards: "sum" or "each"
     zero_tol: float = 1e-5        # relative std below which a group has no signal
     best_of: int = 0              # train on the best and the worst of each group, this many in all; 0: all
+    pack: bool = False            # refill micro-batches with the samples that are kept: less compute, if the device's results do not depend on a sample's neighbours
     adv_clip: float = 5.0
     adv_mode: str = "all"         # see advantage.MODES
     adv_top: float = None         # what adv_clip is rescaled to; None: stays

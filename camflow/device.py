@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'device', 'visible_devices', 'compute_dtype', 'synchronize', 'set_threads', 'launcher',
-           'collective_backend', 'generator', 'memory_stats', 'reset_peak_memory', 'sdpa_backends', 'env_info']
+           'collective_backend', 'ranks_share', 'generator', 'memory_stats', 'reset_peak_memory', 'sdpa_backends',
+           'env_info']
 
 # %% ../nbs/01_device.ipynb #6d3a53e3
 import hashlib
@@ -80,6 +81,11 @@ def launcher() -> str: # "torchrun" or "accelerate"
 def collective_backend() -> str:
     "The torch.distributed backend that belongs to the device: gloo on the CPU, the vendor's library elsewhere."
     return torch.distributed.get_default_backend_for_device(device())
+
+
+def ranks_share(items) -> list: # the same on every rank
+    "Every world-th item, starting with the rank's own, as the launcher set them (one process: all)."
+    return list(items)[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 # %% ../nbs/01_device.ipynb #410e442c
 def generator(*key,           # what the draw is for, e.g. seed, "noise", step, item: numbers and strings

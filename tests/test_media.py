@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from camflow.files import InputError
 from camflow.media.frames import Depth, Flow, Frames, cover_geometry, grid_video
@@ -256,6 +258,25 @@ def test_cover_is_the_preprocessing_of_recammaster():
         assert got.shape == (3, rows, columns) and cover_geometry((h, w), (rows, columns)) == ((image.height, image.width), top, left)
         assert (got.int() - wanted.int()).abs().max() <= 1
         assert (frames.unit().cover((rows, columns)).byte().data[0].int() - wanted.int()).abs().max() <= 1
+
+
+@given(size=st.tuples(st.integers(8, 200), st.integers(8, 200)), target=st.tuples(st.integers(8, 96), st.integers(8, 96)))
+@settings(max_examples=60, deadline=None)
+def test_cameras_follow_their_frames_through_cover(size, target):
+    "One rule of rounding: a pixel of the covered picture shows what the covered camera says it shows."
+    from camflow.geometry.camera import Cameras, focal_K
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    where = torch.stack([x / size[1], y / size[0]])[:, None].float()                  # pictures of where their pixels are
+    covered = Frames(where, "unit").cover(target).data[:, 0]
+    before, after = (cameras.K[0] for cameras in [Cameras(torch.eye(4)[None], focal_K(24, size), size)] for cameras in (cameras, cameras.cover(target)))
+    assert covered.shape[1:] == target
+    for axis, count in ((0, target[1]), (1, target[0])):
+        pixel = torch.arange(count) + 0.5
+        direction = (pixel - after[axis, 2]) / after[axis, axis]                      # of the ray through each pixel of the covered camera
+        said = (direction * before[axis, axis] + before[axis, 2]) / size[1 - axis]
+        shown = covered[axis].double().mean(axis)
+        inner = slice(count // 3, -(count // 3))                                      # the filter meets the border
+        assert (said - shown)[inner].abs().max() * size[1 - axis] * after[axis, axis] / before[axis, axis] < 0.2 # of a pixel of the covered picture
 
 
 def test_frames_flow_depth_refuse_what_they_are_not():

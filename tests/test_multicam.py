@@ -115,7 +115,7 @@ def shorter_video(root):
 
 
 DAMAGE = {
-    "missing video": (drop_video, "not found.*cam02.mp4"),
+    "missing video": (drop_video, "not there.*cam02.mp4"),
     "truncated video": (cut_video, "cam02.mp4"),
     "wrong frame count": (shorter_video, "13 frames, but 17 poses.*cam02.mp4"),
     "no camera": (lambda r: edit(r, lambda d: [d[f].pop("cam02") for f in d]), "cam02.*missing.*frame 0"),
@@ -132,6 +132,8 @@ def test_damage_is_named_and_skipped_only_on_request(root, kind):
     damage, message = DAMAGE[kind]
     damage(root)
     with pytest.raises(InputError, match="(?s)" + message): MultiCamVideo(root).load("scene1", "cam01", "cam02")
+    if kind == "missing video":                               # noticed before anything is loaded
+        with pytest.raises(InputError, match="1 videos of the caption table.*scene1/videos/cam02.mp4"): MultiCamVideo(root)
     data = MultiCamVideo(root, skip_bad=True, decode=True)
     whole_scene = kind == "no frame"
     assert data.skipped and all(("scene1", "cam02") != (s, c) for s, a, b in data.pairs for c in (a, b))

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .da3 import load_state
-from ..device import generator
-from ..files import InputError, atomic_write, content_hash, read_json, write_json
+from ..device import generator, ranks_share
+from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
+from ..media.frames import Frames
 
 # %% ../../nbs/depth/02_pose_train.ipynb #f37cd2fd
 @lru_cache(maxsize=1)
@@ -176,10 +177,11 @@ def make_item(seed: int,           # of the item; scenes from HELD_OUT on are fo
 def vae_round_trip(folder="tiny", noise: float = 0.4):  # a diffusers AutoencoderKLWan, "tiny": this repository's; largest deviation of the latents' noise
     "A function (uint8 frames [T,3,H,W], generator) -> uint8 frames that encodes and decodes."
     from diffusers import AutoencoderKLWan
+    from camflow.training.checkpoint import from_folder
     if folder == "tiny":
         from camflow.assets import tiny_path
         folder = tiny_path("vae")
-    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    vae = from_folder(AutoencoderKLWan, folder).eval()
 
     @torch.inference_mode()
     def through(frames: Tensor, g: torch.Generator) -> Tensor:
@@ -194,13 +196,13 @@ def vae_round_trip(folder="tiny", noise: float = 0.4):  # a diffusers Autoencode
 class Bank:
     "Features and poses of the items first .. first+count-1; made once, found again later, and as far as they go after an interruption."
     def __init__(self, folder, first: int = 0, count: int = 6000, part: int = 500, through=None, **options):
-        self.count, rows, done, options = count, [], 0, options | ({"through": True} if through else {})
-        while done < count:
-            n = min(part, count - done)
-            path = Path(folder) / f"{first + done}_{n}_{content_hash(options)[:8]}.safetensors"
-            if not path.exists(): self._make(path, first + done, n, options | ({"through": through} if through else {}))
-            rows.append(load_file(path))
-            done += n
+        self.count, key = count, content_hash(options | ({"through": True} if through else {}))[:8]
+        parts = [(Path(folder) / f"{a}_{n}_{key}.safetensors", a, n) for a in range(first, first + count, part) for n in [min(part, first + count - a)]]
+        for path, a, n in [*ranks_share(parts), *parts]:  # each rank makes its share, then waits for the others'
+            if path.exists(): continue
+            with one_at_a_time(path):
+                if not path.exists(): self._make(path, a, n, options | ({"through": through} if through else {}))
+        rows = [load_file(path) for path, _, _ in parts]
         self.flow, self.colour, self.c2w = (torch.cat([r[k] for r in rows]) for k in ("flow", "colour", "c2w"))
 
     def _make(self, path, first, n, options):
@@ -278,17 +280,6 @@ def _bytes(frames) -> Tensor:
         raise InputError(f"frames of shape {tuple(data.shape)}, {data.dtype}; pose estimate; give Frames or a uint8 tensor [T,3,H,W]")
     return data
 
-
-def _to_side(x_T3HW: Tensor) -> Tensor:
-    "Covers 48x80 pixels: scaled to the larger ratio, cropped in the middle, uint8."
-    H, W = x_T3HW.shape[-2:]
-    if (H, W) == SIDE: return x_T3HW
-    scale = max(SIDE[0] / H, SIDE[1] / W)
-    h, w = max(SIDE[0], round(H * scale)), max(SIDE[1], round(W * scale))
-    x = F.interpolate(x_T3HW.float(), size=(h, w), mode="bilinear", align_corners=False, antialias=True)
-    top, left = (h - SIDE[0]) // 2, (w - SIDE[1]) // 2
-    return x[..., top:top + SIDE[0], left:left + SIDE[1]].round().clamp(0, 255).to(torch.uint8)
-
 # %% ../../nbs/depth/02_pose_train.ipynb #a7940420
 def fill_poses(poses_S44: Tensor, index: list, total: int) -> Tensor:
     "Poses of all frames from those at `index`, along screws."
@@ -308,7 +299,7 @@ def estimate_batch(model: PoseNet, clips) -> Tensor:  # clips: Frames or uint8 [
     total = len(clips[0])
     if total == 1: return torch.eye(4, dtype=torch.float64).repeat(len(clips), 1, 1, 1)
     index = torch.linspace(0, total - 1, min(total, FRAMES)).round().long().tolist()
-    small = [_to_side(c[index].cpu()) for c in clips]
+    small = [Frames(c[index].cpu(), "byte").cover(SIDE).data for c in clips]
     flow, colour = zip(*[features(c, torch.from_numpy(step_flow(c.numpy()))) for c in small])
     return torch.stack([fill_poses(p, index, total) for p in model.predict(torch.stack(flow), torch.stack(colour))])
 
@@ -416,9 +407,10 @@ def vary(batch: dict, g: torch.Generator) -> tuple:
 def main(config: dict,   # see DEFAULTS
          run_dir):       # metrics.jsonl, checkpoints/, bank/ and model/ live here
     "Trains, validates on held-out scenes, and writes run_dir/model."
-    from camflow.training.loop import TrainConfig, fit, positions, shuffled
+    from camflow.training.loop import TrainConfig, at_least, configuration, fit, positions, shuffled
     from camflow.world.clips import HELD_OUT
-    config, run_dir, started = {**DEFAULTS, **config}, Path(run_dir), time.time()
+    config, run_dir, started = configuration(config, DEFAULTS), Path(run_dir), time.time()
+    at_least(config, items=1, vae_items=1, clips=2, width=1)
     model = start(PoseNet(config["width"]), generator(config["seed"], "init"))
     folder = config["bank"] or run_dir / "bank"
     bank, held = Bank(folder, 0, config["items"]), Bank(folder, HELD_OUT, config["clips"], clean=0.5)
@@ -438,7 +430,7 @@ def main(config: dict,   # see DEFAULTS
     def validate(net, step): return {f"held_{k}": v for k, v in headline(judge(net, held.batch(list(range(held.count))))).items()}
 
     result = fit(run_dir, model, step_fn, batch_fn, cfg, validate=validate)
-    if result.status == "done": export(run_dir, run_dir / "model", config, f"{(time.time() - started) / 60:.0f} minutes of one CPU core that others used too", config["evaluate"], through)
+    if result.status == "done" and result.loop.main: export(run_dir, run_dir / "model", config, f"{(time.time() - started) / 60:.0f} minutes of one CPU core that others used too", config["evaluate"], through)
     return result
 
 # %% ../../nbs/depth/02_pose_train.ipynb #e0c26e0a

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from ..files import InputError, atomic_write
 from .rigid import geodesic, homogeneous, inverse, quaternion, rotation, se3_exp, se3_log, so3_exp, so3_log
+from ..media.frames import cover_geometry
 # Shapes: T frames, H W image rows and columns, 33 / 34 / 44 matrix sizes, N points.
 
 # %% ../../nbs/geometry/00_camera.ipynb #a4dc3afa
@@ -118,10 +119,9 @@ def crop(self: Cameras,
 @patch
 def cover(self: Cameras,
           size: tuple) -> Cameras: # (height, width) to be covered
-    "The same cameras for images scaled until they cover `size`, then centre-cropped."
-    scale = max(size[0] / self.size[0], size[1] / self.size[1])
-    scaled = (round(self.size[0] * scale), round(self.size[1] * scale))
-    return self.resize(scaled).crop((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2, size)
+    "The same cameras for images that went through `Frames.cover(size)`, to the pixel."
+    resized, top, left = cover_geometry(self.size, size)
+    return self.resize(resized).crop(top, left, size)
 
 # %% ../../nbs/geometry/00_camera.ipynb #4ae56d63
 @patch

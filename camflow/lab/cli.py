@@ -28,7 +28,8 @@ def _told(run) -> int:
     "Prints how a run ended and where its report is; returns the exit status."
     from camflow.lab.registry import headline, show_number, show_seconds
     info = run.info
-    say(f"{run}: {info['status']} after {show_seconds(info.get('seconds'))}" + (f"\n{info['error']}" if info.get("error") else ""))
+    error = (info.get("error") or "").partition("\n\n")   # a traceback stands after an empty line: the report has it
+    say(f"{run}: {info['status']} after {show_seconds(info.get('seconds'))}" + (f"\n{error[0]}" if error[0] else "") + ("\n(the traceback is in the report)" if error[2] else ""))
     if info.get("report_error"): say(f"report.html could not be made: {info['report_error']}")
     if numbers := headline(run.result): say("  ".join(f"{k} {show_number(v)}" for k, v in numbers.items()))
     print(run.path/"report.html" if (run.path/"report.html").exists() else run.path)

@@ -227,7 +227,10 @@ def _failure(rc: int, log_path: Path, start: int, module: str) -> LaunchError:
         log = file.read().decode(errors="replace")
     why = f"exit status {rc}"
     if rc in (137, -9) or re.search(r"exitcode\s*:\s*-9", log): why += " (killed by signal 9: most often out of memory; lower batch_size or size)"
-    return LaunchError(f"{module} failed with {why}; the whole log is {log_path}\n\n{main_error(log)}", rc, log)
+    error = main_error(log)
+    first = re.sub(r"^(\[\w*?rank ?\d+\]:\s?)?(error: )?", "", error.splitlines()[-1]) if error else "nothing was logged"
+    rest = f"\n\n{error}" if "\n" in error else ""                         # the sentence that matters stands first
+    return LaunchError(f"{first}\n({module} ended with {why}; the whole log is {log_path}){rest}", rc, log)
 
 
 def _stop(process, wait: float = GRACE + 5):

@@ -96,7 +96,7 @@ def _client(stop: Stop, env: dict, sockets: str):
         def create_kernel_manager(self):
             super().create_kernel_manager()
             self.km.transport, self.km.connection_file = "ipc", f"{sockets}/kernel.json"  # private sockets, no open port
-            self.km._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
+            self.km._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"], display_name="python3", language="python")
             self.on_notebook_start = lambda notebook: stop.started(self.km.provisioner.pid)
             return self.km
         def execute(self, **kwargs): return super().execute(preexec_fn=lambda: die_with_parent(signal.SIGKILL), env=env, **kwargs)

@@ -172,12 +172,13 @@ def _polyline(line, X, Y, colour: str) -> str:
 
 # %% ../../nbs/lab/06_views.ipynb #04a96ff7
 def metric_plots(records: list[dict],  # what `camflow.lab.registry.read_records` returns
-                 names=None,           # default: all numbers but step and time
+                 names=None,           # those wanted, where there are such; default: all numbers but step and time
                  log=("loss",),        # names with a logarithmic axis
                  limit: int = 6) -> Html:
     "One curve per metric."
     found = list(dict.fromkeys(k for r in records for k, v in r.items() if _finite(v) and not isinstance(v, bool) and k not in ("step", "time", "world")))
-    chosen = [n for n in (names or found)][:limit]
+    chosen = [n for n in names or found if n in found][:limit]   # what a run never writes has no panel
+    if not chosen: return Html("<small>no metrics yet</small>")
     points = lambda n: ([r.get("step", i) for i, r in enumerate(records) if n in r], [r[n] for r in records if n in r])
     return side_by_side(*[curves({n: points(n)}, log=n in log and all(v > 0 for v in points(n)[1] if _finite(v)), width=380, height=210) for n in chosen])
 

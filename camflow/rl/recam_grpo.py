@@ -304,17 +304,26 @@ def evaluation_clips(s: Settings, cfg: RLConfig):
 
 
 def judged(trainer, s, conditions, held):
-    "({name: values per request}, {videos uint8 [M,T,3,H,W], poses [M,n,4,4] read}) of the averaged weights."
-    values, status, samples = trainer.evaluate(range(s.eval_conditions), conditions=conditions)
-    videos = torch.stack([sample.frames.byte().data for sample in samples])
-    values = {name: one.tolist() for name, one in values.items()}
-    tensors = {"videos": videos}
-    if held is not None:
-        from camflow.wan.evaluate import judge, photometric_reader
-        table, poses = judge(videos, held, {"photometric": photometric_reader(held)} if s.photometric else {})
-        values |= {name: table[name].tolist() for name in table.columns}
-        if poses: tensors["poses"] = torch.as_tensor(poses["photometric"]).float()
-    return values, tensors
+    "({name: values per request}, {videos uint8 [M,T,3,H,W], poses [M,n,4,4] read}) of the averaged weights. The ranks share the requests; call it on all."
+    mine = list(range(trainer.rank, s.eval_conditions, trainer.plan.world))
+    rows, videos, poses = [], [], []
+    if mine:
+        values, _, samples = trainer.evaluate(mine, conditions=conditions)
+        values, clips = {name: one.tolist() for name, one in values.items()}, torch.stack([sample.frames.byte().data for sample in samples])
+        if held is not None:
+            from camflow.wan.evaluate import judge, photometric_reader
+            part = held.take(mine)
+            table, read = judge(clips, part, {"photometric": photometric_reader(part)} if s.photometric else {})
+            values |= {name: table[name].tolist() for name in table.columns}
+            poses = list(torch.as_tensor(read["photometric"]).float()) if read else []
+        rows, videos = [{name: one[n] for name, one in values.items()} for n in range(len(mine))], list(clips)
+    parts = [None] * trainer.plan.world
+    if trainer.plan.world > 1: torch.distributed.all_gather_object(parts, (mine, rows, videos, poses))
+    else: parts = [(mine, rows, videos, poses)]
+    every = {index: (row, video, pose) for m, r, v, p in parts for index, row, video, pose in zip(m, r, v, p or [None] * len(m))}
+    rows, videos, poses = zip(*(every[index] for index in sorted(every)))
+    tensors = {"videos": torch.stack(videos)} | ({"poses": torch.stack(poses)} if poses[0] is not None else {})
+    return {name: [row.get(name) for row in rows] for name in rows[0]}, tensors
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #2e745300
 def compare(before, after, seed=0): # {name: values per held-out condition}
@@ -374,11 +383,12 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
     resumed = trainer.restore(run_dir / "checkpoints")
     first, lead = trainer.done, trainer.rank == 0
     writer = MetricWriter(run_dir, resume_step=trainer.done) if lead else None
-    if lead and not (run_dir / "before.json").exists():
+    if trainer.largest(float(lead and not (run_dir / "before.json").exists())):
         if resumed: raise InputError(f"{run_dir}/before.json is missing, so before and after cannot be compared; start a new run folder")
         values, tensors = judged(trainer, s, held_conditions, held)
-        save_clips(run_dir / "before.safetensors", **tensors)
-        write_json(run_dir / "before.json", values)
+        if lead:
+            save_clips(run_dir / "before.safetensors", **tensors)
+            write_json(run_dir / "before.json", values)
     status, silent = "done", 0
     one_step = (lambda: finetune_step(trainer, s, trainer.cfg)) if s.arm == "finetune" else trainer.step
     with stop_signals() as signals:
@@ -388,8 +398,9 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
             silent = silent + 1 if metrics.get("invalid_ratio") == 1 else 0
             if silent == 3: raise RuntimeError(f"no reward gave a valid score in three rollouts, last at step {trainer.done} ({ {k: v for k, v in metrics.items() if k.startswith('status_')} }); check the reward servers or the reward's options")
             if lead: writer.log(trainer.done, **metrics, step_seconds=time.monotonic() - begun)
-            if lead and s.eval_every and trainer.done % s.eval_every == 0:
-                writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in judged(trainer, s, held_conditions, held)[0].items() if name != "kind"})
+            if s.eval_every and trainer.done % s.eval_every == 0:
+                values, _ = judged(trainer, s, held_conditions, held)
+                if lead: writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in values.items() if name != "kind"})
             late = bool(s.max_seconds) and time.monotonic() - started > s.max_seconds
             end = trainer.largest(2.0 if signals else float(late))
             if end or trainer.done % s.checkpoint_every == 0 or trainer.done == s.steps:
@@ -398,7 +409,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
                 status = "stopped" if end == 2 else "time"
                 break
     result = {"status": status, "arm": s.arm, "step": trainer.done, "resumed": first, "settings": asdict(s), "algorithm": asdict(trainer.cfg)}
-    if lead and status != "stopped": result |= conclude(trainer, s, held_conditions, held, run_dir)
+    if status != "stopped": result |= conclude(trainer, s, held_conditions, held, run_dir)
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier()
     return result | {"seconds": time.monotonic() - started, "peak_memory_gb": memory_stats()["peak_bytes"] / 2**30}
 
@@ -412,8 +423,9 @@ def mean(values):
 def conclude(trainer, s, conditions, held, run_dir):
     "The second judgement, the comparison, and the averaged weights."
     from safetensors.torch import save
-    before = read_json(run_dir / "before.json")
     after, tensors = judged(trainer, s, conditions, held)
+    if trainer.rank: return {}
+    before = read_json(run_dir / "before.json")
     write_json(run_dir / "after.json", after)
     clips = [conditions(i)["clip"] for i in range(s.eval_conditions)]
     tensors |= {"source": torch.stack([clip.source.byte().data for clip in clips]), "asked": torch.stack([clip.path_T44 for clip in clips]).float()}

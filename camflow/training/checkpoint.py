@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'checkpoint_path', 'save_checkpoint', 'list_checkpoints', 'sweep', 'Checkpoint', 'damage',
-           'latest_checkpoint', 'load_checkpoint', 'check_architecture', 'load_strict', 'flatten_optimizer',
-           'unflatten_optimizer', 'rng_state', 'set_rng_state', 'fingerprint']
+           'latest_checkpoint', 'load_checkpoint', 'check_architecture', 'load_strict', 'from_folder',
+           'flatten_optimizer', 'unflatten_optimizer', 'rng_state', 'set_rng_state', 'fingerprint']
 
 # %% ../../nbs/training/00_checkpoint.ipynb #4b741b6d
 import json
@@ -152,6 +152,23 @@ def load_strict(target: dict,    # {name: tensor} filled in place
     check_architecture(target, source, where)
     with torch.no_grad():
         for name, value in target.items(): value.copy_(source[name])
+
+# %% ../../nbs/training/00_checkpoint.ipynb #c0659bc0
+def from_folder(cls,       # a diffusers or transformers model class
+                folder,    # with config.json and the weights
+                **options): # of from_pretrained
+    "The model of a local folder, complete, or an `InputError`; nothing is downloaded or drawn at random."
+    folder = Path(folder)
+    if not (folder/"config.json").is_file(): raise InputError(f"{folder} is no folder of a model (config.json is not there); give one in diffusers' layout that holds a {cls.__name__}")
+    config = read_json(folder/"config.json")
+    named = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
+    if named != cls.__name__: raise InputError(f"{folder} holds a {named}, a {cls.__name__} is needed; give another folder")
+    try: model, found = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded as {cls.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0]}); copy or convert it again") from error
+    wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched") if found.get(f"{kind}_keys")}
+    if wrong: raise InputError(f"{folder} is of another architecture than its config.json says: {'; '.join(f'{len(names)} {kind} (first: {names[0]})' for kind, names in wrong.items())}; copy or convert it again")
+    return model
 
 # %% ../../nbs/training/00_checkpoint.ipynb #8f3e38cb
 def flatten_optimizer(state: dict): # `optimizer.state_dict()`

@@ -7,7 +7,7 @@ __all__ = ['REPORTED', 'AXES', 'READ', 'HeldOut', 'camera_input', 'held_out', 's
            'baselines', 'motion', 'response', 'camera_error', 'photometric_reader', 'judge']
 
 # %% ../../nbs/wan/09_evaluate.ipynb #d1c7bb52
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class HeldOut:
     clips: list = field(repr=False)  # SceneClips, for the photometric judge
 
     def __len__(self): return len(self.kinds)
+
+    def take(self, rows): # row numbers
+        "A part of the set."
+        pick = lambda x: [x[row] for row in rows] if isinstance(x, list) else x[list(rows)]
+        return HeldOut(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
     def camera(self, wrong: bool = False, stride: int = 4): # the wrong cameras instead
         "ReCam camera input [M,f,12]."
@@ -154,10 +159,12 @@ def photometric_reader(heldout: HeldOut): # the set whose scenes are known
     "A reader (videos uint8 [M,T,3,H,W], frames) -> poses [M,n,4,4] relative to the common start, NaN where alignment failed."
     from camflow.metrics.photometric import photometric_pose
     def read(videos, frames=READ):
-        poses, rows = [], list(frames)
+        poses, T = [], len(videos[0])
+        rows = sorted({*range(0, T, 2), T - 1, *frames}) # the whole clip helps to read a frame
         for video, clip, asked in zip(videos, heldout.clips, heldout.c2w_MT44):
-            found = photometric_pose(video[rows].float() / 255, clip.scene, clip.times_T[rows], clip.scene.start @ asked[rows], clip.K_33)
-            poses.append(np.linalg.inv(clip.scene.start) @ found.c2w)
+            start = clip.scene.start
+            found = photometric_pose(video[rows].float() / 255, clip.scene, clip.times_T[rows], start @ asked[rows], clip.K_33, source=(start @ clip.c2w_NT44[0], clip.times_T))
+            poses.append(np.linalg.inv(start) @ found.c2w[[rows.index(f) for f in frames]])
         return np.stack(poses)
     return read
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'PUBLISHED', 'CARD', 'flow_loss', 'Levels', 'prepare_trained', 'open_cameras', 'LatentScenes',
            'cached_texts', 'cached_latents', 'world_scenes', 'multicam_scenes', 'sample', 'clip_psnr', 'compare',
-           'parts', 'datasets', 'main', 'load_trained', 'export_recam']
+           'starting_model', 'parts', 'checked', 'check_multicam', 'datasets', 'main', 'load_trained', 'export_recam']
 
 # %% ../../nbs/wan/07_finetune.ipynb #678ef77a
 import math
@@ -17,15 +17,15 @@ import torch
 
 from ..assets import tiny_path
 from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
-from ..device import device, generator
+from ..device import device, generator, ranks_share
 from ..files import InputError, read_json, write_json
-from ..training.checkpoint import fingerprint, load_checkpoint
-from ..training.loop import TrainConfig, fit, item_noise, positions, run_main, shuffled
-from .recam import ReCamTransformer3DModel, is_trainable, tiny_recam
+from ..training.checkpoint import fingerprint, from_folder, load_checkpoint, load_strict
+from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
+from .recam import ReCamTransformer3DModel, from_wan, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
 from .vae import decode_latents, encode_video, tiny_vae
-from .vae_train import WorldBank, configuration, signed
+from .vae_train import WorldBank, signed
 from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, S scenes, N cameras, C channels, f latent frames, h w latent rows and columns, L tokens, D width
@@ -159,7 +159,7 @@ def world_scenes(folder,            # caches go to folder/latents and folder/tex
 def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiCamVideo, encoders
                     frames: int = 81, size=(480, 832)):   # 4k + 1; (H, W)
     "Scenes of a MultiCamVideo folder as latents."
-    from camflow.data.multicam import clip_indices, cover_cameras
+    from camflow.data.multicam import clip_indices
     from camflow.media.video import probe, read_video
     keys = [f"{scene}/{camera}" for scene in data.scenes for camera in data.videos(scene)]
     def indices(key):
@@ -189,6 +189,7 @@ def clip_psnr(video, truth): # signed [B,3,T,H,W] -> dB per clip [B], frames 1..
     return -10 * torch.log10((video - truth)[:, :, 1:].square().flatten(1).mean(1) / 4)
 
 
+@torch.no_grad()
 def compare(model, scenes: LatentScenes, vae, # in eval mode
             truth,                            # (scene, camera) -> signed [3,T,H,W]
             count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, sampler
@@ -208,37 +209,66 @@ def compare(model, scenes: LatentScenes, vae, # in eval mode
 # %% ../../nbs/wan/07_finetune.ipynb #55fd4936
 DEFAULTS = dict(steps=6000, batch_size=16, lr=1e-3, warmup=100, schedule="cosine", final_lr=0.05, ema_decay=0.999, checkpoint_every=0, checkpoint_seconds=60.,
                 log_every=10, validate_every=500, data="world", root=None, focal="f24_aperture5", frames=9, size=[48, 80], scenes=3000, cameras=4, held_out=64,
-                clips_folder=None, cache_folder=None, vae=None, transformer=None, text_encoder=None, model={}, trained="all", lora_rank=16, camera_std=1.0,
+                clips_folder=None, cache_folder=None, skip_bad=False, vae=None, transformer=None, text_encoder=None, model={}, trained="all", lora_rank=16, camera_std=1.0,
                 shift=2.0, weighting="none", text_dropout=0.1, sample_steps=8, sample_shift=3.0, validation_clips=32, export=None)
 PUBLISHED = dict(data="multicam", frames=81, size=[480, 832], trained="recam", shift=5.0, weighting="bsmntw", lr=1e-4, warmup=0, schedule="constant", ema_decay=0.,
                  batch_size=1, bf16=True, gradient_checkpointing=True, text_dropout=0., camera_std=0.) # overrides that reproduce ReCamMaster's run
 
 
+def starting_model(folder, dtype): # diffusers folder of ReCam, or of Wan2.1 text-to-video
+    "What training starts from; plain Wan weights get camera layers that change nothing yet."
+    if not (Path(folder)/"config.json").is_file() or read_json(Path(folder)/"config.json").get("_class_name") != "WanTransformer3DModel":
+        return from_folder(ReCamTransformer3DModel, folder, torch_dtype=dtype)
+    from diffusers import WanTransformer3DModel
+    return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype))
+
+
 def parts(config: dict, captions): # full configuration, captions for the tiny tokenizer
     "(transformer, vae, text encoder) of a run: loaded where a folder is given, tiny otherwise."
     from diffusers import AutoencoderKLWan
-    vae = AutoencoderKLWan.from_pretrained(config["vae"] or tiny_path("vae"), torch_dtype=torch.float32).eval().requires_grad_(False).to(device())
-    if config["transformer"]: model = ReCamTransformer3DModel.from_pretrained(config["transformer"], torch_dtype=torch.bfloat16 if config.get("bf16") else torch.float32)
+    vae = from_folder(AutoencoderKLWan, config["vae"] or tiny_path("vae"), torch_dtype=torch.float32).eval().requires_grad_(False).to(device())
+    if config["transformer"]: model = starting_model(config["transformer"], torch.bfloat16 if config.get("bf16") else torch.float32)
     else:
         model = tiny_recam(config.get("seed", 0), **config["model"])
         if config["camera_std"]: open_cameras(model, config["camera_std"], config.get("seed", 0))
     if not config["text_encoder"]: return model, vae, build_tiny_text(captions)
     from transformers import AutoTokenizer, UMT5EncoderModel
     root = Path(config["text_encoder"])
-    return model, vae, TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer"), UMT5EncoderModel.from_pretrained(root/"text_encoder").eval())
+    if not (root/"tokenizer").is_dir(): raise InputError(f"{root} has no folder tokenizer; give a folder with tokenizer/ and text_encoder/")
+    return model, vae, TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder").eval())
 
 # %% ../../nbs/wan/07_finetune.ipynb #490f525b
+def checked(config: dict): # full configuration
+    "The configuration, or an error before anything is rendered or read."
+    if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
+    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
+    for name in ("shift", "sample_shift"):
+        if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; 5 is that of the published model, 1 leaves the levels uniform")
+    return config
+
+
+def check_multicam(config: dict, run_dir): # full configuration, folder of the run
+    "Looks at every video, pose file and caption of a MultiCamVideo set; with `skip_bad` lists what is left out in skipped.json."
+    from camflow.data.multicam import MultiCamVideo
+    data = MultiCamVideo(config["root"], config["focal"], skip_bad=config["skip_bad"])
+    if not config["skip_bad"] and (bad := data.check()): raise InputError(f"{len(bad)} items of {data.folder} cannot be used, first: {bad[0][2]}; mend them, or set skip_bad=true to leave them out")
+    if not data.skipped: return
+    print(f"left out: {len(data.skipped)} items, listed in {run_dir}/skipped.json; first: {data.skipped[0][2]}", flush=True)
+    if ranks_share([True]): write_json(Path(run_dir)/"skipped.json", [list(item) for item in data.skipped])
+
+
 def datasets(config: dict, run_dir): # full configuration, folder of the run
     "(model, vae, text, training scenes, held-out scenes, truth function) of a run."
     clips, cache = (Path(config[f"{k}_folder"] or Path(run_dir)/k) for k in ("clips", "cache"))
     if config["data"] == "world":
-        bank, held = WorldBank(clips, 0, config["scenes"], config["cameras"]), WorldBank(clips, HELD_OUT, config["held_out"], config["cameras"])
+        shape = {k: v for k, v in (("frames", config["frames"]), ("size", tuple(config["size"]))) if v != {"frames": 9, "size": (48, 80)}[k]}
+        bank, held = WorldBank(clips, 0, config["scenes"], config["cameras"], **shape), WorldBank(clips, HELD_OUT, config["held_out"], config["cameras"], **shape)
         model, vae, text = parts(config, bank.captions[:1000])
         make = lambda b: world_scenes(cache, b, vae, text)
         return model, vae, text, make(bank), make(held), lambda s, n: signed(held.images(s, n))
-    if config["data"] != "multicam": raise InputError(f"data {config['data']!r}; one of world, multicam")
     from camflow.data.multicam import MultiCamVideo
-    data = MultiCamVideo(config["root"], config["focal"])
+    data = MultiCamVideo(config["root"], config["focal"], skip_bad=config["skip_bad"])
     model, vae, text = parts(config, [data.caption(s, data.videos(s)[0]) or "a video" for s in data.scenes])
     return model, vae, text, multicam_scenes(cache, data, vae, text, config["frames"], tuple(config["size"])), None, None
 
@@ -246,8 +276,9 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
 def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
          run_dir):     # folder of the run
     "Trains ReCam from cached latents; with `export` set, writes the weights there at the end."
-    config = configuration(config, DEFAULTS)
+    config = checked(configuration(config, DEFAULTS))
     cfg, levels = TrainConfig.pick(config), Levels(config["shift"], config["weighting"])
+    if config["data"] == "multicam": check_multicam(config, run_dir)
     model, vae, text, train, held_out, truth = datasets(config, run_dir)
 
     def batch_fn(step, rank, world, micro):
@@ -284,10 +315,10 @@ ReCamTransformer3DModel, {parameters:.2f} M weights, trained from nothing by `ca
 def load_trained(run_dir, model, trained="all", lora_rank=16): # folder of the run, a model as it was before training, the run's choices
     "Fills in the newest checkpoint's averaged (else live) weights; returns the checkpoint."
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
-    prepare_trained(model, trained, lora_rank)
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    wrong = model.load_state_dict(weights, strict=False).unexpected_keys
-    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]}); give the run's own configuration")
+    chosen = prepare_trained(model, trained, lora_rank)
+    weights, own = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, model.state_dict()
+    trained_names = {name for name, _ in model.named_parameters() if chosen(name)} | (weights.keys() & own.keys())
+    load_strict({name: own[name] for name in own if name in trained_names}, weights, f"checkpoint {ckpt.path}")
     if trained == "lora": model.fuse_lora(); model.unload_lora()
     return ckpt
 

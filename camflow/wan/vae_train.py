@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD', 'DEFAULTS', 'WorldBank', 'signed', 'AutoEncoding', 'edges', 'vae_loss', 'vae_quality', 'starting_vae',
-           'load_vae', 'export_vae', 'configuration', 'main']
+           'load_vae', 'export_vae', 'main']
 
 # %% ../../nbs/wan/08_vae_train.ipynb #8d7948da
 import math
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..device import device
+from ..device import device, ranks_share
 from ..files import InputError, write_json
-from ..training.checkpoint import load_checkpoint
-from ..training.loop import TrainConfig, fit, item_noise, positions, run_main, shuffled
+from ..training.checkpoint import from_folder, load_checkpoint
+from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
 from .vae import decode_raw, encode_moments, tiny_vae, tiny_vae_config
 from ..world.clips import HELD_OUT, clip_bank
 
@@ -35,7 +35,9 @@ class WorldBank:
                  **options):          # of `scene_clips`
         self.first, self.cameras, self.chunk = first, cameras, chunk
         starts = range(first, first + scenes, chunk)
-        self.parts = [clip_bank(range(a, min(a + chunk, first + scenes)), cameras, folder, **options) for a in starts]
+        part = lambda a: clip_bank(range(a, min(a + chunk, first + scenes)), cameras, folder, **options)
+        for a in ranks_share(starts): part(a)  # each rank renders its share, then reads all
+        self.parts = [part(a) for a in starts]
         self.captions = [caption for part in self.parts for caption in part[2]]
 
     def __len__(self): return len(self.captions)
@@ -111,7 +113,7 @@ def starting_vae(start=None, # folder of a trained VAE; None: the tiny one at it
                  seed: int = 0): # of the tiny one
     "The VAE that a run begins with."
     from diffusers import AutoencoderKLWan
-    return AutoencoderKLWan.from_pretrained(start, torch_dtype=torch.float32) if start else tiny_vae(seed)
+    return from_folder(AutoencoderKLWan, start, torch_dtype=torch.float32) if start else tiny_vae(seed)
 
 
 def load_vae(run_dir,    # folder of the run
@@ -149,18 +151,14 @@ DEFAULTS = dict(steps=3000, batch_size=4, lr=2e-3, warmup=50, schedule="cosine",
                 ema_decay=0.995, checkpoint_every=0, checkpoint_seconds=60., log_every=10, validate_every=250,
                 scenes=3000, cameras=4, held_out=64, clips_folder=None, short_frames=5, short_share=0.7, mse=1., gradient=0.5, kl=1e-4, start=None, trained="all", export=None)
 
-
-def configuration(config: dict, defaults: dict): # given values; all keys with their defaults
-    "Defaults overlaid with the given values; an unknown key is an error."
-    unknown = sorted(set(config) - set(defaults) - set(TrainConfig.__dataclass_fields__))
-    if unknown: raise InputError(f"unknown configuration keys {unknown}; known: {sorted(defaults)} and the fields of TrainConfig")
-    return {**defaults, **config}
-
 # %% ../../nbs/wan/08_vae_train.ipynb #add4869a
 def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
          run_dir):     # folder of the run
     "Trains the tiny VAE; with `export` set, writes it there at the end."
     config = configuration(config, DEFAULTS)
+    at_least(config, scenes=1, cameras=1, held_out=1)
+    if config["short_frames"] not in (1, 5, 9): raise InputError(f"short_frames={config['short_frames']} must be 1, 5 or 9: 4k + 1, and clips have 9")
+    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; one of all, decoder")
     cfg, folder = TrainConfig.pick(config), Path(config["clips_folder"] or Path(run_dir)/"clips")
     bank = WorldBank(folder, 0, config["scenes"], config["cameras"])
     held_out = WorldBank(folder, HELD_OUT, config["held_out"], config["cameras"])
@@ -182,7 +180,6 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
         quality = vae_quality(model.vae, held_out)
         return {"val_psnr": quality["psnr"], "val_psnr_worst": quality["psnr_worst"], "latent_std_mean": float(np.mean(quality["std"]))}
 
-    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; one of all, decoder")
     chosen = None if config["trained"] == "all" else lambda name: "decoder" in name or "post_quant_conv" in name
     result = fit(run_dir, AutoEncoding(starting_vae(config["start"], cfg.seed)), step_fn, batch_fn, cfg, validate=validate, trainable=chosen)
     if config["export"] and result.status != "stopped" and result.loop.main:

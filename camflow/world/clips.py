@@ -6,6 +6,7 @@
 __all__ = ['HELD_OUT', 'DETAIL', 'FPS', 'random_move', 'SceneClips', 'scene_clips', 'clip_bank']
 
 # %% ../../nbs/world/04_clips.ipynb #9c353e8e
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,31 +70,44 @@ def scene_clips(seed: int,              # scene seed, see `HELD_OUT`
     return SceneClips(scene, images, c2w, K, [kind for _, kind in moves], times)
 
 # %% ../../nbs/world/04_clips.ipynb #ee76e452
+def _array_on_disk(path, shape):
+    "A new uint8 array in a file whose space is taken at once: a full disk is an error here instead of a crash of the process later."
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    try:
+        with open(path, "r+b") as file: os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    except OSError as error:
+        os.unlink(path)
+        raise OSError(error.errno, f"no room for {array.nbytes / 1e6:.0f} MB of clips in {path} ({error.strerror}); free disk space or choose another folder") from error
+    return array
+
+
+def _render_bank(seeds, cameras, options, memory): # memory: shape -> the array to fill
+    images, poses, captions = None, [], []
+    for i, seed in enumerate(seeds):
+        clips = scene_clips(seed, cameras, **options)
+        if images is None: images = memory((len(seeds), *clips.frames_NT3HW.shape))
+        images[i] = clips.frames_NT3HW
+        poses.append(clips.c2w_NT44)
+        captions.append(clips.caption)
+    return images, np.stack(poses), captions
+
+
 def clip_bank(seeds,            # scene seeds
               cameras: int = 4, # N clips of each scene
               path=None,        # folder to keep the bank in (written once, found again by later calls); None: in memory
               **options):       # passed to `scene_clips`
     "Clips of many scenes: uint8 [S,N,T,3,H,W], poses float64 [S,N,T,4,4], and captions."
     from pathlib import Path
-    from camflow.files import content_hash, read_json, write_json
+    from camflow.files import content_hash, one_at_a_time, read_json, write_json
     seeds = [int(s) for s in seeds]
-    if path is not None:
-        folder = Path(path)/content_hash([seeds, cameras, options, "v1"])
-        if (folder/"captions.json").exists(): # written last
-            return np.load(folder/"images.npy", mmap_mode="r"), np.load(folder/"c2w.npy"), read_json(folder/"captions.json")
-        folder.mkdir(parents=True, exist_ok=True)
-    images = poses = None
-    captions = []
-    for i, seed in enumerate(seeds):
-        clips = scene_clips(seed, cameras, **options)
-        if images is None:
-            shape = (len(seeds), *clips.frames_NT3HW.shape)
-            images = np.empty(shape, np.uint8) if path is None else np.lib.format.open_memmap(folder/"images.npy", "w+", np.uint8, shape)
-            poses = np.empty((len(seeds), *clips.c2w_NT44.shape))
-        images[i], poses[i] = clips.frames_NT3HW, clips.c2w_NT44
-        captions.append(clips.caption)
-    if path is not None:
-        images.flush()
-        np.save(folder/"c2w.npy", poses)
-        write_json(folder/"captions.json", captions)
-    return images, poses, captions
+    if path is None: return _render_bank(seeds, cameras, options, lambda shape: np.empty(shape, np.uint8))
+    folder = Path(path)/content_hash([seeds, cameras, options, "v1"])
+    if not (folder/"captions.json").exists(): # written last
+        with one_at_a_time(folder):           # of several ranks one renders
+            if not (folder/"captions.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                images, poses, captions = _render_bank(seeds, cameras, options, lambda shape: _array_on_disk(folder/"images.npy", shape))
+                images.flush()
+                np.save(folder/"c2w.npy", poses)
+                write_json(folder/"captions.json", captions)
+    return np.load(folder/"images.npy", mmap_mode="r"), np.load(folder/"c2w.npy"), read_json(folder/"captions.json")

@@ -144,7 +144,7 @@ def learn(self, batches, adv, keep, everyone):
         norms.append(self.update())
     return self.averaged(sums, count) | {"first_ratio_gap": gap, "grad_norm": sum(norms) / len(norms) if norms else math.nan, "updates": len(norms)}
 
-
+# %% ../../nbs/rl/05_trainer.ipynb #0514e956
 def portion(self, batches, adv, keep, rows):
     "[(micro-batch, adv, keep)] of some rows of a rollout, without micro-batches that hold nothing kept; with `pack` the kept samples fill new ones."
     size = self.plan.micro_batch
@@ -170,7 +170,7 @@ def answer(self, average, x, t, cond):
     "Velocity of other weights than the trained ones."
     with torch.no_grad(), average.applied(self.params): return self.model_fn(x, t, cond)
 
-
+# %% ../../nbs/rl/05_trainer.ipynb #af9d72fd
 def window_loss(self, batch, n, v, adv, keep, denominator):
     "(loss, metrics) of the likelihood ratio at a recorded step."
     cfg, made, i = self.cfg, batch.trajectory, batch.trajectory.window[0] + n
@@ -191,7 +191,7 @@ def forward_loss(self, batch, n, point, v, v_old, adv, keep, denominator):
     loss, metrics = self.loss_fn(logp, batch.old.setdefault(n, logp.detach()), adv, cfg.clip, adv_clip=None, keep=keep, denominator=denominator)
     return loss, metrics | {f"matching_level{n}": -logp.detach()[keep].mean() * cfg.trained(0)}
 
-
+# %% ../../nbs/rl/05_trainer.ipynb #1159411a
 def backward(self, batch, adv, keep, total):
     "Adds the gradients of one micro-batch; yields the metrics of each point."
     cfg, forward = self.cfg, self.cfg.loss in FORWARD
@@ -212,7 +212,7 @@ def backward(self, batch, adv, keep, total):
         loss.backward()
         yield metrics
 
-
+# %% ../../nbs/rl/05_trainer.ipynb #043de2ed
 def update(self):
     "Clip, step, average; returns the gradient norm. A non-finite gradient changes nothing."
     params = list(self.params.values())
@@ -246,7 +246,7 @@ def window(self):
     if cfg.schedule == "random": return draw_window(cfg.seed, self.done, *where)
     return moving_window(self.done, *where, cfg.schedule, cfg.window_every, cfg.window_stride, cfg.window_decay, cfg.window_knee, cfg.roll_back)
 
-
+# %% ../../nbs/rl/05_trainer.ipynb #6b463044
 def step(self):
     "One rollout and its optimizer steps; returns the metrics."
     cfg, p, clock = self.cfg, self.plan, Clock()

@@ -197,6 +197,19 @@ def test_two_ranks_and_the_error_that_matters(tmp_path, monkeypatch):
     with pytest.raises(LaunchError) as error: launch("toy_ranks", {}, tmp_path/"run", num_processes=2, env={"PYTHONPATH": tmp_path})
     assert "world 2" in error.value.log and "ChildFailedError" in error.value.log        # torchrun's own words end the log
     assert "[rank1]" in str(error.value) and str(error.value).endswith("ValueError: row 3 holds a NaN")
+    assert str(error.value).startswith("ValueError: row 3 holds a NaN\n(toy_ranks ended with exit status 1; the whole log is")
+
+
+def test_refused_input_is_the_first_sentence(tmp_path):
+    (tmp_path/"toy_refuses.py").write_text("import sys\nprint('error: no videos; x/; give a folder', file=sys.stderr)\nsys.exit(2)")
+    with pytest.raises(LaunchError) as error: launch("toy_refuses", {}, tmp_path/"run", env={"PYTHONPATH": tmp_path})
+    assert str(error.value).splitlines()[0] == "no videos; x/; give a folder" and len(str(error.value).splitlines()) == 2
+
+
+def test_panels_only_for_metrics_that_exist():
+    from camflow.lab.views import metric_plots
+    page = metric_plots([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}], ["reward_mean", "loss"])
+    assert page.count("<svg") == 1 and "nothing to plot" not in page and "no metrics yet" in metric_plots([{"step": 1}], ["loss"])
 
 
 def test_dry_run_prints_lines_for_many_devices(tmp_path, capsys):

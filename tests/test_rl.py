@@ -16,9 +16,10 @@ GOLDENS = Path(__file__).parent / "goldens" / "rl"
 
 def test_parity():
     results = check(GOLDENS)
-    failed = {case: result for case, result in results.items() if result[3] is False}
-    assert not failed
-    assert sum(result[3] is True for result in results.values()) > 60
+    assert not {case: result for case, result in results.items() if result[3] is False}
+    others = ("cam_score", "camera_embedding", "multi_score", "pose_error", "pose_payload", "unified_score")  # of other modules
+    assert not [case for case, result in results.items() if result[3] is None and not case.startswith(others)]
+    assert sum(result[3] is True for result in results.values()) > 120
 
 
 def test_parity_notices_one_changed_number(tmp_path):
@@ -95,27 +96,6 @@ def test_rollout_cache_is_used_and_never_stale(tmp_path):
     other.cache = RolloutCache(tmp_path)
     other.step()
     assert other.cache.hits == 0
-
-
-def _rank(rank, world, folder):
-    import os
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    trainer = tiny_trainer(world, 8 // world)
-    gap = max(trainer.step()["first_ratio_gap"] for _ in range(3))
-    if rank == 0: torch.save({"params": {n: p.detach() for n, p in trainer.params.items()}, "gap": gap}, f"{folder}/result.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_learn_what_one_learns(tmp_path):
-    alone = tiny_trainer()
-    for _ in range(3): alone.step()
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
-    both = torch.load(tmp_path / "result.pt", weights_only=True)
-    assert both["gap"] == 0
-    for name, p in alone.params.items(): assert torch.allclose(p, both["params"][name], atol=1e-6)
 
 
 def test_shared_noise_keeps_the_ratio_exact():

@@ -5,7 +5,7 @@ import torch
 
 from camflow.files import InputError
 from camflow.metrics.photometric import blur, photometric_pose, pose_difference, step
-from camflow.metrics.photometric_calibration import SPOILED, calibration, guesses, invent, soften, summary, trial, trials_table
+from camflow.metrics.photometric_calibration import SPOILED, calibration, guesses, invent, soften, trial, trials_table
 from camflow.world.render import default_K, render_clips
 from camflow.world.scene import random_scene
 

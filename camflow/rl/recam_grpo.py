@@ -202,11 +202,14 @@ def make_fn(guidance: float = 1.0): # text guidance
     return bind
 
 
-def add_lora(model, rank: int): # adapters on attention, camera encoder and projector
-    "The model with trainable float32 adapters of that rank and everything else frozen (alpha = 2 rank)."
+def add_lora(model, rank: int, seed: int = 0): # adapters on attention, camera encoder and projector; of the run
+    "The model with trainable float32 adapters of that rank, equal on all ranks and at every start, and everything else frozen (alpha = 2 rank)."
     from peft import LoraConfig, get_peft_model
+    from camflow.wan.finetune import seed_adapters
     targets = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|cam_encoder|projector)"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
+    network = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
+    seed_adapters(network, rank, seed)
+    return network
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #6e4f2c78
 def explore_cameras(spread): # (log-size, degrees, metres), standard deviations at the path's end
@@ -261,8 +264,7 @@ def reward_from(s: Settings, cfg: RLConfig):
 def forwards_per_rollout(s: Settings, cfg: RLConfig):
     "Forward passes (one sample each) that a GRPO step costs; guidance doubles the sampling and adds one per replay."
     passes = 1 if s.guidance == 1 else 2
-    trained = len(cfg.levels) if cfg.loss == "awm" else cfg.window
-    return s.groups * s.k * (s.sampling_steps * passes + cfg.epochs * trained * (2 + passes + (passes if cfg.kl else 0)))
+    return s.groups * s.k * (s.sampling_steps * passes + cfg.epochs * cfg.trained(s.sampling_steps) * (2 + passes + (passes if cfg.kl else 0)))
 
 
 def finetune_step(trainer, s: Settings, cfg: RLConfig):
@@ -362,7 +364,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     parts = load_parts(s)
     load, length = {"world": world_clips, "multicam": multicam_clips, "videos": video_clips}[s.data](s, cfg.seed)
     conditions = Conditions(load, length, parts, s.guidance)
-    network = add_lora(parts.transformer, s.lora_rank) if s.lora_rank else parts.transformer
+    network = add_lora(parts.transformer, s.lora_rank, cfg.seed) if s.lora_rank else parts.transformer
     choose_trainable(network, None if s.lora_rank else s.train)
     if s.gradient_checkpointing: parts.transformer.enable_gradient_checkpointing()
     if reward_fn is None: reward_fn = reward_from(s, cfg)

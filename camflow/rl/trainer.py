@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Batch', 'joined', 'picked', 'collate', 'Trainer', 'generators', 'sample', 'score', 'learn', 'portion', 'points',
-           'answer', 'window_loss', 'forward_loss', 'backward', 'update', 'largest', 'averaged', 'window', 'step',
-           'evaluate', 'state_dict', 'load_state_dict', 'save', 'restore']
+           'answer', 'window_loss', 'forward_loss', 'backward', 'update', 'same_on_all_ranks', 'largest', 'averaged',
+           'window', 'step', 'evaluate', 'state_dict', 'load_state_dict', 'save', 'restore']
 
 # %% ../../nbs/rl/05_trainer.ipynb #64e08fd8
 import math
@@ -92,6 +92,7 @@ class Trainer:
         if plan.world != world: raise InputError(f"the plan is for {plan.world} ranks, {world} are running; call plan(world={world}, ...)")
         self.sampler, self.kernel, self.loss_fn = GroupSampler(length, plan, cfg.seed), Kernel(cfg.kind, cfg.level, cfg.form), loss_by_name(cfg.loss)
         self.origin = fingerprint(dict(model.named_parameters()))
+        self.same_on_all_ranks("starting weights", self.origin)
         self.params = choose_trainable(model)
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.ema, self.done = EMA(self.params, cfg.ema_decay), 0
@@ -225,6 +226,13 @@ def update(self):
     return norm
 
 # %% ../../nbs/rl/05_trainer.ipynb #431a2f4e
+def same_on_all_ranks(self, what, value): # for the message; anything comparable
+    "Refuses ranks that would train different models: nothing broadcasts weights here."
+    parts = [value] * self.plan.world
+    if self.plan.world > 1: torch.distributed.all_gather_object(parts, value)
+    if other := [rank for rank, one in enumerate(parts) if one != parts[0]]: raise InputError(f"{what} differ between rank 0 and ranks {other}; start all ranks from the same files and draw what is random from the run's seed")
+
+
 def largest(self, value):
     "Maximum over ranks."
     return float(gather(torch.tensor([value], dtype=torch.float32, device=self.device)).max())
@@ -330,5 +338,5 @@ def restore(self, folder): # checkpoint folder
     return True
 
 # %% ../../nbs/rl/05_trainer.ipynb #e510f406
-for _method in (generators, sample, score, learn, portion, points, answer, window_loss, forward_loss, backward, update, window, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore):
+for _method in (generators, sample, score, learn, portion, points, answer, window_loss, forward_loss, backward, update, window, same_on_all_ranks, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore):
     setattr(Trainer, _method.__name__, _method)

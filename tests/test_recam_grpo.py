@@ -1,0 +1,50 @@
+"ReCam by GRPO: seeded adapters on every rank and at every start, checked settings, scenes held out, the model that comes out."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from camflow.files import InputError
+from camflow.rl.recam_grpo import main
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"model": "random", "groups": 2, "k": 2, "sampling_steps": 2, "loss": "awm", "levels": [0.8], "steps": 1, "micro_batch": 2, "eval_conditions": 1, "conditions": 2, "lr": 1e-3,
+        "checkpoint_every": 1}
+
+
+def brightness(samples): return torch.stack([sample.frames.unit().data.mean() for sample in samples])
+
+
+def python(code, *words, ranks=1):
+    "Output of a program in a process of its own, or on several ranks."
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
+    code = "import sys, torch; torch.set_num_threads(1)\nsys.path.insert(0, 'tests')\nfrom test_recam_grpo import *\n" + code
+    file = Path(words[0])/"program.py"
+    file.write_text(code)
+    done = subprocess.run([*start, str(file), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_adapters_resume_in_another_process(tmp_path):
+    "What is random at the start comes from the seed, not from the process."
+    config = TINY | {"lora_rank": 2}
+    assert main(config, tmp_path, brightness)["step"] == 1
+    code, log = python(f"result = main({config | {'steps': 2}}, sys.argv[1], brightness)\nprint('RESUMED', result['resumed'], result['step'])", tmp_path)
+    assert code == 0 and "RESUMED 1 2" in log, log[-3000:]
+
+
+def test_ranks_start_from_the_same_adapters_or_are_refused(tmp_path):
+    "Two ranks: the seeded start agrees (first sum), an unseeded one is refused."
+    code, log = python(f"""
+from camflow.rl import recam_grpo
+trainer = recam_grpo.build({TINY | {'lora_rank': 2}}, sys.argv[1], brightness)[0]
+if trainer.rank == 0: print("EQUAL", trainer.plan.world)
+try: trainer.same_on_all_ranks("starting weights", torch.initial_seed() + trainer.rank)
+except InputError as error: print("REFUSED", error)
+torch.distributed.barrier()
+""", tmp_path, ranks=2)
+    assert code == 0 and "EQUAL 2" in log and log.count("REFUSED starting weights differ between rank 0 and ranks [1]") == 2, log[-3000:]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from camflow.files import InputError
-from camflow.rl.recam_grpo import main
+from camflow.rewards.combine import combine
+from camflow.rl.recam_grpo import main, parse
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +49,37 @@ except InputError as error: print("REFUSED", error)
 torch.distributed.barrier()
 """, tmp_path, ranks=2)
     assert code == 0 and "EQUAL 2" in log and log.count("REFUSED starting weights differ between rank 0 and ranks [1]") == 2, log[-3000:]
+
+
+class Boom:
+    "A reward that fails from call number `first` on."
+    name = "boom"
+    def __init__(self, first=0): self.first, self.calls = first, 0
+
+    def __call__(self, samples):
+        from camflow.rewards.protocol import Scores
+        self.calls += 1
+        if self.calls > self.first: raise ValueError("row 3 has no cameras")
+        return Scores(brightness(samples), ["ok"] * len(samples))
+
+
+REFUSED = [({"eval_conditions": 0}, "eval_conditions=0"), ({"checkpoint_every": 0}, "checkpoint_every=0"), ({"steps": 0}, "steps=0"), ({"micro_batch": 0}, "micro_batch=0"), ({"k": 1}, "k=1"),
+           ({"lora_rank": -3}, "lora_rank=-3"), ({"size": [48, 80, 3]}, "size="), ({"size": [50, 80]}, "multiples of 8"), ({"frames": 10}, "4k"), ({"shift": -1}, "shift=-1"), ({"factor": float("nan")}, "factor=nan"),
+           ({"groups": 2.5}, "whole number"), ({"train": "*to_q*"}, "list of patterns"), ({"lr": -1}, "lr=-1"), ({"lr": "1e-3"}, "lr='1e-3' is not"), ({"clip": -1}, "clip=-1"), ({"ema_decay": 2}, "ema_decay=2"),
+           ({"levels": []}, "levels="), ({"levels": [1.5]}, "levels="), ({"loss": "ppo", "window": 9}, "window of 9"), ({"rewards": {}}, "no reward is configured"), ({"rewards": {"camra": 1}}, "unknown reward 'camra'"),
+           ({"rewards": {"camflow.rewards.camera:Nope": 1}}, "Nope"), ({"rewards": {"no.such:X": 1}}, "cannot be imported"), ({"rewards": {"camera": "much"}}, "weight 'much'"),
+           ({"reward_options": {"camera": {"limitt": 1}}}, "limitt.*it takes"), ({"reward_options": {"appearance": {}}}, "of the configured rewards camera")]
+
+
+@pytest.mark.parametrize("change, words", REFUSED, ids=[f"{next(iter(change))} {n}" for n, (change, _) in enumerate(REFUSED)])
+def test_settings_are_checked_when_they_are_made(change, words):
+    with pytest.raises(InputError, match=words): parse(TINY | change)
+
+
+def test_a_reward_that_cannot_judge_the_start_ends_the_run_with_its_reason(tmp_path):
+    with pytest.raises(InputError, match="could be judged; .*boom: ValueError: row 3 has no cameras; mend"): main(TINY, tmp_path, combine({"boom": Boom()}))
+    assert not (tmp_path/"before.json").exists()
+
+
+def test_a_reward_that_breaks_later_names_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match="three rollouts, last at step 3 .*row 3 has no cameras; check"): main(TINY | {"steps": 4}, tmp_path, combine({"boom": Boom(1)}))

@@ -9,7 +9,8 @@ import torch
 
 from camflow.files import InputError
 from camflow.rewards.combine import combine
-from camflow.rl.recam_grpo import main, parse
+from camflow.rl.recam_grpo import build, main, parse, save_parts
+from camflow.wan.generate import load_pipeline
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,3 +84,40 @@ def test_a_reward_that_cannot_judge_the_start_ends_the_run_with_its_reason(tmp_p
 
 def test_a_reward_that_breaks_later_names_its_reason(tmp_path):
     with pytest.raises(RuntimeError, match="three rollouts, last at step 3 .*row 3 has no cameras; check"): main(TINY | {"steps": 4}, tmp_path, combine({"boom": Boom(1)}))
+
+
+def trained_and_loaded(folder, config):
+    "(trainer with the run's weights, generating pipeline) of a finished run."
+    result = main(config, folder, brightness)
+    trainer = build(config, folder, brightness)[0]
+    assert trainer.restore(folder/"checkpoints")
+    return trainer, load_pipeline(folder/result["pipeline"])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_trained_model_is_a_pipeline(tmp_path, rank):
+    "Averaged weights, adapters merged: the pipeline's transformer answers as the trained policy does, not as the start does."
+    trainer, pipe = trained_and_loaded(tmp_path, TINY | {"lora_rank": rank, "lr": 1e-1, "ema_decay": 0.0})
+    cond = trainer.conditions(0)
+    call = lambda model: model(torch.randn(1, *cond["source"].shape, generator=torch.Generator().manual_seed(1)), torch.tensor([500.0]), cond["context"][None], source=cond["source"][None], camera=cond["camera"][None])
+    with torch.no_grad():
+        made, start = call(pipe.transformer), call(build(TINY, tmp_path, brightness)[0].network)
+        with trainer.ema.applied(trainer.params): asked = call(trainer.network)
+    assert (made - asked).abs().max() < 1e-4 * asked.abs().max() < 0.1 * (made - start).abs().max()
+    clip = pipe(cond["clip"].source, cond["camera"][None], "a room", num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).frames[0]
+    assert len(clip) == 9 and clip.size == (48, 80) and torch.isfinite(clip.data).all()
+
+
+def test_large_parts_are_linked_small_ones_copied(tmp_path):
+    "The shipped model: a folder that can be moved; from a pipeline of large parts: links that lead there."
+    model = tmp_path/"weights"
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (model/name).mkdir(parents=True)
+        (model/name/"config.json").write_text("{}")
+    s = parse(TINY | {"model": str(model)})[0]
+    for name, size in (("copied", 100), ("linked", 1)):
+        folder = tmp_path/"run"/name
+        folder.mkdir(parents=True)
+        save_parts(s, None, None, folder, folder, size)
+        assert all((folder/part/"config.json").read_text() == "{}" and (folder/part).is_symlink() == (name == "linked") for part in ("vae", "text_encoder", "tokenizer"))
+        assert not (folder/"vae").is_symlink() or not os.path.isabs(os.readlink(folder/"vae"))

@@ -6,7 +6,8 @@
 __all__ = ['REWARDS', 'reward_class', 'check_rewards', 'Settings', 'parse', 'Clip', 'target_path', 'world_clips',
            'multicam_clips', 'video_clips', 'Parts', 'load_parts', 'Conditions', 'make_fn', 'add_lora',
            'explore_cameras', 'decoder', 'to_sample', 'Judge', 'reward_from', 'forwards_per_rollout', 'finetune_step',
-           'evaluation_clips', 'judged', 'compare', 'save_clips', 'read_clips', 'build', 'main', 'mean', 'conclude']
+           'evaluation_clips', 'judged', 'compare', 'save_clips', 'read_clips', 'merged', 'save_transformer',
+           'unchanged_parts', 'save_parts', 'export_pipeline', 'build', 'main', 'mean', 'conclude']
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #2e46c9c1
 import functools
@@ -14,6 +15,7 @@ import importlib
 import inspect
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -405,6 +407,62 @@ def read_clips(path): # before.safetensors or after.safetensors of an arm
     from safetensors.torch import load_file
     return load_file(path)
 
+# %% ../../nbs/rl/06_recam_grpo.ipynb #0995320c
+def merged(bare): # the transformer, with or without adapters
+    "Its tensors by their published names, adapters added in."
+    state = {name.replace(".base_layer.", "."): value.detach() for name, value in bare.state_dict().items() if "lora_" not in name}
+    for name, layer in bare.named_modules():
+        if hasattr(layer, "get_delta_weight"): state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight("default").detach().float()
+    return {name: value.cpu().contiguous() for name, value in state.items()}
+
+
+@torch.no_grad()
+def save_transformer(trainer, folder): # the trainer of `build`; transformer/ of a pipeline
+    "Averaged weights; what is trained in float32, the rest as it was loaded."
+    from camflow.wan.recam import ReCamTransformer3DModel
+    with trainer.ema.applied(trainer.params): state = merged(trainer.bare)
+    with torch.device("meta"): model = ReCamTransformer3DModel.from_config(trainer.bare.config)
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(folder)
+
+
+def unchanged_parts(s: Settings): # -> {name: folder}
+    "Where the pipeline's other parts lie."
+    from camflow.assets import tiny_path
+    root = Path(s.model) if s.model != "tiny" else tiny_path("recam")
+    found = {name: root/name for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    if s.model == "tiny" and not found["vae"].is_dir(): found["vae"] = tiny_path("vae")
+    return {name: folder.resolve() for name, folder in found.items() if folder.is_dir()}
+
+
+def save_parts(s: Settings, vae, bare, folder: Path, final: Path, small: float = 64 * 2**20): # folder to fill; the name it will get; bytes of what is copied
+    "Copies small parts, links large ones."
+    if s.model == "random":
+        from camflow.wan.text import build_tiny_text
+        text = build_tiny_text(["a room with moving objects"], d_model=bare.config.text_dim)
+        vae.save_pretrained(folder/"vae"), text.model.save_pretrained(folder/"text_encoder"), text.tokenizer.save_pretrained(folder/"tokenizer")
+        return
+    places = unchanged_parts(s)
+    copied = sum(file.stat().st_size for place in places.values() for file in place.rglob("*") if file.is_file()) <= small
+    relative = {name: os.path.relpath(place, final.resolve()) for name, place in places.items()}
+    for name, place in places.items(): shutil.copytree(place, folder/name) if copied else (folder/name).symlink_to(relative[name])
+    write_json(folder/"parts.json", {"parts": "copied" if copied else "links, relative to this folder; copy them before you move it", "from": relative})
+
+
+def export_pipeline(trainer, s: Settings, run_dir): # rank 0
+    "Writes run_dir/pipeline, whole or not at all; returns the folder."
+    final = Path(run_dir)/"pipeline"
+    made, gone = final.with_name(".pipeline.tmp"), final.with_name(".pipeline.old.tmp")
+    for left in (made, gone): shutil.rmtree(left, ignore_errors=True)
+    made.mkdir(parents=True)
+    save_transformer(trainer, made/"transformer")
+    save_parts(s, trainer.vae, trainer.bare, made, final)
+    write_json(made/"training.json", {"arm": s.arm, "start": s.model if s.model in ("tiny", "random") else Path(s.model).name, "rollouts": trainer.done, "settings": asdict(s), "algorithm": asdict(trainer.cfg)})
+    if final.exists(): os.replace(final, gone)
+    os.replace(made, final)
+    shutil.rmtree(gone, ignore_errors=True)
+    return final
+
 # %% ../../nbs/rl/06_recam_grpo.ipynb #70bf7d3d
 def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the configured rewards
     "(trainer, settings, held-out conditions, HeldOut or None)."
@@ -426,7 +484,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     trainer = Trainer(network, make_fn(s.guidance)(network), conditions, length, decoder(parts.vae), reward_fn, recam_sigmas(s.sampling_steps, s.shift),
                       conditions(0)["source"].shape, counts, cfg, ref_fn, to_sample, frame_statistics, s.rewards if cfg.combine == "each" else None,
                       RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None)
-    trainer.network = network
+    trainer.network, trainer.bare, trainer.vae = network, parts.transformer, parts.vae
     clips, held = evaluation_clips(s, cfg)
     return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance), held
 
@@ -479,7 +537,7 @@ def mean(values):
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #47e1720f
 def conclude(trainer, s, conditions, held, run_dir):
-    "The second judgement, the comparison, and the averaged weights."
+    "The second judgement, the comparison, and the model: averaged weights and a pipeline."
     from safetensors.torch import save
     after, tensors = judged(trainer, s, conditions, held)
     if trainer.rank: return {}
@@ -490,7 +548,7 @@ def conclude(trainer, s, conditions, held, run_dir):
     if clips[0].truth is not None: tensors["truth"] = torch.stack([clip.truth.byte().data for clip in clips])
     save_clips(run_dir / "after.safetensors", **tensors)
     with atomic_write(run_dir / "weights.safetensors") as file: file.write(save({name: value.contiguous() for name, value in trainer.ema.shadow.items()}))
-    return {"held_out": compare(before, after), "trained_parameters": sum(p.numel() for p in trainer.params.values())}
+    return {"held_out": compare(before, after), "pipeline": export_pipeline(trainer, s, run_dir).name, "trained_parameters": sum(p.numel() for p in trainer.params.values())}
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #9210471a
 if __name__ == "__main__": run_main(main)

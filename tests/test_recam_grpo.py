@@ -1,5 +1,6 @@
 "ReCam by GRPO: seeded adapters on every rank and at every start, checked settings, scenes held out, the model that comes out."
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 
 from camflow.files import InputError
 from camflow.rewards.combine import combine
-from camflow.rl.recam_grpo import build, main, parse, save_parts
+from camflow.rl.recam_grpo import build, main, open_data, parse, save_parts
 from camflow.wan.generate import load_pipeline
+from camflow.world.write import write_multicam
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,3 +123,41 @@ def test_large_parts_are_linked_small_ones_copied(tmp_path):
         save_parts(s, None, None, folder, folder, size)
         assert all((folder/part/"config.json").read_text() == "{}" and (folder/part).is_symlink() == (name == "linked") for part in ("vae", "text_encoder", "tokenizer"))
         assert not (folder/"vae").is_symlink() or not os.path.isabs(os.readlink(folder/"vae"))
+
+
+@pytest.fixture(scope="module")
+def multicam(tmp_path_factory):
+    "Three scenes of three cameras: 18 pairs."
+    root = tmp_path_factory.mktemp("multicam")
+    write_multicam(root, scenes=3, frames=9, cameras=3, val=False, size=(48, 80))
+    return root
+
+
+def test_held_out_requests_come_from_whole_scenes(multicam, tmp_path):
+    "Six pairs per scene: up to six requests hold out one scene, seven two; training never draws from them; too few pairs are refused."
+    s = parse(TINY | {"data": "multicam", "root": str(multicam), "cameras": "paired", "conditions": 6, "eval_conditions": 7})[0]
+    load, held = open_data(s, 0, tmp_path)
+    scenes = lambda clips, n: {clips(i).id.split("/")[0] for i in range(n)}
+    assert len(scenes(held, 7)) == 2 and scenes(load, 6).isdisjoint(scenes(held, 7)) and len({held(i).id for i in range(7)}) == 7
+    for change, words in [({"conditions": 7}, "at most 6"), ({"eval_conditions": 13}, "eval_conditions lower or add scenes"), ({"conditions": 100, "eval_conditions": 1}, "at most 12")]:
+        with pytest.raises(InputError, match=words): open_data(parse({**config_of(s), **change})[0], 0, tmp_path)
+
+
+def config_of(s): return {name: getattr(s, name) for name in ("data", "root", "cameras", "conditions", "eval_conditions", "model", "groups", "k", "micro_batch")}
+
+
+def test_bad_input_is_found_before_training(multicam, tmp_path):
+    "A truncated video of a set or of a folder, a missing focal folder, clips that are too short: refused in `build`, or left out and listed."
+    shutil.copytree(multicam, tmp_path/"set")
+    video = tmp_path/"set/train/f24_aperture5/scene2/videos/cam02.mp4"
+    shutil.copytree(video.parent, tmp_path/"videos")
+    for file in (video, tmp_path/"videos/cam02.mp4"): file.write_bytes(file.read_bytes()[:200])
+    config = TINY | {"data": "multicam", "root": str(tmp_path/"set"), "conditions": 4}
+    for change, words in [({}, "scene2/videos/cam02.mp4"), ({"focal": "f99"}, "no folder 'f99'"), ({"skip_bad": True, "frames": 81}, "9 there"), ({"data": "videos", "root": str(tmp_path/"videos")}, "1 of 3 videos.*cam02.mp4"),
+                          ({"data": "videos", "root": str(tmp_path/"videos"), "skip_bad": True, "frames": 81}, "no video")]:
+        with pytest.raises(InputError, match=words): build(config | change, tmp_path/"run", brightness)
+    for name, change in (("set", {}), ("videos", {"data": "videos", "root": str(tmp_path/"videos")})):
+        trainer, s, held, _ = build(config | change | {"skip_bad": True}, tmp_path/f"run_{name}", brightness)
+        assert "cam02" in (tmp_path/f"run_{name}/skipped.json").read_text()
+        names = lambda conditions, n: {conditions(i)["clip"].id.split("/")[0] for i in range(n)}
+        assert names(held, 1).isdisjoint(names(trainer.conditions, 4))

@@ -1,4 +1,5 @@
 "ReCam by GRPO: seeded adapters on every rank and at every start, checked settings, scenes held out, the model that comes out."
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from camflow.files import InputError
+from camflow.lab.run import run
 from camflow.rewards.combine import combine
 from camflow.rl.recam_grpo import build, main, open_data, parse, save_parts
 from camflow.wan.generate import load_pipeline
@@ -161,3 +163,13 @@ def test_bad_input_is_found_before_training(multicam, tmp_path):
         assert "cam02" in (tmp_path/f"run_{name}/skipped.json").read_text()
         names = lambda conditions, n: {conditions(i)["clip"].id.split("/")[0] for i in range(n)}
         assert names(held, 1).isdisjoint(names(trainer.conditions, 4))
+
+
+def test_several_machines_without_an_address_get_lines_and_nothing_is_trained(tmp_path):
+    "The run says so, and the written configuration is what the lines name."
+    done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "num_processes": 2}, root=tmp_path)
+    assert done.status == "ok" and done.result["status"] == "launch lines" and done.result["headline"] == ["status"]
+    lines = done.result["lines"]["grpo"]
+    assert len(lines) == 2 and all(f"--machine_rank {node} --main_process_ip NODE0" in line and "--num_processes 4" in line for node, line in enumerate(lines))
+    config = json.loads(Path(lines[0].split("--config ")[1]).read_text())
+    assert parse(config)[0].arm == "grpo" and not list(done.path.rglob("metrics.jsonl"))

@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from camflow.files import InputError
+from camflow.lab.launch import command
 from camflow.lab.run import run
 from camflow.rewards.combine import combine
 from camflow.rl.recam_grpo import build, main, open_data, parse, save_parts
@@ -173,3 +176,17 @@ def test_several_machines_without_an_address_get_lines_and_nothing_is_trained(tm
     assert len(lines) == 2 and all(f"--machine_rank {node} --main_process_ip NODE0" in line and "--num_processes 4" in line for node, line in enumerate(lines))
     config = json.loads(Path(lines[0].split("--config ")[1]).read_text())
     assert parse(config)[0].arm == "grpo" and not list(done.path.rglob("metrics.jsonl"))
+
+
+def test_two_machines_train_one_model(tmp_path):
+    "With an address this machine starts its share and waits for the other, which is started by the printed line (here: a second launcher on this machine)."
+    def other():
+        while not (found := list(tmp_path.rglob("grpo/config.json"))): time.sleep(.2)
+        line = command("camflow.rl.recam_grpo", found[0], 1, "torchrun", 2, 1, "127.0.0.1", 29500)
+        codes.append(subprocess.run(line, capture_output=True, timeout=200, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}).returncode)
+    codes, second = [], threading.Thread(target=other, daemon=True)
+    second.start()
+    done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
+    second.join(200)
+    assert codes == [0] and done.status == "ok" and (done.result["status"], done.result["pipeline"]) == ("trained", "grpo/pipeline")
+    assert load_pipeline(done.path/"grpo/pipeline").transformer.config.num_layers == 4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'FRAMES', 'GRID', 'UNIT', 'PATH_UNIT', 'DEFAULTS', 'contrast', 'step_flow', 'features', 'rotation_vector',
-           'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'soften', 'degrade', 'draw_path',
+           'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'degrade', 'draw_path',
            'make_item', 'vae_round_trip', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'fill_poses',
            'estimate_batch', 'estimate_cameras', 'judge', 'headline', 'evaluate', 'save_pose', 'load_pose', 'card',
            'vary', 'main', 'export']
@@ -128,20 +128,6 @@ def blur(x_T3HW: Tensor,  # any range
     return F.conv2d(F.pad(x, (0, 0, r, r), mode="reflect"), k.transpose(2, 3), groups=3)
 
 
-def soften(x_T3HW: Tensor,           # 0..1
-           g: torch.Generator,       # source of all draws
-           width: float = 3.0,       # largest blur at the last frame, pixels
-           blotches: float = 0.08):  # their largest deviation there
-    "Blur and blotches that grow with time, as a generator drifts from what it was shown; blotches live for about four frames."
-    T, (u, v) = len(x_T3HW), torch.rand(2, generator=g).tolist()
-    grow = [0.4 + 0.6 * i / max(1, T - 1) for i in range(T)]
-    spots = blur(torch.randn(T // 4 + 2, *x_T3HW.shape[1:], generator=g), 3.0)
-    fresh = blur(torch.randn(x_T3HW.shape, generator=g), 3.0)
-    noise = spots[[(i + 3) // 4 for i in range(T)]] / spots.std() + fresh / fresh.std()
-    soft = torch.cat([blur(x_T3HW[i:i + 1], width * u * grow[i] + 1e-3) for i in range(T)])
-    return soft + blotches * v * 0.5 ** 0.5 * torch.tensor(grow)[:, None, None, None] * noise
-
-
 def degrade(frames_T3HW: Tensor,  # uint8
             g: torch.Generator,   # source of all draws
             clean: float = 0.25   # share of clips left as they are
@@ -158,18 +144,17 @@ def degrade(frames_T3HW: Tensor,  # uint8
     if u[7] < 0.6: x = (x - 0.5) * (0.6 + 0.6 * u[8]) + 0.5 + 0.2 * (torch.rand(1, 3, 1, 1, generator=g) - 0.5)
     if u[9] < 0.3: x = x * (1 + 0.1 * (torch.rand(len(x), 1, 1, 1, generator=g) - 0.5))
     if u[10] < 0.6: x = x + 0.04 * u[11] * torch.randn(x.shape, generator=g)
-    if torch.rand(1, generator=g) < 0.5: x = soften(x, g)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../../nbs/depth/02_pose_train.ipynb #ec8396cb
 def draw_path(g: torch.Generator, frames: int = FRAMES) -> tuple:
-    "A camera path relative to frame 0 [T,4,4] float64 and its kind: a smooth random path, a preset whose rotation and translation are scaled apart (0..1.6) and bent at random, or none."
+    "A camera path relative to frame 0 [T,4,4] float64 and its kind: a preset at scale 0..1.5, a smooth random path, or none."
     from camflow.geometry.trajectory import PRESETS, preset, random_trajectory, rescale, static
-    u = torch.rand(4, generator=g).tolist()
+    u = torch.rand(3, generator=g).tolist()
     if u[0] < 0.05: return static(frames), "static"
-    if u[0] < 0.5: return random_trajectory(g, frames, 35 * u[1], 2.5 * u[2]), "random"
-    kind = PRESETS[int(u[3] * len(PRESETS))]
-    return rescale(preset(kind, frames), translation=1.6 * u[1], rotation=1.6 * u[2]) @ random_trajectory(g, frames, 8, 0.6), kind
+    if u[0] < 0.45: return random_trajectory(g, frames, 30 * u[1], 2.5 * u[2]), "random"
+    kind = PRESETS[int(u[2] * len(PRESETS))]
+    return rescale(preset(kind, frames), translation=1.5 * u[1], rotation=1.5 * u[1]), kind
 
 
 def make_item(seed: int,           # of the item; scenes from HELD_OUT on are for validation

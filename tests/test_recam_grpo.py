@@ -4,8 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -184,13 +182,14 @@ def test_several_machines_without_an_address_get_lines_and_nothing_is_trained(tm
 
 def test_two_machines_train_one_model(tmp_path):
     "With an address this machine starts its share and waits for the other, which is started by the printed line (here: a second launcher on this machine)."
-    def other():
-        while not (found := list(tmp_path.rglob("grpo/config.json"))): time.sleep(.2)
-        line = command("camflow.rl.recam_grpo", found[0], 1, "torchrun", 2, 1, "127.0.0.1", 29500)
-        codes.append(subprocess.run(line, capture_output=True, timeout=200, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}).returncode)
-    codes, second = [], threading.Thread(target=other, daemon=True)
-    second.start()
-    done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
-    second.join(200)
+    wait = ("import glob, os, sys, time\nroot, line = sys.argv[1], sys.argv[2:]\nwhile not (found := glob.glob(root + '/**/grpo/config.json', recursive=True)): time.sleep(.2)\n"
+            "os.execv(line[0], [found[0] if word == 'CONFIG' else word for word in line])")
+    line = [str(word) for word in command("camflow.rl.recam_grpo", "CONFIG", 1, "torchrun", 2, 1, "127.0.0.1", 29500)]
+    other = subprocess.Popen([sys.executable, "-c", wait, str(tmp_path), *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+                             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # before the run, which ends what was started during it
+    try:
+        done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
+        codes = [other.wait(100)]
+    finally: other.kill()
     assert codes == [0] and done.status == "ok" and (done.result["status"], done.result["pipeline"]) == ("trained", "grpo/pipeline")
     assert load_pipeline(done.path/"grpo/pipeline").transformer.config.num_layers == 4

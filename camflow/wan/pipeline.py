@@ -16,8 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..files import InputError
 from ..geometry.camera import Cameras
 from ..media.frames import Frames
+from .conditions import without_conditions
 from .recam import ReCamTransformer3DModel, tiny_recam
-from .sampling import euler_sample, guided, recam_sigmas
+from .sampling import euler_sample, guided_by, recam_sigmas
 from .text import NEGATIVE_PROMPT, TextEncoder, build_tiny_text
 from .vae import decode_latents, decode_tiled, encode_tiled, encode_video, tiny_vae
 
@@ -33,13 +34,22 @@ def video_tensor(video) -> tuple[torch.Tensor, float | None]:  # Frames, list of
     return torch.stack([c.signed().data.transpose(0, 1) for c in clips]), clips[0].fps
 
 
-def camera_tensor(cameras, frames: int) -> torch.Tensor:  # Cameras, list of Cameras or [B,f,12] / [f,12]; video frames -> [B,f,12]
-    "One batch of camera embeddings, a pose per latent frame."
-    if isinstance(cameras, torch.Tensor): return cameras if cameras.ndim == 3 else cameras[None]
+def camera_tensor(cameras,             # Cameras, list of Cameras, or poses [B,f,12] / [f,12] that are relative to the source's first frame already
+                  frames: int,         # of the video
+                  source_cameras=None, # Cameras of the source in the same world, or one per path; None: each path starts where its source starts
+                  stride: int = 4,     # video frames per latent frame
+                  ) -> torch.Tensor:   # [B,f,12] float32; row k is the pose of video frame stride * k, the last of the frames that latent k stands for
+    "One batch of camera embeddings, relative to the source's first frame as in training."
+    if isinstance(cameras, torch.Tensor):
+        if source_cameras is not None: raise InputError("cameras is a tensor, its poses are relative to the source's first frame already; give Cameras, or leave source_cameras out")
+        return cameras if cameras.ndim == 3 else cameras[None]
     paths = [cameras] if isinstance(cameras, Cameras) else list(cameras)
+    sources = [source_cameras] * len(paths) if source_cameras is None or isinstance(source_cameras, Cameras) else list(source_cameras)
+    if len(sources) != len(paths): raise InputError(f"{len(sources)} source cameras for {len(paths)} paths; give one, or one per path")
     for path in paths:
         if len(path) < frames: raise InputError(f"a path of {len(path)} poses for {frames} frames; give a pose per video frame (Cameras.interpolate)")
-    return torch.stack([path.embedding(frames=range(0, frames, 4)) for path in paths])
+    rows = range(0, frames, stride)
+    return torch.stack([path.embedding(reference_c2w=None if source is None else source.c2w[0], frames=rows) for path, source in zip(paths, sources)])
 
 # %% ../../nbs/wan/05_pipeline.ipynb #86849cfa
 @dataclass
@@ -65,10 +75,25 @@ class ReCamPipeline(DiffusionPipeline):
         if self.text_encoder is None or self.tokenizer is None: raise InputError("this pipeline has no text encoder; load one, or pass prompt_embeds (and negative_prompt_embeds)")
         return TextEncoder(self.tokenizer, self.text_encoder)
 
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        "(frames, rows, columns) of a clip come in 1 + multiples, multiples, multiples of these."
+        patch, space = self.transformer.config.patch_size, self.vae.config.scale_factor_spatial
+        return self.vae.config.scale_factor_temporal * patch[0], space * patch[1], space * patch[2]
+
+    def check_clip(self, frames: int, size):  # (H, W)
+        "Refuses lengths and sizes that the VAE and the transformer's patches cannot hold."
+        time, *step = self.multiples
+        if frames % time != 1 % time: raise InputError(f"a clip of {frames} frames; this model takes 1 + {time}k: cut it to {max(1, frames - (frames - 1) % time)}")
+        if any(n % k for n, k in zip(size, step)) or not min(size):
+            fit = [max(k, n - n % k) for n, k in zip(size, step)]
+            raise InputError(f"frames of {size[0]} x {size[1]}; this model takes multiples of {step[0]} x {step[1]}: Frames.cover(({fit[0]}, {fit[1]})) cuts them to fit")
+
     @torch.no_grad()
     def encode_source(self, video, tiled=False, tile_size=(30, 52), tile_stride=(15, 26)) -> torch.Tensor:
         "Normalised latents of the source."
         x_BCTHW = video_tensor(video)[0].to(self._execution_device, self.vae.dtype)
+        self.check_clip(x_BCTHW.shape[2], tuple(x_BCTHW.shape[3:]))
         return (encode_tiled(self.vae, x_BCTHW, tile_size, tile_stride) if tiled else encode_video(self.vae, x_BCTHW)).float()
 
     @torch.no_grad()
@@ -78,11 +103,11 @@ class ReCamPipeline(DiffusionPipeline):
         return (decode_tiled(self.vae, z, tile_size, tile_stride) if tiled else decode_latents(self.vae, z)).float()
 
     @torch.no_grad()
-    def __call__(self, video,                            # Frames, list of Frames, or signed [B,3,T,H,W]; T = 1 + 4k, sides multiples of 16
-                 cameras,                                # Cameras (a pose per video frame), list of them, or [B,1+k,12]
+    def __call__(self, video,                            # Frames, list of Frames, or signed [B,3,T,H,W]; T = 1 + 4k, sides `multiples` (16 with Wan's patches)
+                 cameras,                                # Cameras (a pose per video frame), list of them, or [B,1+k,12] relative to the source's first frame
                  prompt="",                              # text or list of texts
                  num_inference_steps: int = 50,
-                 guidance_scale: float = 5.0,            # 1: the negative branch is not computed
+                 guidance_scale: float = 5.0,            # by text; 1: the negative branch is not computed
                  negative_prompt: str | None = None,     # None: Wan's own
                  generator=None,                         # torch.Generator of the noise, or one per sample
                  latents: torch.Tensor | None = None,    # the noise itself [B,16,1+k,H/8,W/8]
@@ -93,34 +118,43 @@ class ReCamPipeline(DiffusionPipeline):
                  output_type: str = "frames",            # "frames" list of Frames | "pt" signed [B,3,T,H,W] | "np" [B,T,H,W,3] in 0..1 | "latent"
                  callback_on_step_end=None,              # (pipe, step, timestep, {"latents": x}) -> dict that may hold new latents
                  tiled: bool = False, tile_size=(30, 52), tile_stride=(15, 26),   # VAE in tiles, latent rows and columns
-                 return_dict: bool = True):
+                 return_dict: bool = True,
+                 source_cameras=None,                    # Cameras of the source, or one per path: the paths are poses in their world and may start anywhere in it; None: each path starts where the source starts
+                 camera_guidance_scale: float = 1.0,     # for weights trained with hidden cameras (wan.conditions)
+                 source_guidance_scale: float = 1.0,     # for weights trained with hidden sources
+                 guidance_batch: int = 1):               # guidance branches per forward; more need more memory
         "Frames of the source along the new path."
         if output_type not in ("frames", "pt", "np", "latent"): raise InputError(f"output_type {output_type!r}; one of frames, pt, np, latent")
         tiles, device = dict(tiled=tiled, tile_size=tile_size, tile_stride=tile_stride), self._execution_device
         source = source_latents if source_latents is not None else self.encode_source(video, **tiles)
-        camera = camera_tensor(cameras, 1 + 4 * (source.shape[2] - 1))
+        stride = self.vae.config.scale_factor_temporal
+        camera = camera_tensor(cameras, 1 + stride * (source.shape[2] - 1), source_cameras, stride)
         positive = prompt_embeds if prompt_embeds is not None else self.text.encode(prompt)
         negative = negative_prompt_embeds
         if negative is None and guidance_scale != 1: negative = self.text.encode(NEGATIVE_PROMPT if negative_prompt is None else negative_prompt)
         source, camera, positive = self._batch(source=source, cameras=camera, prompts=positive)
         noise = latents if latents is not None else randn_tensor(source.shape, generator=generator, device=device)
-        sigmas = recam_sigmas(num_inference_steps, shift)
+        scales = {"text": guidance_scale, "camera": camera_guidance_scale, "source": source_guidance_scale}
+        no_source = None if source_guidance_scale == 1 else randn_tensor(source.shape, generator=generator, device=device)
+        velocity, sigmas = self._velocity(source, camera, positive, negative, no_source, scales, guidance_batch), recam_sigmas(num_inference_steps, shift)
         with self.progress_bar(total=num_inference_steps) as bar:
             def after_step(step, x):
                 bar.update()
                 if callback_on_step_end is None: return None
                 return callback_on_step_end(self, step, 1000 * sigmas[step], {"latents": x}).get("latents")
-            x = euler_sample(self._velocity(source, camera, positive, negative, guidance_scale), noise.to(device), sigmas, after_step)
+            x = euler_sample(velocity, noise.to(device), sigmas, after_step)
         self.maybe_free_model_hooks()
         fps = None if video is None else video_tensor(video)[1]
         out = self._output(x, output_type, fps, tiles)
         return ReCamOutput(frames=out) if return_dict else (out,)
 
-    def _velocity(self, source, camera, positive, negative, scale):
+    def _velocity(self, source, camera, positive, negative, no_source, scales, together):
         dtype, device = self.transformer.dtype, self._execution_device
-        source, camera, positive = (v.to(device, dtype) for v in (source, camera, positive))
-        network = lambda x, t, context: self.transformer(x.to(dtype), t, context, source, camera).float()
-        return guided(network, positive, None if negative is None else negative.to(device, dtype), scale)
+        fit = lambda parts: {name: v.to(device) if name == "source_timestep" else v.to(device, dtype) for name, v in parts.items()}
+        given = {"encoder_hidden_states": positive, "source": source, "camera": camera} | ({} if no_source is None else {"source_timestep": torch.zeros(len(source))})
+        without = {name: fit(parts) for name, parts in without_conditions(camera, negative, no_source).items()}
+        network = lambda x, t, **conditions: self.transformer(x.to(dtype), t, **conditions).float()
+        return guided_by(network, fit(given), without, scales, together)
 
     @staticmethod
     def _batch(**parts):

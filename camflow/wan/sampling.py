@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recam_sigmas', 'training_weights', 'TrainingSchedule', 'training_schedule', 'add_noise', 'velocity', 'nearest_level',
-           'euler_step', 'euler_sample', 'guided']
+           'euler_step', 'euler_sample', 'guided_by', 'guided']
 
 # %% ../../nbs/wan/04_sampling.ipynb #06af3006
 from collections.abc import Callable
@@ -94,18 +94,34 @@ def euler_sample(model_fn: Callable,        # (x, sigma as a float) -> velocity,
         x = x if changed is None else changed
     return x
 
+# %% ../../nbs/wan/04_sampling.ipynb #15a4844d
+def guided_by(network: Callable,   # (x, timestep [B], **conditions) -> velocity
+              given: dict,         # {argument: tensor [B,...]}: every condition
+              without: dict,       # {name: {argument: what stands for the missing condition, [B or 1,...]}}
+              scales: dict,        # {name: guidance scale}, 1: that condition is not guided
+              together: int = 1,   # branches per forward: more are faster on an accelerator and take as many times the memory
+              ) -> Callable:       # model_fn (x, sigma) -> velocity, for `euler_sample`
+    "Velocity with classifier-free guidance over any conditions."
+    names = [name for name, scale in scales.items() if scale != 1]
+    if missing := [name for name in names if name not in without]: raise InputError(f"guidance by {missing[0]} at scale {scales[missing[0]]} needs what stands for no {missing[0]}; give it, or use scale 1")
+    branches = [given] + [given | without[name] for name in names]
+    def model_fn(x, sigma):
+        timestep, fit, found = torch.full((len(x),), 1000 * sigma, device=x.device), lambda v: v.expand(len(x), *v.shape[1:]), []
+        for some in [branches[k:k + together] for k in range(0, len(branches), together)]:
+            joint = {key: torch.cat([fit(branch[key]) for branch in some]) if len(some) > 1 else fit(some[0][key]) for key in given}
+            found += network(x.repeat(len(some), *[1] * (x.ndim - 1)), timestep.repeat(len(some)), **joint).chunk(len(some))
+        v, result = found[0], found[0]
+        for number, (name, other) in enumerate(zip(names, found[1:])):
+            result = other + scales[name] * (v - other) if number == 0 else result + (scales[name] - 1) * (v - other)
+        return result
+    return model_fn
+
 # %% ../../nbs/wan/04_sampling.ipynb #57576872
 def guided(network: Callable,                        # (x, timestep [B], context) -> velocity
            positive: torch.Tensor,                   # text [B,L,D]
            negative: torch.Tensor | None = None,     # text [B or 1,L,D] of what is not wanted
            scale: float = 5.0,                       # 1: no guidance
            ) -> Callable:                            # model_fn for `euler_sample`
-    "Velocity with classifier-free guidance over the text."
+    "Velocity with classifier-free guidance over the text alone."
     if scale != 1 and negative is None: raise InputError(f"guidance_scale {scale} needs a negative prompt's encoding; pass it or use guidance_scale=1")
-    def model_fn(x, sigma):
-        timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
-        v = network(x, timestep, positive)
-        if scale == 1: return v
-        other = network(x, timestep, negative.expand(len(x), -1, -1))
-        return other + scale * (v - other)
-    return model_fn
+    return guided_by(lambda x, timestep, context: network(x, timestep, context), {"context": positive}, {"text": {"context": negative}}, {"text": scale})

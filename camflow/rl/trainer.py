@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Batch', 'joined', 'picked', 'collate', 'Trainer', 'generators', 'sample', 'score', 'learn', 'portion', 'points',
            'answer', 'window_loss', 'forward_loss', 'backward', 'update', 'same_on_all_ranks', 'largest', 'averaged',
-           'window', 'step', 'evaluate', 'state_dict', 'load_state_dict', 'save', 'restore']
+           'window', 'step', 'evaluate', 'state_dict', 'load_state_dict', 'save', 'restore', 'NonFiniteError', 'trial',
+           'stop_for', 'save_batch', 'replay_batch']
 
 # %% ../../nbs/rl/05_trainer.ipynb #64e08fd8
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,11 +25,12 @@ from .health import Clock, check_ratio, details_of, frame_statistics, scores_of
 from .kernels import Kernel
 from .losses import FORWARD, loss_by_name, masked_mean, matching_logp, mean_kl, old_decay, ratio_std, velocity_kl
 from .policy import choose_trainable, gather, rank_and_world, reference, sum_gradients
-from .rollout import draw_noise, pick, rollout
+from .rollout import Trajectory, draw_noise, pick, rollout
 from .sampler import GroupSampler, Item
 from .schedules import compressed, draw_levels, draw_window, moving_window, step_weight
 from ..training.checkpoint import fingerprint, flatten_optimizer, latest_checkpoint, load_checkpoint, load_strict, save_checkpoint, unflatten_optimizer
 from ..training.ema import EMA
+from ..training.heartbeat import Heartbeat
 
 # %% ../../nbs/rl/05_trainer.ipynb #8c9142c8
 class Batch(NamedTuple):
@@ -80,7 +83,8 @@ class Trainer:
                  weights=None,    # {reward: weight} for several rewards
                  cache=None,      # rollout.RolloutCache while debugging
                  device="cpu",    # of latents and conditions
-                 explore_fn=None):# (cond, one generator per sample) -> cond that training samples are drawn with; judged and learned is the request (forward process only)
+                 explore_fn=None, # (cond, one generator per sample) -> cond that training samples are drawn with; judged and learned is the request (forward process only)
+                 run_dir=None):   # where each rank writes its heartbeat, and a batch that breaks is kept
         self.cfg = cfg = cfg or RLConfig()
         if cfg.kl and ref_fn is None: raise InputError(f"kl={cfg.kl} needs a reference model; pass ref_fn=reference(model, make_fn) or set kl=0")
         if explore_fn and cfg.loss not in FORWARD: raise InputError(f"explore_fn draws samples from other requests, and the importance ratio of {cfg.loss} would be wrong; use loss='awm'")
@@ -89,6 +93,7 @@ class Trainer:
         self.sigmas, self.shape, self.plan, self.ref_fn, self.device = torch.as_tensor(sigmas).cpu(), tuple(shape), plan, ref_fn, device
         self.sample_fn, self.health_fn, self.weights, self.cache = sample_fn or (lambda *sample: sample), health_fn, weights, cache
         self.rank, world = rank_and_world()
+        self.run_dir, self.beat = run_dir, Heartbeat(run_dir, self.rank)
         if plan.world != world: raise InputError(f"the plan is for {plan.world} ranks, {world} are running; call plan(world={world}, ...)")
         self.sampler, self.kernel, self.loss_fn = GroupSampler(length, plan, cfg.seed), Kernel(cfg.kind, cfg.level, cfg.form), loss_by_name(cfg.loss)
         self.origin = fingerprint(dict(model.named_parameters()))
@@ -106,6 +111,7 @@ def generators(self, purpose, items, same=False):
 
 def sample(self, items, window, purpose=""):
     "Rolls out one micro-batch."
+    self.beat(purpose + "rollout", self.done)
     by_index = {index: self.conditions(index) for index in dict.fromkeys(item.index for item in items)}
     parts = [by_index[item.index] for item in items]
     asked = collate(parts, self.device)
@@ -122,8 +128,10 @@ def sample(self, items, window, purpose=""):
 
 def score(self, batches, clock, reward_fn=None):
     "Decodes and judges; returns ({name: values}, status, {detail: values}, frames, samples)."
+    self.beat("decode", self.done)
     with clock("decode"), torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
     samples = [self.sample_fn(*one) for one in zip(frames, (p for b in batches for p in b.parts), (i for b in batches for i in b.items))]
+    self.beat("reward", self.done)
     with clock("reward"): result = (reward_fn or self.reward_fn)(samples)
     return *scores_of(result), details_of(result), frames, samples
 
@@ -143,6 +151,7 @@ def learn(self, batches, adv, keep, everyone):
                 for name, value in metrics.items(): sums[name] = sums.get(name, 0.0) + float(value) * int(kept.sum())
         if not norms: check_ratio(self.largest(gap), cfg.ratio_tol)
         norms.append(self.update())
+        if not math.isfinite(norms[-1]): self.stop_for(work[u], total)
     return self.averaged(sums, count) | {"first_ratio_gap": gap, "grad_norm": sum(norms) / len(norms) if norms else math.nan, "updates": len(norms)}
 
 # %% ../../nbs/rl/05_trainer.ipynb #0514e956
@@ -199,6 +208,7 @@ def backward(self, batch, adv, keep, total):
     denominator = total * (cfg.trained(0) if forward else len(batch.trajectory))
     adv, keep = adv.float().to(batch.trajectory.x0.device), keep.to(batch.trajectory.x0.device)
     for n, point in enumerate(self.points(batch)):
+        self.beat("update", self.done)
         x, t, _ = point
         anchors = {"velocity_kl": (cfg.kl, lambda: self.ref_fn(x, t, batch.cond)), "velocity_kl_ema": (cfg.kl_ema, lambda: self.answer(self.ema, x, t, batch.cond))}
         with torch.no_grad(): anchors = {name: (weight, other()) for name, (weight, other) in anchors.items() if weight}
@@ -217,7 +227,9 @@ def backward(self, batch, adv, keep, total):
 def update(self):
     "Clip, step, average; returns the gradient norm. A non-finite gradient changes nothing."
     params = list(self.params.values())
+    self.beat("waiting for gradients", self.done)
     sum_gradients(params)
+    self.beat("update", self.done)
     norm = float(torch.nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf))
     if math.isfinite(norm):
         self.optimizer.step()
@@ -228,6 +240,7 @@ def update(self):
 # %% ../../nbs/rl/05_trainer.ipynb #431a2f4e
 def same_on_all_ranks(self, what, value): # for the message; anything comparable
     "Refuses ranks that would train different models: nothing broadcasts weights here."
+    self.beat("waiting to compare " + what)
     parts = [value] * self.plan.world
     if self.plan.world > 1: torch.distributed.all_gather_object(parts, value)
     if other := [rank for rank, one in enumerate(parts) if one != parts[0]]: raise InputError(f"{what} differ between rank 0 and ranks {other}; start all ranks from the same files and draw what is random from the run's seed")
@@ -235,6 +248,7 @@ def same_on_all_ranks(self, what, value): # for the message; anything comparable
 
 def largest(self, value):
     "Maximum over ranks."
+    self.beat("waiting for all ranks", self.done)
     return float(gather(torch.tensor([value], dtype=torch.float32, device=self.device)).max())
 
 
@@ -242,6 +256,7 @@ def averaged(self, sums, count):
     "Sample-weighted means over ranks."
     if self.plan.world == 1: return {name: value / max(count, 1) for name, value in sums.items()}
     parts = [None] * self.plan.world
+    self.beat("waiting for metrics", self.done)
     torch.distributed.all_gather_object(parts, (sums, count))
     total = max(1, sum(n for _, n in parts))
     return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in sorted({k for part, _ in parts for k in part})}
@@ -263,6 +278,7 @@ def step(self):
     items = [item for d in range(p.draws) for item in self.sampler.items(self.done * p.draws + d, self.rank)]
     with clock("rollout"), sampling: batches = [self.sample(items[i:i + p.micro_batch], window) for i in range(0, len(items), p.micro_batch)]
     values, status, details, frames, _ = self.score(batches, clock)
+    self.beat("waiting for rewards", self.done)
     values = {name: gather(one.to(self.device)).cpu() for name, one in values.items()}
     groups = gather(torch.tensor([item.group for item in items], device=self.device)).cpu()
     if cfg.shuffle_rewards:
@@ -281,6 +297,7 @@ def step(self):
     pictures = {f"frames_{name}": sum(float(h[name]) for h in health) / len(health) for name in (health[0] if health else {})}
     parts = {f"detail_{name}": float(one.nanmean()) for name, one in details.items()}
     failures = {f"status_{one}": status.count(one) for one in sorted(set(status) - {"ok"})}
+    self.beat("between steps", self.done)
     return stats | learned | parts | pictures | failures | dict(clock) | {"window_start": window[0], "kept": int(keep.sum()), "samples": len(keep), "lr": cfg.lr}
 
 # %% ../../nbs/rl/05_trainer.ipynb #26e3e2d3
@@ -301,6 +318,7 @@ def evaluate(self,
         self.conditions = mine
         self.model.train(mode)
     values, status, details, _, samples = self.score(batches, Clock(), reward_fn)
+    self.beat("judging", self.done)
     return details | values, status, samples
 
 # %% ../../nbs/rl/05_trainer.ipynb #4a76d72e
@@ -327,16 +345,69 @@ def load_state_dict(self, tensors, meta): # as state_dict returned
 
 def save(self, folder, keep=2): # checkpoint folder; newest to keep
     "Writes a checkpoint (rank 0)."
+    self.beat("checkpoint", self.done)
     if self.rank == 0: save_checkpoint(folder, self.done, *self.state_dict(), keep=keep)
 
 
 def restore(self, folder): # checkpoint folder
     "Continues from the newest whole checkpoint; returns whether there was one."
-    if (path := latest_checkpoint(folder)) is None: return False
+    path = latest_checkpoint(folder)
+    self.same_on_all_ranks("the checkpoints to continue from", path and path.name)
+    if path is None: return False
     found = load_checkpoint(path, check=False)
     self.load_state_dict(found.tensors, found.meta)
     return True
 
+# %% ../../nbs/rl/05_trainer.ipynb #49800ed7
+class NonFiniteError(FloatingPointError):
+    "A loss or gradient that is not finite; `saved` are the folders for `replay_batch`."
+    def __init__(self, message, saved=()):
+        super().__init__(message)
+        self.saved = list(saved)
+
+
+def trial(self, batch, adv, keep, total):
+    "[(policy loss, gradient norm)] at each point of a micro-batch; changes no weights."
+    rows, params = [], list(self.params.values())
+    self.optimizer.zero_grad(set_to_none=True)
+    for metrics in self.backward(batch, adv, keep, total):
+        rows.append((float(metrics["policy_loss"]), float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))))
+        self.optimizer.zero_grad(set_to_none=True)
+    return rows
+
+
+def stop_for(self, work, total): # [(micro-batch, adv, keep)] of this rank; kept samples of all ranks
+    "Finds, saves and names the micro-batch that made an update non-finite; call it on all ranks."
+    finite = lambda rows: all(math.isfinite(loss) and math.isfinite(norm) for loss, norm in rows)
+    bad = next(((*one, total) for one in work if not finite(self.trial(*one, total))), None)
+    saved, parts = self.save_batch(*bad) if bad and self.run_dir else None, [None]
+    found = f"rank {self.rank}, requests {sorted({item.index for item in bad[0].items})}" + (f", saved in {saved}" if saved else "") if bad else None
+    if self.plan.world > 1: torch.distributed.all_gather_object(parts := [None] * self.plan.world, (found, saved))
+    else: parts = [(found, saved)]
+    where = "; ".join(text for text, _ in parts if text) or "no micro-batch alone, only their sum"
+    raise NonFiniteError(f"the gradient is not finite after {self.done} steps: {where}. The weights are those before this update; look at the batch with trainer.replay_batch(FOLDER), then lower lr or mend the data and resume",
+                         [folder for _, folder in parts if folder])
+
+# %% ../../nbs/rl/05_trainer.ipynb #99a4ab77
+def save_batch(self, batch, adv, keep, total):
+    "Writes a micro-batch with the weights and settings that it was met with; returns the folder."
+    tensors, meta = self.state_dict()
+    made = batch.trajectory.tensors() | {"adv": adv, "keep": keep}
+    tensors |= {"batch": made, "cond": batch.cond, "matched": {str(n): logp for n, logp in batch.old.items()}}
+    meta |= {"items": [list(item) for item in batch.items], "window": list(batch.trajectory.window), "total": total}
+    return save_checkpoint(Path(self.run_dir) / "broken" / f"rank{self.rank}", self.done, tensors, meta, keep=0)
+
+
+def replay_batch(self, folder): # of a NonFiniteError
+    "[(policy loss, gradient norm)] at each point of a saved micro-batch, computed again; the trainer then has the weights of that moment."
+    found = load_checkpoint(folder)
+    self.load_state_dict(found.tensors, found.meta)
+    group = lambda name: {key: value if key == "sigmas" else value.to(self.device) for key, value in found.tensors[name].items()}
+    made = group("batch")
+    adv, keep = made.pop("adv").cpu(), made.pop("keep").cpu()
+    batch = Batch([Item(*one) for one in found.meta["items"]], group("cond"), [], Trajectory(**made, window=tuple(found.meta["window"])), {int(n): logp for n, logp in group("matched").items()})
+    return self.trial(batch, adv, keep, found.meta["total"])
+
 # %% ../../nbs/rl/05_trainer.ipynb #e510f406
-for _method in (generators, sample, score, learn, portion, points, answer, window_loss, forward_loss, backward, update, window, same_on_all_ranks, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore):
+for _method in (generators, sample, score, learn, portion, points, answer, window_loss, forward_loss, backward, update, window, same_on_all_ranks, largest, averaged, step, evaluate, state_dict, load_state_dict, save, restore, trial, stop_for, save_batch, replay_batch):
     setattr(Trainer, _method.__name__, _method)

@@ -486,6 +486,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'camflow.lab.launch._environment': ('lab/launch.html#_environment', 'camflow/lab/launch.py'),
                                     'camflow.lab.launch._failure': ('lab/launch.html#_failure', 'camflow/lab/launch.py'),
                                     'camflow.lab.launch._follow': ('lab/launch.html#_follow', 'camflow/lab/launch.py'),
+                                    'camflow.lab.launch._hangs': ('lab/launch.html#_hangs', 'camflow/lab/launch.py'),
                                     'camflow.lab.launch._reap': ('lab/launch.html#_reap', 'camflow/lab/launch.py'),
                                     'camflow.lab.launch._show_in_run': ('lab/launch.html#_show_in_run', 'camflow/lab/launch.py'),
                                     'camflow.lab.launch._signal_all': ('lab/launch.html#_signal_all', 'camflow/lab/launch.py'),

@@ -67,6 +67,18 @@ def test_recam_trains_only_its_parts(base, tmp_path):
     assert set(load_checkpoint(tmp_path/"run"/"checkpoints").tensors["model"]) >= changed and "blocks.0.ffn.net.2.weight" not in load_checkpoint(tmp_path/"run"/"checkpoints").tensors["model"]
 
 
+def test_attention_alone_with_hidden_conditions(base, tmp_path):
+    "Self-attention only, the paper's mix, noised sources, the source's own timestep: trains, resumes from its checkpoint, exports what it says."
+    config = {**base, "trained": "attention", "text_to_video": 0.2, "image_to_video": 0.2, "camera_dropout": 0.3, "source_noise": [0.0, 0.3], "model": {"num_layers": 1, "source_timesteps": True}}
+    result = main(config, tmp_path/"run")
+    start = dict(tiny_recam(0, num_layers=1).named_parameters())
+    changed = {n for n, p in result.loop.bare.named_parameters() if "cam_encoder" not in n and not torch.equal(p, start[n])}
+    assert changed and all("attn1" in n for n in changed) and set(load_checkpoint(tmp_path/"run"/"checkpoints").tensors["model"]) == {n for n in start if "attn1" in n}
+    export_recam(tmp_path/"run", tmp_path/"out", config, clips=2)
+    assert ReCamTransformer3DModel.from_pretrained(tmp_path/"out"/"transformer").config.source_timesteps
+    with pytest.raises(InputError, match="at most 1"): main({**config, "text_to_video": 0.9}, tmp_path/"other")
+
+
 def test_lora_is_merged_at_export(base, tmp_path):
     config = {**base, "trained": "lora", "lora_rank": 4, "camera_std": 0.}
     result = main(config, tmp_path/"run")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MATRICES', 'DEFAULTS', 'PUBLISHED', 'CARD', 'flow_loss', 'Levels', 'seed_adapters', 'prepare_trained', 'open_cameras',
            'LatentScenes', 'cached_texts', 'cached_latents', 'world_scenes', 'multicam_scenes', 'sample', 'clip_psnr',
-           'compare', 'starting_model', 'parts', 'checked', 'check_multicam', 'datasets', 'main', 'load_trained',
-           'export_recam']
+           'compare', 'starting_model', 'check_size', 'parts', 'hidden_of', 'checked', 'check_multicam', 'datasets',
+           'main', 'load_trained', 'export_recam']
 
 # %% ../../nbs/wan/07_finetune.ipynb #678ef77a
 import math
@@ -22,6 +22,7 @@ from ..device import device, generator, ranks_share
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import fingerprint, from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
+from .conditions import Hidden, hide
 from .recam import ReCamTransformer3DModel, from_wan, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
@@ -37,9 +38,10 @@ def flow_loss(model,                # ReCamTransformer3DModel or a wrapped one
               camera,               # [B,f,12]
               context,              # text [B,L,D]
               noise,                # like target
-              sigma, weight):       # [B] each
+              sigma, weight,        # [B] each
+              source_timestep=None): # noise of a source that is not clean [B,f], see wan.conditions
     "Weighted squared error of the velocity, a number per item [B]."
-    prediction = model(add_noise(target, noise, sigma), 1000 * sigma, context, source=source, camera=camera)
+    prediction = model(add_noise(target, noise, sigma), 1000 * sigma, context, source=source, camera=camera, source_timestep=source_timestep)
     error = (prediction.float() - (noise - target)).square().flatten(1).mean(1)
     return weight * error
 
@@ -64,12 +66,13 @@ def seed_adapters(model, rank: int, seed: int = 0): # with LoRA layers; of the r
 
 
 def prepare_trained(model: ReCamTransformer3DModel,
-                    trained: str = "recam",  # "recam", "lora" or "all"
+                    trained: str = "recam",  # "recam", "lora", "attention" or "all"
                     rank: int = 16, seed: int = 0): # of LoRA
     "Predicate of trained parameter names; adds LoRA layers where asked, equal for equal seeds."
     if trained == "all": return lambda name: True
     if trained == "recam": return is_trainable
-    if trained != "lora": raise InputError(f"trained={trained!r}; one of recam, lora, all")
+    if trained == "attention": return lambda name: "attn1" in name.split(".")
+    if trained != "lora": raise InputError(f"trained={trained!r}; one of recam, lora, attention, all")
     from peft import LoraConfig
     targets = r".*attn1\.(to_q|to_k|to_v|to_out\.0)"
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"))
@@ -220,27 +223,34 @@ MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", 
 DEFAULTS = dict(steps=3600, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=100, schedule="cosine", final_lr=0.02, ema_decay=0.998, checkpoint_every=0, checkpoint_seconds=60.,
                 log_every=10, validate_every=500, data="world", root=None, focal="f24_aperture5", frames=9, size=[48, 80], scenes=3000, cameras=4, held_out=64,
                 clips_folder=None, cache_folder=None, skip_bad=False, vae=None, transformer=None, text_encoder=None, model={}, trained="all", lora_rank=16, camera_std=1.0,
-                shift=2.0, weighting="none", text_dropout=0.1, sample_steps=8, sample_shift=3.0, validation_clips=32, export=None)
+                shift=2.0, weighting="none", text_dropout=0.1, camera_dropout=0., text_to_video=0., image_to_video=0., source_noise=(0., 0.), sample_steps=8, sample_shift=3.0, validation_clips=32, export=None)
 PUBLISHED = dict(data="multicam", frames=81, size=[480, 832], trained="recam", shift=5.0, weighting="bsmntw", lr=1e-4, betas=(0.9, 0.999), muon=[], warmup=0, schedule="constant", ema_decay=0.,
                  batch_size=1, bf16=True, gradient_checkpointing=True, text_dropout=0., camera_std=0.) # overrides that reproduce ReCamMaster's run
 
 
-def starting_model(folder, dtype): # diffusers folder of ReCam, or of Wan2.1 text-to-video
+def starting_model(folder, dtype, **changes): # diffusers folder of ReCam, or of Wan2.1 text-to-video; fields of its config, e.g. source_timesteps
     "What training starts from; plain Wan weights get camera layers that change nothing yet."
     if not (Path(folder)/"config.json").is_file() or read_json(Path(folder)/"config.json").get("_class_name") != "WanTransformer3DModel":
-        return from_folder(ReCamTransformer3DModel, folder, torch_dtype=dtype)
+        return from_folder(ReCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
     from diffusers import WanTransformer3DModel
-    return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype))
+    return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype), **changes)
+
+
+def check_size(config: dict, model, vae): # full configuration, transformer, VAE
+    "Refuses frames that do not divide into the model's tokens, before anything is encoded."
+    step = [vae.config.scale_factor_spatial * n for n in model.config.patch_size[1:]]
+    if any(n % k for n, k in zip(config["size"], step)): raise InputError(f"size={list(config['size'])} must be rows and columns in multiples of {step} for this model")
 
 
 def parts(config: dict, captions): # full configuration, captions for the tiny tokenizer
     "(transformer, vae, text encoder) of a run: loaded where a folder is given, tiny otherwise."
     from diffusers import AutoencoderKLWan
     vae = from_folder(AutoencoderKLWan, config["vae"] or tiny_path("vae"), torch_dtype=torch.float32).eval().requires_grad_(False).to(device())
-    if config["transformer"]: model = starting_model(config["transformer"], torch.bfloat16 if config.get("bf16") else torch.float32)
+    if config["transformer"]: model = starting_model(config["transformer"], torch.bfloat16 if config.get("bf16") else torch.float32, **config["model"])
     else:
         model = tiny_recam(config.get("seed", 0), **config["model"])
         if config["camera_std"]: open_cameras(model, config["camera_std"], config.get("seed", 0))
+    check_size(config, model, vae)
     if not config["text_encoder"]: return model, vae, build_tiny_text(captions)
     from transformers import AutoTokenizer, UMT5EncoderModel
     root = Path(config["text_encoder"])
@@ -248,10 +258,17 @@ def parts(config: dict, captions): # full configuration, captions for the tiny t
     return model, vae, TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder").eval())
 
 # %% ../../nbs/wan/07_finetune.ipynb #490f525b
+def hidden_of(config: dict): # full configuration
+    "What its training hides from the model."
+    return Hidden(config["text_dropout"], config["camera_dropout"], config["text_to_video"], config["image_to_video"], tuple(config["source_noise"]))
+
+
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
     if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    hidden_of(config)
+    if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
     for name in ("shift", "sample_shift"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; 5 is that of the published model, 1 leaves the levels uniform")
@@ -288,19 +305,18 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     "Trains ReCam from cached latents; with `export` set, writes the weights there at the end."
     config = checked(configuration(config, DEFAULTS))
     if config["trained"] == "lora": config["muon"] = []  # thin factors gain nothing from being orthogonal
-    cfg, levels = TrainConfig.pick(config), Levels(config["shift"], config["weighting"])
+    cfg, levels, hidden = TrainConfig.pick(config), Levels(config["shift"], config["weighting"]), hidden_of(config)
     if config["data"] == "multicam": check_multicam(config, run_dir)
     model, vae, text, train, held_out, truth = datasets(config, run_dir)
 
     def batch_fn(step, rank, world, micro):
         items = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)
         target, source, camera, context = train.batch([train.pair(cfg.seed, i) for i in items])
-        drop = torch.stack([torch.rand((), generator=generator(cfg.seed, "text", i)) for i in items]) < config["text_dropout"]
-        context = torch.where(drop[:, None, None], torch.zeros(()), context)
-        return target, source, camera, context, item_noise(target.shape[1:], cfg.seed, items), *levels.draw(cfg.seed, items)
+        *conditions, source_timestep = hide(hidden, cfg.seed, items, source, camera, context)
+        return target, *conditions, item_noise(target.shape[1:], cfg.seed, items), *levels.draw(cfg.seed, items), source_timestep
 
     def step_fn(model, batch, noise):
-        loss = flow_loss(model, *(part.to(device()) for part in batch))
+        loss = flow_loss(model, *(part if part is None else part.to(device()) for part in batch))
         return loss.mean(), {}
 
     def validate(model, step): return compare(model, held_out, vae, truth, config["validation_clips"], config["sample_steps"], config["sample_shift"])

@@ -1198,6 +1198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'camflow.rl.trainer.backward': ('rl/trainer.html#backward', 'camflow/rl/trainer.py'),
                                     'camflow.rl.trainer.collate': ('rl/trainer.html#collate', 'camflow/rl/trainer.py'),
                                     'camflow.rl.trainer.evaluate': ('rl/trainer.html#evaluate', 'camflow/rl/trainer.py'),
+                                    'camflow.rl.trainer.fetched': ('rl/trainer.html#fetched', 'camflow/rl/trainer.py'),
                                     'camflow.rl.trainer.forward_loss': ('rl/trainer.html#forward_loss', 'camflow/rl/trainer.py'),
                                     'camflow.rl.trainer.generators': ('rl/trainer.html#generators', 'camflow/rl/trainer.py'),
                                     'camflow.rl.trainer.joined': ('rl/trainer.html#joined', 'camflow/rl/trainer.py'),

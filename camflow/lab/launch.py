@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..files import InputError, read_json, write_json
 from .registry import read_records
+from ..training.heartbeat import Watch
 
 # %% ../../nbs/lab/01_launch.ipynb #8cef4c29
 PDEATHSIG, SUBREAPER = 1, 36 # from linux/prctl.h
@@ -220,7 +221,7 @@ def _environment(num_processes: int, extra: dict | None) -> dict:
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), "MPLBACKEND": "Agg", **extra} # spinning threads on a busy machine cost a factor of 14
 
 # %% ../../nbs/lab/01_launch.ipynb #78c7bdb7
-def _failure(rc: int, log_path: Path, start: int, module: str) -> LaunchError:
+def _failure(rc: int, log_path: Path, start: int, module: str, ranks: str = "") -> LaunchError:
     "The exception for a child that ended with a nonzero status."
     with open(log_path, "rb") as file:
         file.seek(start)
@@ -230,7 +231,8 @@ def _failure(rc: int, log_path: Path, start: int, module: str) -> LaunchError:
     error = main_error(log)
     first = re.sub(r"^(\[\w*?rank ?\d+\]:\s?)?(error: )?", "", error.splitlines()[-1]) if error else "nothing was logged"
     rest = f"\n\n{error}" if "\n" in error else ""                         # the sentence that matters stands first
-    return LaunchError(f"{first}\n({module} ended with {why}; the whole log is {log_path}){rest}", rc, log)
+    last = f"; last heard: {ranks}" if ranks else ""
+    return LaunchError(f"{first}\n({module} ended with {why}; the whole log is {log_path}{last}){rest}", rc, log)
 
 
 def _stop(process, wait: float = GRACE + 5):
@@ -240,8 +242,16 @@ def _stop(process, wait: float = GRACE + 5):
     except subprocess.TimeoutExpired: process.kill()
 
 
-def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str):
-    "Waits for the guard; calls on_tick with all records whenever metrics.jsonl has grown."
+def _hangs(watch: Watch, stall: float, module: str, log_path: Path) -> LaunchError:
+    "The exception for ranks that have been silent too long; asks them for their stacks first."
+    to_blame = ", ".join(f"rank {rank} hangs in {watch.look()[rank][0]['phase']}" for rank in watch.hung(stall))
+    asked = watch.ask_stacks()
+    time.sleep(0.3)                                                        # for the stacks to be written
+    return LaunchError(f"{to_blame}: {module} was stopped because no rank was heard for {stall} s ({watch})" + (f"; where each stood in its code is at the end of {log_path}" if asked else ""))
+
+
+def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str, watch: Watch, stall):
+    "Waits for the guard; calls on_tick with all records whenever metrics.jsonl has grown; gives up on ranks that hang."
     metrics, begin, size = run_dir/"metrics.jsonl", time.monotonic(), -1
     while True:
         try: done = process.wait(tick) is not None
@@ -250,8 +260,9 @@ def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str):
         if on_tick and now != size: on_tick(read_records(metrics))
         size = now
         if done: return
+        if stall and watch.hung(stall): raise _hangs(watch, stall, module, run_dir/"train.log")
         if timeout and time.monotonic() - begin > timeout:
-            raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}")
+            raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}" + (f"; last heard: {watch}" if watch.look() else ""))
 
 # %% ../../nbs/lab/01_launch.ipynb #238c7db6
 def launch(module: str,            # module with `main(config, run_dir)`, e.g. camflow.wan.finetune
@@ -259,12 +270,13 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
            run_dir,                # where config, metrics.jsonl, train.log and checkpoints go
            num_processes: int = 1, # ranks on this machine
            on_tick=None,           # called with the list of metric records when there are new ones
-           timeout: float | None = None, # seconds
+           timeout: float | None = None, # seconds for all of it
+           stall: float | None = None,   # seconds without a heartbeat of any rank that end it; trainings without heartbeats are not watched
            env: dict | None = None,      # further environment variables
            nodes: int = 1,         # machines that share the run's folder; this one is machine 0, the lines for the others are printed
            address: str = "127.0.0.1", port: int | None = None, # of machine 0, as the others see it
            dry_run: bool = False,  # print the lines for 1, 8 and 4x8 devices and start nothing
-           tick: float = 0.5) -> Launch: # seconds between looks at metrics.jsonl
+           tick: float = 0.5) -> Launch: # seconds between looks at metrics.jsonl and heartbeats
     "Runs a training in a child process group and follows it; a failure raises `LaunchError` with the real traceback."
     run_dir = Path(run_dir)
     path = _config_path(run_dir, module)
@@ -282,13 +294,14 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
         print("\n".join(lines))
         return Launch(words, run_dir, lines=lines)
     guarded = [sys.executable, "-m", "camflow.lab.launch", "--guard", str(os.getpid()), *words]
-    begin, log_path = time.monotonic(), run_dir/"train.log"
+    begin, log_path, watch = time.monotonic(), run_dir/"train.log", Watch(run_dir)
+    watch.forget()
     with open(log_path, "ab") as log:
         start = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(guarded, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(num_processes, env))
-    try: _follow(process, run_dir, on_tick, timeout, tick, module)
+    try: _follow(process, run_dir, on_tick, timeout, tick, module, watch, stall)
     finally: _stop(process)
-    if process.returncode: raise _failure(process.returncode, log_path, start, module)
+    if process.returncode: raise _failure(process.returncode, log_path, start, module, str(watch))
     return Launch(words, run_dir, process.returncode, round(time.monotonic() - begin, 3))
 
 # %% ../../nbs/lab/01_launch.ipynb #8a49b546

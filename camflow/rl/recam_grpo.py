@@ -83,7 +83,7 @@ def make_fn(guidance: float = 1.0): # text guidance
     def bind(model):
         where, dtype = device(), compute_dtype()
         def velocity(x, sigma, cond, context):
-            timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
+            timestep = torch.full((len(x),), 1000 * sigma)   # on the host, where its sinusoid is made
             with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
                 return model(x, timestep, context, source=cond["source"], camera=cond["camera"]).float()
         def model_fn(x, sigma, cond):
@@ -269,7 +269,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     ref_fn = reference(network, make_fn(s.guidance)) if cfg.kl else None
     trainer = Trainer(network, make_fn(s.guidance)(network), conditions, s.conditions, decoder(parts.vae), reward_fn, recam_sigmas(s.sampling_steps, s.shift),
                       conditions(0)["source"].shape, counts, cfg, ref_fn, to_sample, frame_statistics, s.rewards if cfg.combine == "each" else None,
-                      RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None)
+                      RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None, run_dir=run_dir)
     trainer.network, trainer.bare, trainer.vae = network, parts.transformer, parts.vae
     if clips is None: clips, held = evaluation_clips(s)
     return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance), held

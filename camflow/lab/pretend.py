@@ -142,9 +142,9 @@ class Backend(types.ModuleType):
 
     def _choose(self, device): self.chosen = device if isinstance(device, int) else torch.device(device).index or 0
 
-# %% ../../nbs/lab/07_pretend.ipynb #50d1b6d4
+# %% ../../nbs/lab/07_pretend.ipynb #7d7925a5
 def _copy_from(source, target, non_blocking=False):
-    "What fills `torch.tensor(numbers, device=...)`: PyTorch calls it past all tensor classes."
+    "What fills `torch.tensor(numbers, device=...)`: PyTorch calls it past all tensor classes and modes, where a fallback is not found."
     return execute(torch.ops.aten.copy_.default, (target, source), {})
 
 
@@ -170,6 +170,7 @@ def install(name: str,        # what the device is called, e.g. camflow.device.A
     everything.fallback(lambda op, *args, **kwargs: execute(op, args, kwargs), "PrivateUse1")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     aten.impl("_copy_from", _copy_from, "PrivateUse1")
+    for op in (torch.ops.aten.empty_strided.default, torch.ops.aten.empty.memory_format): aten.impl(op.name(), lambda *args, op=op, **kwargs: execute(op, args, kwargs), "PrivateUse1")
     for one in LOW: aten.impl(one, _autocast(getattr(torch.ops.aten, one), name), "AutocastPrivateUse1")
     _KEPT.extend((everything, aten))
     plugin = types.ModuleType(f"torch_{name}")                # libraries look for the vendor's package by this name

@@ -13,10 +13,10 @@ from ..files import InputError
 
 # %% ../../nbs/rl/02_losses.ipynb #7a992c24
 def masked_mean(values,        # [B]
-                keep=None,     # [B] bool; None: all
+                keep=None,     # [B] bool, best on the host, which counts it; None: all
                 denominator=None): # divide by this instead of the number kept (global counts over ranks and micro-batches)
     "Sum of the kept values over the number kept."
-    if keep is not None: values = torch.where(keep, values, torch.zeros_like(values))
+    if keep is not None: values = torch.where(keep.to(values.device), values, torch.zeros_like(values))
     if denominator is None: denominator = max(1, len(values) if keep is None else int(keep.sum()))
     return values.sum() / denominator
 
@@ -47,7 +47,7 @@ def ppo_loss(logp,             # new log-probabilities [B], with gradient
 def _ratio(logp, old_logp, adv, adv_clip, keep):
     "(clamped advantages, log-ratio, ratio); masked before exp, since a NaN there would reach the gradient of its neighbours."
     change = logp - old_logp
-    if keep is not None: change = torch.where(keep, change, torch.zeros_like(change))
+    if keep is not None: change = torch.where(keep.to(change.device), change, torch.zeros_like(change))
     adv = adv.to(logp.device)
     return adv.clamp(-adv_clip, adv_clip) if adv_clip else adv, change, change.exp()
 

@@ -106,7 +106,7 @@ def guided_by(network: Callable,   # (x, timestep [B], **conditions) -> velocity
     if missing := [name for name in names if name not in without]: raise InputError(f"guidance by {missing[0]} at scale {scales[missing[0]]} needs what stands for no {missing[0]}; give it, or use scale 1")
     branches = [given] + [given | without[name] for name in names]
     def model_fn(x, sigma):
-        timestep, fit, found = torch.full((len(x),), 1000 * sigma, device=x.device), lambda v: v.expand(len(x), *v.shape[1:]), []
+        timestep, fit, found = torch.full((len(x),), 1000 * sigma), lambda v: v.expand(len(x), *v.shape[1:]), []
         for some in [branches[k:k + together] for k in range(0, len(branches), together)]:
             joint = {key: torch.cat([fit(branch[key]) for branch in some]) if len(some) > 1 else fit(some[0][key]) for key in given}
             found += network(x.repeat(len(some), *[1] * (x.ndim - 1)), timestep.repeat(len(some)), **joint).chunk(len(some))

@@ -34,11 +34,15 @@ def timestep_sinusoid(timestep: torch.Tensor,  # any shape, 0..1000
 # %% ../../nbs/wan/00_transformer.ipynb #f8ad6be2
 class HostTimesteps(nn.Module):
     "Takes the place of diffusers' `Timesteps` inside the condition embedder."
-    def __init__(self, dim: int):  # channels
+    def __init__(self, dim: int,  # channels
+                 reader=None):    # the module that reads the sinusoid; None: it is where the timesteps are
         super().__init__()
-        self.dim = dim
+        self.dim, self.__dict__["reader"] = dim, reader  # a look at it, not a part of this module
 
-    def forward(self, timestep): return timestep_sinusoid(timestep, self.dim)
+    def forward(self, timestep):
+        "The sinusoid where it is read. Timesteps on the host are better: then nothing waits for the device."
+        place = timestep.device if self.reader is None else next(self.reader.parameters()).device
+        return timestep_sinusoid(timestep, self.dim).to(place, non_blocking=True)
 
 # %% ../../nbs/wan/00_transformer.ipynb #d93e348a
 class FrameRotary(WanRotaryPosEmbed):
@@ -47,10 +51,10 @@ class FrameRotary(WanRotaryPosEmbed):
                 height: int,       # token rows
                 width: int,        # token columns
                 ):                 # (cos, sin), each [1, frames*height*width, 1, head_dim]
-        frames = torch.as_tensor(frames, dtype=torch.long, device=self.freqs_cos.device)
+        frames = torch.as_tensor(frames, dtype=torch.long)
         if max(int(frames.max()) + 1, height, width) > self.max_seq_len:
             raise InputError(f"a grid of {len(frames)} x {height} x {width} tokens exceeds rope_max_seq_len {self.max_seq_len}; raise it in the config")
-        grid = (len(frames), height, width)
+        frames, grid = frames.to(self.freqs_cos.device), (len(frames), height, width)
         tables = []
         for table in (self.freqs_cos, self.freqs_sin):
             t, y, x = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
@@ -169,5 +173,5 @@ def attention_report(model) -> dict:  # {"self": text, "cross": text}
 
 def exact_positions(model):  # any diffusers Wan transformer
     "Gives the model the host timestep sinusoid."
-    model.condition_embedder.timesteps_proj = HostTimesteps(model.config.freq_dim)
+    model.condition_embedder.timesteps_proj = HostTimesteps(model.config.freq_dim, model.condition_embedder.time_embedder)
     return model

@@ -23,30 +23,33 @@ def repo_root() -> Path | None: # the checkout's root, or None when installed fr
     return root if (root / "settings.ini").is_file() and (root / "nbs").is_dir() else None
 
 
-def _home(kind: str) -> Path: # kind "runs" or "tiny"
+def _home(kind: str) -> Path: # kind "runs", "benchmarks" or "tiny"
     "The folder that holds this kind of asset; the wheel's copy where there is no checkout."
     root = repo_root()
     if root is None: return PACKAGE / "_assets" / kind
-    return root / {"runs": "nbs/runs", "tiny": "data/tiny"}[kind]
+    return root / {"runs": "nbs/runs", "benchmarks": "nbs/benchmarks", "tiny": "data/tiny"}[kind]
 
 # %% ../nbs/02_assets.ipynb #fdc788b4
+def _found(pattern: str) -> list: # shell pattern of a file name
+    return sorted((path for kind in ("runs", "benchmarks") for path in _home(kind).glob(pattern)), key=lambda path: path.name)
+
+
 def list_runs() -> list: # names, sorted
-    "The run notebooks that can be run by name."
-    return sorted(path.stem for path in _home("runs").glob("*.ipynb"))
+    "The notebooks that can be run by name: runs and benchmarks."
+    return [path.stem for path in _found("*.ipynb")]
 
 
 def run_notebook(name: str # as in `list_runs`
                 ) -> Path:
     "The file of a run notebook."
-    path = _home("runs") / f"{name}.ipynb"
-    if name not in list_runs(): raise InputError(f"no run notebook is called {name!r} in {path.parent}; there are: {', '.join(list_runs()) or 'none'}")
-    return path
+    if name not in list_runs(): raise InputError(f"no run notebook is called {name!r} in {_home('runs')} or {_home('benchmarks')}; there are: {', '.join(list_runs()) or 'none'}")
+    return _found(f"{name}.ipynb")[0]
 
 # %% ../nbs/02_assets.ipynb #2d013876
 def list_profiles(run: str) -> list: # names, sorted
     "The profiles of a run notebook that have a file."
     prefix = run_notebook(run).stem + "."
-    return sorted(path.name[len(prefix):-len(".yaml")] for path in _home("runs").glob(prefix + "*.yaml"))
+    return [path.name[len(prefix):-len(".yaml")] for path in _found(prefix + "*.yaml")]
 
 
 def profile_path(run: str,     # name of a run notebook
@@ -58,8 +61,8 @@ def profile_path(run: str,     # name of a run notebook
         return Path(profile)
     known = list_profiles(run)
     if profile not in known:
-        raise InputError(f"run {run!r} has no profile {profile!r} in {_home('runs')}; there are: {', '.join(known) or 'none'} (the notebook's own defaults are the tiny profile)")
-    return _home("runs") / f"{run}.{profile}.yaml"
+        raise InputError(f"run {run!r} has no profile {profile!r} in {run_notebook(run).parent}; there are: {', '.join(known) or 'none'} (the notebook's own defaults are the tiny profile)")
+    return run_notebook(run).with_name(f"{run}.{profile}.yaml")
 
 # %% ../nbs/02_assets.ipynb #11151d96
 def list_tiny() -> list: # names, sorted

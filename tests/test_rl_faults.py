@@ -62,7 +62,7 @@ def test_killed_ranks_resume_exactly(found):
 @pytest.mark.slow
 def test_fifty_killed_ranks(tmp_path):
     "Either of two ranks dies at a random moment of every phase; the other is left to itself, told to stop, or dies with it."
-    report = program(tmp_path, 50, 40)["storm"]
+    report = program(tmp_path, 50, 24)["storm"]
     print(report)
     assert report["kills"] == 50 and report["hung"] == [] and len(report["phases"]) == 9
     same(tmp_path/"whole", tmp_path/"storm")

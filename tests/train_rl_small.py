@@ -117,15 +117,14 @@ def logs(run_dir): return [path.read_text()[-2000:] for path in sorted(run_dir.g
 
 def storm(folder, kills, steps, seed=0):
     "Two runs of the same configuration: one left alone, one killed; returns what happened."
-    rng, config, counts, hung = random.Random(seed), {**CONFIG, "steps": steps}, {}, []
+    rng, config, counts, hung = random.Random(seed), {**CONFIG, "steps": steps, "eval_every": 2}, {}, []
     assert not any(attempt(config, folder/"whole", 0)[0].values()), logs(folder/"whole")
     for number in range(kills):
         phase = PHASES[number % len(PHASES)]
-        victim = 0 if phase == "checkpoint" else rng.choice((0, 1))               # rank 0 writes
+        victim = 0 if phase in ("checkpoint", "eval rollout") else rng.choice((0, 1))  # rank 0 writes, and judges the one request
         fate = phase, rng.randint(1, 2), rng.choice((0, rng.expovariate(100)))
         states, silent = attempt(config, folder/"storm", number, lambda rank: doom(*fate) if rank == victim else None, rng.choice(("wait", "term", "kill")))
         hung += silent
-        if not any(states.values()): break
         assert states[victim] == signal.SIGKILL, logs(folder/"storm")
         counts[phase] = counts.get(phase, 0) + 1
     assert not any(attempt(config, folder/"storm", kills)[0].values()), logs(folder/"storm")

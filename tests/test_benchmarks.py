@@ -1,0 +1,29 @@
+"Benchmarks: found by name like runs, and their smoke profile leaves the ratios that were promised, with the raw timings beside them."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from camflow.assets import list_profiles, list_runs, run_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMISED = {"rl_cost": ["speedup_vs_flow_grpo", "speedup_vs_cameraflow", "trajectory_memory_ratio"]}
+
+
+def test_benchmarks_are_run_notebooks():
+    found = {path.stem for path in (ROOT/"nbs/benchmarks").glob("*.ipynb")}
+    assert found and found <= set(list_runs()) and (ROOT/"nbs/benchmarks/.notest").exists()
+    for name in found: assert run_notebook(name).parent.name == "benchmarks" and {"smoke", "small"} <= set(list_profiles(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROMISED)  # `make test` runs the smoke profile of every notebook in test_runs
+def test_headline(name, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "camflow.lab.cli", "run", name, "-f", "smoke", "-q"], capture_output=True, text=True, timeout=3000, cwd=tmp_path,
+                          env={**os.environ, "CAMFLOW_REPORTS": str(tmp_path/"reports"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((Path(done.stdout.strip()).parent/"result.json").read_text())
+    assert result["headline"] == PROMISED[name] and all(name in result for name in PROMISED[name]) and result["seconds"]

@@ -2,19 +2,24 @@
 
 Everything here is off by default; that published numbers stay is what tests/test_wan.py and the goldens say."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
 from camflow.files import InputError
-from camflow.geometry.camera import Cameras, focal_K
-from camflow.geometry.trajectory import preset
-from camflow.wan import finetune
+from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
+from camflow.geometry.trajectory import pose, preset, static
+from camflow.media.frames import Frames
+from camflow.wan import finetune, generate
 from camflow.wan.conditions import Hidden, hide
+from camflow.wan.evaluate import camera_input
 from camflow.wan.pipeline import ReCamPipeline, camera_tensor, tiny_pipeline
 from camflow.wan.recam import ReCamTransformer3DModel, is_trainable, tiny_recam
 from camflow.wan.transformer import exact_positions
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
@@ -210,6 +215,86 @@ def test_lengths_and_sizes_that_cannot_be_are_refused(pipe):
     settings = {**finetune.DEFAULTS, "size": [48, 72]}
     with pytest.raises(InputError, match=r"multiples of \[16, 16\]"): finetune.check_size(settings, published.transformer, pipe.vae)
     with pytest.raises(InputError, match=r"4k \+ 1"): finetune.checked({**settings, "frames": 10})
+
+
+def psnr(a, b): return float(-10 * torch.log10((a.unit().data - b.unit().data)[1:].square().mean()))
+
+
+def scene(seed, *paths, **options):
+    "The same scene along several paths, and its caption."
+    from camflow.world.clips import HELD_OUT, scene_clips
+    clips = scene_clips(HELD_OUT + seed, [(path, "") for path in paths], **options)
+    return [Frames(torch.from_numpy(x), "byte", 8.0) for x in clips.frames_NT3HW], clips.caption
+
+
+@pytest.fixture(scope="module")
+def trained():
+    if not (ROOT/"data/tiny/recam/transformer").exists(): pytest.skip("data/tiny/recam is not in this checkout")
+    return generate.load_pipeline()
+
+
+CONFIG = {**generate.DEFAULTS, "frames": 9, "steps": 4, "guidance": 1.0, "shift": 3.0}
+
+
+@pytest.mark.parametrize("frames,size", [(17, (48, 80)), (9, (80, 48))])
+def test_the_shipped_weights_are_good_for_other_lengths_and_sizes(trained, frames, size):
+    "Trained on 9 frames of 48 x 80 alone: clearly nearer to the truth than the copied source."
+    path = preset("pan_left", frames)
+    (source, truth), caption = scene(70, static(frames), path, size=size)
+    made, = generate.rerender(trained, source, [path], caption, {**CONFIG, "frames": frames}, "x")
+    assert psnr(made, truth) > psnr(source, truth) + 2
+
+
+# --- a source whose camera moves ------------------------------------------------------------------------------------------------
+def test_paths_in_the_sources_world_are_those_of_training(tmp_path):
+    "Target and source from one pose file, the source moving and starting elsewhere: the numbers that the data set's reader gives the training."
+    from camflow.data.multicam import MultiCamVideo
+    from camflow.world.write import write_multicam
+    write_multicam(tmp_path, scenes=1, frames=9, cameras=3, val=False)
+    data = MultiCamVideo(tmp_path)
+    file = next(tmp_path.rglob("camera_extrinsics.json"))
+    away = Cameras.from_unreal_json(file, "cam02")
+    moved = Cameras(pose((0, 20, 0), (1, 0, 0.5)) @ away.c2w, away.K, away.size, away.frames)        # cam02 starts somewhere else
+    write_unreal_json(file, {"cam01": Cameras.from_unreal_json(file, "cam01"), "cam02": moved, "cam03": Cameras.from_unreal_json(file, "cam03")})
+    config = {**CONFIG, "trajectory": str(file), "source_cameras": str(file)}
+    video = next(tmp_path.rglob("cam02.mp4"))
+    source = generate.source_path(config, video, None, list(range(9)))
+    paths = generate.placed({}, config, source)
+    for n, name in enumerate(("cam01", "cam03")):
+        item = data.load(data.scenes[0], "cam02", name, frames=9, size=(48, 80))
+        ours = camera_input(paths[f"cam_type{(1, 3)[n]}"][None])[0]
+        torch.testing.assert_close(ours, item.camera, atol=1e-5, rtol=1e-5)
+        assert (ours[0] - torch.eye(3, 4).flatten()).abs().max() > 0.3                              # it does not start at the source's pose
+        by_pipeline = camera_tensor(Cameras.from_unreal_json(file, name), 9, source_cameras=moved)
+        torch.testing.assert_close(by_pipeline[0], item.camera, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="no camera 'film'"): generate.source_path(config, video.with_name("film.mp4"), None, [0])
+
+
+@pytest.mark.parametrize("known", ["given", "estimate"])
+def test_a_moving_source_can_be_held_or_followed(trained, known):
+    "The source pans. A still path gives the view of its first frame; the same path on top of the source's own movement gives the source back."
+    still, moving_path = static(9), preset("pan_right", 9)
+    (source, held), caption = scene(40, moving_path, still)
+    config = {**CONFIG, "follow": True, "source_cameras": known}
+    found = moving_path if known == "given" else generate.source_path(config, None, source, None)
+    paths = [generate.placed({"x": still}, CONFIG)["x"], generate.placed({"x": still}, config, found)["x"]]
+    as_held, as_source = generate.rerender(trained, source, paths, caption, CONFIG, "x")
+    assert psnr(as_held, held) > psnr(as_held, source) + 4 and psnr(as_source, source) > psnr(as_source, held) + 4
+
+
+def test_a_target_may_start_elsewhere(trained):
+    "`start` in degrees and metres from the source's first frame, a place that training never showed: still nearer to the truth than without."
+    start, move = [0, 6, 0, 0, 0, 0], preset("zoom_in", 9)
+    path = generate.placed({"x": move}, {**CONFIG, "start": start})["x"]
+    (source, truth), caption = scene(60, static(9), path)
+    told, untold = generate.rerender(trained, source, [path, move], caption, CONFIG, "x")
+    assert torch.allclose(path[0], pose((0, 6, 0))) and psnr(told, truth) > psnr(untold, truth) + 1
+
+
+@pytest.mark.parametrize("wrong,words", [({"follow": True}, "needs the source's camera"), ({"source_cameras": "estimate"}, "changes nothing here"), ({"start": [1, 2]}, "three angles"),
+                                         ({"trajectory": "t.json", "source_cameras": "estimate"}, "knows nothing of"), ({"trajectory": "t.json", "source_cameras": "s.json", "follow": True}, "leave out follow")])
+def test_source_settings_that_contradict_are_refused(wrong, words):
+    with pytest.raises(InputError, match=words): generate.check_source({**generate.DEFAULTS, **wrong})
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------------------

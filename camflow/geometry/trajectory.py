@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SUBJECT', 'progress', 'speed_law', 'static', 'pan', 'tilt', 'roll', 'translate', 'dolly', 'look_at',
-           'preset', 'orbit', 'arc', 'spiral', 'compose', 'chain', 'rescale', 'random_trajectory', 'describe',
-           'plot_paths']
+           'preset', 'orbit', 'arc', 'spiral', 'compose', 'chain', 'rescale', 'pose', 'target_path',
+           'random_trajectory', 'describe', 'plot_paths']
 
 # %% ../../nbs/geometry/01_trajectory.ipynb #3fa0bbe1
 import math
@@ -172,6 +172,26 @@ def rescale(c2w: torch.Tensor,           # path; [T,4,4]
     if rotation != 1: E = homogeneous(torch.cat([so3_exp(rotation * so3_log(E[:, :3, :3])), E[:, :3, 3:]], -1))
     E[:, :3, 3] *= translation
     return c2w[0] @ E
+
+# %% ../../nbs/geometry/01_trajectory.ipynb #ff1b74bb
+def pose(turn_deg=(0, 0, 0),  # pitch (up), yaw (right), roll (clockwise), degrees; a rotation vector
+         metres=(0, 0, 0)):   # right, down, forward
+    "A camera pose [4,4] from six numbers."
+    numbers = [*turn_deg, *metres]
+    if len(numbers) != 6 or not all(math.isfinite(float(n)) for n in numbers): raise InputError(f"a pose of {numbers}; trajectory.pose; give three angles (pitch, yaw, roll in degrees) and three distances (right, down, forward in metres)")
+    return _pose(torch.tensor([turn_deg], dtype=torch.float64).deg2rad(), torch.tensor([metres], dtype=torch.float64))[0]
+
+
+def target_path(move: torch.Tensor,  # asked move from its own first frame; [T,4,4]
+                source=None,         # the source's poses in any world [T,4,4], metres; None: they do not matter
+                follow=False,        # True: the move is made on top of the source camera's own
+                start=None):         # pose of the target's first frame seen from the source's first frame [4,4]; None: it starts there
+    "ReCam's path: poses of the target relative to the source's first frame, [T,4,4]."
+    path = move if start is None else torch.as_tensor(start, dtype=torch.float64) @ move
+    if not follow: return path
+    if source is None: raise InputError("a path that follows the source needs the source's poses; trajectory.target_path; give source, or set follow=False")
+    if len(source) < len(move): raise InputError(f"{len(source)} poses of the source for a move of {len(move)} frames; trajectory.target_path; give a pose per frame")
+    return inverse(source[0]) @ source[:len(move)] @ path
 
 # %% ../../nbs/geometry/01_trajectory.ipynb #1811c3c3
 def random_trajectory(generator: torch.Generator,       # source of all randomness

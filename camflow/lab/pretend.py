@@ -44,7 +44,7 @@ class _Share:
 
 MEMORY = Memory()
 
-# %% ../../nbs/lab/07_pretend.ipynb #a6b98726
+# %% ../../nbs/lab/07_pretend.ipynb #e99309ec
 class Pretended(torch.Tensor):
     "A tensor on the pretended device."
     @staticmethod
@@ -59,6 +59,7 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None): return execute(op, args, kwargs or {})
 
+    def tolist(self): return self.cpu().tolist()
     def storage(self): return self.raw.storage()               # addresses, by which writers of files find shared tensors
     def untyped_storage(self): return self.raw.untyped_storage()
     def data_ptr(self): return self.raw.data_ptr()
@@ -71,7 +72,7 @@ class Pretended(torch.Tensor):
         torch.Tensor.data.__set__(self, value)
         self.raw, self.share = value.raw, value.share
 
-# %% ../../nbs/lab/07_pretend.ipynb #2c17f780
+# %% ../../nbs/lab/07_pretend.ipynb #108010a7
 def _refuse(op, tensors):
     "Raises as a device does for an operation that mixes host and device."
     there = [t for t in tensors if isinstance(t, Pretended)]
@@ -79,7 +80,7 @@ def _refuse(op, tensors):
     if there and here: raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found {there[0].device} and {here[0].device} {list(here[0].shape)}")
 
 
-CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::set_")
+CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::set_", "aten::index") # an index may come from the host
 NATIVE = 4 # SDPBackend.OVERRIDEABLE: a plug-in device brings an attention kernel of its own
 
 
@@ -120,7 +121,7 @@ def _autocast(op, device):
             return op(*tree_map(cast, args), **tree_map(cast, kwargs))
     return call
 
-# %% ../../nbs/lab/07_pretend.ipynb #da51af36
+# %% ../../nbs/lab/07_pretend.ipynb #8e74d614
 class Backend(types.ModuleType):
     "The module `torch.<name>`; `calls` records what was asked of it."
     def __init__(self, name, devices):
@@ -131,6 +132,7 @@ class Backend(types.ModuleType):
         for what, value in answers.items(): setattr(self, what, self._recorded(what, lambda *_, value=value: value))
         self.current_device, self.set_device = self._recorded("current_device", lambda: self.chosen), self._recorded("set_device", self._choose)
         self.memory_allocated, self.max_memory_allocated = self._recorded("memory_allocated", lambda *_: MEMORY.current), self._recorded("max_memory_allocated", lambda *_: MEMORY.peak)
+        self.get_rng_state, self.set_rng_state = self._recorded("get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)), self._recorded("set_rng_state", lambda *_: None)
         self.mem_get_info = self._recorded("mem_get_info", lambda *_: (64 * 2**30 - MEMORY.current, 64 * 2**30))
         self.reset_peak_memory_stats = self._recorded("reset_peak_memory_stats", lambda *_: setattr(MEMORY, "peak", MEMORY.current))
 

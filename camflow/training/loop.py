@@ -184,7 +184,7 @@ class Loop:
         self.run_dir, self.cfg, self.step = Path(run_dir), cfg, 0
         self.accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if cfg.bf16 else "no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        choose_trainable(model, trainable)
+        choose_trainable(model.to(self.accelerator.device), trainable)  # first: plug-in devices make new parameters, and the optimizer must hold those
         if cfg.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"): model.enable_gradient_checkpointing()
         self.bare = model
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,143 @@
+"Ready for an Ascend NPU on a machine without one: a pretended device, an audit of operations, launch lines, environment steps, hidden packages."
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+
+from camflow.assets import list_profiles, list_runs, profile_path, run_notebook
+from camflow.lab.audit import in_loop
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, *words, **env):
+    "Output of a program in a process of its own: a plug-in device cannot be removed again."
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **{k: str(v) for k, v in env.items()}})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_no_complex_no_float64_no_waiting_in_loops():
+    found = json.loads(python("from camflow.lab import audit; import sys; sys.exit(audit.main())").splitlines()[-1])
+    assert [one for one in found["offences"] if in_loop(one)] == []
+    assert {"rollout", "training", "update", "finetune", "encode", "decode"} <= found["regions"].keys()
+    dtypes = {dtype for ops in found["regions"].values() for counts in ops.values() for key in counts for dtype in key.split()}
+    assert "bfloat16" in dtypes and dtypes <= {"float32", "bfloat16", "int64", "int32", "bool"}
+    assert sum(found["regions"]["rollout"]["addmm"].values()) > 50                    # it has seen the network
+
+
+OFFENDER = """
+import torch
+from camflow.lab.audit import Audit, in_loop, report
+from camflow.lab.pretend import install
+install("npu")
+x = torch.rand(4, 6).to("npu")
+def turned(): torch.view_as_complex(x.view(4, 3, 2))
+def exact(): x.double()
+def asked(): x.sum().item()
+def fetched_back(): x.cpu()
+def masked(): x[x > 0.5]
+def where(): torch.where(x > 0.5)
+def fine(): (torch.nn.functional.softmax(x @ x.T, -1) @ x)[torch.tensor([0, 2])]
+for one in (turned, exact, asked, fetched_back, masked, where, fine):
+    with Audit() as audit, audit.region("rollout"): one()
+    print(one.__name__, *sorted({o["kind"] for o in report(audit)["offences"] if in_loop(o)}))
+"""
+
+
+def test_the_audit_finds_each_kind():
+    assert python(OFFENDER).split("\n")[:7] == ["turned complex", "exact float64", "asked waits", "fetched_back waits", "masked waits", "where waits", "fine"]
+
+
+PLUGIN = """
+import torch
+from camflow.lab.pretend import install
+npu = install("npu")
+torch.distributed.Backend.register_backend("hccl", lambda *_: None, devices=["npu"])
+"""
+
+LAYER = """
+import json, os, sys, tempfile, torch
+from pathlib import Path
+from camflow import device as dev
+npu = torch.get_device_module("npu")
+assert dev.torch_npu is not None and dev.ASCEND == "npu"                            # the plug-in comes with camflow.device, by its own name
+assert dev.device() == torch.device("npu", 0) and dev.device("cpu").type == "cpu" and dev.device("npu:3").index == 3
+assert len(dev.visible_devices()) == 8 and dev.launcher() == "accelerate" and dev.collective_backend() == "hccl"
+os.environ["LOCAL_RANK"] = "5"; assert dev.device().index == 5; del os.environ["LOCAL_RANK"]
+os.environ["CAMFLOW_DEVICE"] = "cpu"; assert dev.device().type == "cpu" and dev.launcher() == "torchrun"; del os.environ["CAMFLOW_DEVICE"]
+try: dev.device("npu:8")
+except ValueError as error: assert "8 visible" in str(error)
+assert dev.compute_dtype() == torch.bfloat16
+npu.is_bf16_supported, kept = (lambda: False), npu.is_bf16_supported
+assert dev.compute_dtype() == torch.float32
+npu.is_bf16_supported = kept
+npu.calls.clear(); dev.synchronize(); assert npu.calls == ["synchronize"]
+before = dev.memory_stats()
+held = torch.zeros(2**20).to(dev.device())
+after = dev.memory_stats()
+assert after["kind"] == "device" and after["current_bytes"] - before["current_bytes"] == 2**22 and after["total_bytes"] == 64 * 2**30
+del held
+assert dev.memory_stats()["current_bytes"] == before["current_bytes"] and dev.memory_stats()["peak_bytes"] == after["peak_bytes"]
+assert dev.reset_peak_memory() and dev.memory_stats()["peak_bytes"] == before["current_bytes"]
+info = json.loads(json.dumps(dev.env_info()))
+assert info["device"] == "npu:0" and info["device_name"] == "pretended" and info["versions"]["torch-npu"] == "2.13.0" and info["sdpa"] == {"native": True} and info["devices"] == 8
+draws = torch.randn(4, generator=dev.generator(0, "noise", 1)).to(dev.device())     # the host's stream, moved
+assert torch.equal(draws.cpu(), torch.randn(4, generator=dev.generator(0, "noise", 1)))
+
+from accelerate import PartialState
+from accelerate.utils import is_npu_available
+os.environ.update(LOCAL_RANK="0"); assert PartialState._prepare_backend(PartialState.__new__(PartialState))[0] == "hccl"; del os.environ["LOCAL_RANK"]
+assert is_npu_available()
+from camflow.training.metric_writer import read_metrics
+from tests import train_small
+noise = train_small.item_noise
+train_small.item_noise = lambda *key: noise(*key).to(dev.device())
+train_small.DATA, folder = train_small.DATA.to(dev.device()), Path(tempfile.mkdtemp())
+config = dict(steps=4, batch_size=4, lr=1e-2, ema_decay=0.9, checkpoint_every=2, seed=3)
+for steps in (2, 4): result = train_small.main({**config, "steps": steps}, folder)   # with a checkpoint between
+assert result.loop.accelerator.device.type == "npu" and result.resumed == 2
+print(json.dumps(read_metrics(folder)["loss"].tolist()))
+"""
+
+
+def test_device_layer_and_training_on_a_plugin(tmp_path):
+    "The plug-in lies beside camflow, is found by its name, and trains to the numbers of the CPU."
+    (tmp_path/"torch_npu").mkdir()
+    (tmp_path/"torch_npu/__init__.py").write_text(PLUGIN)
+    (tmp_path/"torch_npu-2.13.0.dist-info").mkdir()
+    (tmp_path/"torch_npu-2.13.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 2.13.0\n")
+    losses = json.loads(python(LAYER, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").splitlines()[-1])
+    from camflow.training.metric_writer import read_metrics
+    from tests import train_small
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_small.main(dict(steps=4, batch_size=4, lr=1e-2, ema_decay=0.9, checkpoint_every=2, seed=3), tmp_path/"cpu")
+    torch.set_num_threads(threads)
+    assert losses == read_metrics(tmp_path/"cpu")["loss"].tolist()
+
+
+TINY = {"model": "tiny", "groups": 1, "k": 2, "sampling_steps": 2, "window": 1, "steps": 1, "micro_batch": 2, "eval_conditions": 1, "conditions": 1, "lr": 1e-3, "checkpoint_every": 1}
+
+
+@pytest.mark.slow
+def test_a_whole_post_training_on_a_plugin(tmp_path):
+    "Rollout, decode, reward, update, judging and export; the numbers of the CPU to the rounding of another attention kernel."
+    rewards = {}
+    for where, start in {"cpu": [], "npu": ["camflow.lab.pretend"]}.items():
+        (tmp_path/where).mkdir()
+        (tmp_path/where/"config.json").write_text(json.dumps(TINY))
+        code = "import sys\nsys.argv = sys.argv[1:]\n" + ("import torch\nfrom camflow.lab.pretend import install\ninstall('npu').is_bf16_supported = lambda: False\n" if start else "")
+        python(code + "import runpy; runpy.run_module('camflow.rl.recam_grpo', run_name='__main__', alter_sys=True)", "x", "--config", tmp_path/where/"config.json")
+        rewards[where] = json.loads((tmp_path/where/"result.json").read_text())["held_out"]["camera"]
+        assert (tmp_path/where/"pipeline").is_dir()
+    assert rewards["npu"]["before"] == pytest.approx(rewards["cpu"]["before"], abs=1e-3)

@@ -69,15 +69,15 @@ def asked_paths(names="all",          # "all", a preset's name or number 1..10, 
     names = [PRESETS[int(n) - 1] if str(n).isdigit() and 1 <= int(n) <= len(PRESETS) else n for n in names]
     return {f"cam_type{PRESETS.index(n) + 1 if n in PRESETS else 0}": preset(n, frames) for n in names}
 
-# %% ../../nbs/wan/10_generate.ipynb #a184f426
+# %% ../../nbs/wan/10_generate.ipynb #aab01583
 def source_path(config,         # source_cameras ("estimate", or a camera_extrinsics.json), estimator
                 video,          # its file
                 clip: Frames,   # T frames of it
                 indices):       # the file's frames that the clip holds
     "Poses of the source's camera [T,4,4], metres: estimated, or those of the camera in the file that has the video's name."
     if config["source_cameras"] == "estimate":
-        from camflow.rewards.camera import tiny_estimator
-        return tiny_estimator(config["estimator"] or None)([clip.byte().data])[0]
+        from camflow.depth.estimators import estimate, load_estimator
+        return estimate(load_estimator(config["estimator"]), [clip.byte().data])[0][0]
     file = config["source_cameras"]
     _, cameras = poses_file(file)
     if len(cameras) > 1 and video.stem not in cameras: raise InputError(f"{file} has no camera {video.stem!r} for {video.name}; cameras there: {', '.join(cameras)}; name the video after its camera, or give a file with one camera")

@@ -998,6 +998,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'camflow/rewards/camera.py'),
                                         'camflow.rewards.camera.CameraReward.one': ( 'rewards/camera.html#camerareward.one',
                                                                                      'camflow/rewards/camera.py'),
+                                        'camflow.rewards.camera.CameraReward.read': ( 'rewards/camera.html#camerareward.read',
+                                                                                      'camflow/rewards/camera.py'),
                                         'camflow.rewards.camera.cam_score': ('rewards/camera.html#cam_score', 'camflow/rewards/camera.py'),
                                         'camflow.rewards.camera.camera_penalty': ( 'rewards/camera.html#camera_penalty',
                                                                                    'camflow/rewards/camera.py'),

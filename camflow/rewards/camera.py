@@ -10,6 +10,7 @@ __all__ = ['path_errors', 'camera_penalty', 'tiny_estimator', 'CameraReward', 's
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable
 
 import torch
@@ -47,10 +48,13 @@ def tiny_estimator(folder=None) -> Callable:  # model folder; default: this repo
     return lambda clips: estimate_batch(model, clips)
 
 
+_tiny = lru_cache(maxsize=1)(tiny_estimator)
+
+
 @dataclass
 class CameraReward:
     "Reward 0 (the path that was asked for) down to -limit."
-    estimator: Callable | None = None  # list of uint8 clips [T,3,H,W] -> camera-to-world [B,T,4,4] in metres
+    estimator: Callable | None = None  # list of uint8 clips [T,3,H,W] -> camera-to-world [B,T,4,4] in metres; None: see `read`
     rot_scale: float = 5.0             # degrees that cost one point
     trans_scale: float = 0.3           # metres that cost one point
     limit: float = 4.0                 # largest cost
@@ -59,13 +63,20 @@ class CameraReward:
     name: str = "camera"
 
     def __call__(self, samples: list) -> Scores:
-        if self.estimator is None: self.estimator = tiny_estimator()
         rows = []
         for group in same_length(samples, self.batch):
-            poses = self.estimator([byte_frames(samples[i].frames) for i in group])
+            poses = self.read([samples[i] for i in group])
             rows += [(i, *self.one(samples[i], pose)) for i, pose in zip(group, poses)]
         rows.sort(key=lambda row: row[0])
         return Scores([r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows])
+
+    def read(self, samples: list) -> Tensor:
+        "Poses [B,T,4,4] of clips of one length: by the estimator; without one by flow and depth where the depth of the source is known, else by the tiny network."
+        from camflow.depth.flow_pose import flow_poses
+        if self.estimator: return torch.as_tensor(self.estimator([byte_frames(s.frames) for s in samples]))
+        plain = [n for n, s in enumerate(samples) if s.depth is None]
+        network = dict(zip(plain, _tiny()([byte_frames(samples[n].frames) for n in plain]))) if plain else {}
+        return torch.stack([network[n] if n in network else flow_poses(s.frames, s.depth, s.K) for n, s in enumerate(samples)])
 
     def one(self, sample: Sample, estimate: Tensor):
         "(value, status, details) of one sample; `meta['metres']` brings an up-to-scale estimator to metres, one factor per source clip."

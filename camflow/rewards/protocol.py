@@ -23,10 +23,13 @@ class Sample:
     target: Tensor | None = None  # [T,4,4] camera-to-world relative to frame 0, metres; pose i belongs to frame i
     prompt: str = ""
     source: Any = None            # Frames or uint8 tensor of the clip that was re-rendered
+    depth: Tensor | None = None   # [H,W] metres, depth of the source's first frame, where it is known
+    K: Tensor | None = None       # [3,3] its intrinsics, pixels of the frames
     id: str = ""                  # for messages and records
     meta: dict = field(default_factory=dict)  # group, seed, step, ...
 
     def __post_init__(self):
+        if (self.depth is None) != (self.K is None): raise InputError(f"sample {self.id!r}: depth and K belong together; give both or none")
         if self.target is None: return
         self.target = torch.as_tensor(self.target)
         if self.target.shape != (len(self.frames), 4, 4):

@@ -61,7 +61,7 @@ class Settings:
     sampling_steps: int = 8         # N
     shift: float = None             # of the noise levels; None: 3 for the tiny family, 5 for published weights
     guidance: float = 1.0           # text guidance; 1 = none (half the forwards)
-    explore: tuple = ()             # awm: members are drawn with changed cameras; (spread of the log-size, degrees, metres)
+    explore: float = 0.0            # awm: members are drawn with larger and smaller motion; spread of the factors, e.g. 0.2
     train: tuple = ("*attn1*", "*cam_encoder*", "*projector*", "*source_token*")  # patterns of trained names
     lora_rank: int = 0              # > 0: adapters on attn1, cam_encoder and projector instead
     gradient_checkpointing: bool = False
@@ -84,9 +84,9 @@ class Settings:
         if self.cameras == "paired" and self.data != "multicam": raise InputError("cameras='paired' needs data='multicam'; use presets or random")
         if self.arm == "finetune" and (self.data == "videos" or self.data == "multicam" and self.cameras != "paired"): raise InputError("the finetune arm needs true target videos: data='world', or data='multicam' with cameras='paired'")
         if isinstance(self.train, str) or not self.train: raise InputError(f"train={self.train!r} must be a list of patterns of parameter names, e.g. ['*attn1*']")
-        self.size, self.train, self.explore, tiny = tuple(real(self.size, "size")), tuple(self.train), tuple(real(self.explore, "explore")), self.model in ("tiny", "random")
+        self.size, self.train, tiny = tuple(real(self.size, "size")), tuple(self.train), self.model in ("tiny", "random")
         self.check()
-        if self.explore and (len(self.explore) != 3 or min(self.explore) < 0): raise InputError(f"explore={list(self.explore)}; give three numbers from 0: spread of the log-size, degrees, metres")
+        if not 0 <= self.explore <= 0.4: raise InputError(f"explore={self.explore}; give the spread of the factors on the motion, 0 to 0.4; more turns paths around")
         if self.shift is None: self.shift = 3.0 if tiny else 5.0
         if self.finetune_shift is None: self.finetune_shift = 2.0 if tiny else 5.0
 

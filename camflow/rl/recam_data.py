@@ -30,6 +30,8 @@ class Clip:
     prompt: str
     id: str
     truth: Frames = None        # the target video, if the data has it
+    depth: torch.Tensor = None  # [H,W] metres, of the source's first frame, if the data has it
+    K: torch.Tensor = None      # [3,3] its intrinsics, pixels
 
 
 def target_path(s: Settings, index: int, seed: int):
@@ -40,22 +42,26 @@ def target_path(s: Settings, index: int, seed: int):
 # %% ../../nbs/rl/13_recam_data.ipynb #8b8f7590
 def world_clips(s: Settings, seed: int, first: int = 500_000): # scene seeds first, first + 1, ...
     "index -> Clip of the procedural world: a calm source, and the truth along the target path."
-    from camflow.world.clips import random_move, scene_clips
+    from camflow.world.clips import first_depth, random_move, scene_clips
     def load(index):
         source, _ = random_move(generator(seed, "source", first + index), s.frames, factor=(0.0, 0.5))
         path = target_path(s, index, seed)
         made = scene_clips(first + index, [(source, "source"), (path, "target")], size=s.size)
         source, truth = (Frames(torch.from_numpy(x), "byte") for x in made.frames_NT3HW)
-        return Clip(source, torch.as_tensor(made.c2w_NT44[1]), made.caption, f"scene {first + index}", truth)
+        return Clip(source, torch.as_tensor(made.c2w_NT44[1]), made.caption, f"scene {first + index}", truth, first_depth(made.scene, s.size), torch.as_tensor(made.K_33))
     return load, s.conditions
 
 # %% ../../nbs/rl/13_recam_data.ipynb #87be4136
 def evaluation_clips(s: Settings):
     "(index -> Clip, HeldOut) of the world's held-out conditions."
     from camflow.wan.evaluate import REPORTED, held_out
+    from camflow.world.clips import first_depth
     held = held_out(s.eval_conditions, factor=s.factor, frames=s.frames, size=s.size, first=REPORTED)
     frames = lambda x: Frames(x, "byte")
-    return lambda i: Clip(frames(held.source_MT3HW[i]), torch.as_tensor(held.c2w_MT44[i]), held.captions[i], f"held-out {i}", frames(held.truth_MT3HW[i])), held
+    def load(i):
+        made = held.clips[i]
+        return Clip(frames(held.source_MT3HW[i]), torch.as_tensor(held.c2w_MT44[i]), held.captions[i], f"held-out {i}", frames(held.truth_MT3HW[i]), first_depth(made.scene, s.size), torch.as_tensor(made.K_33))
+    return load, held
 
 # %% ../../nbs/rl/13_recam_data.ipynb #7c6ae9f0
 def split_scenes(data, s: Settings): # MultiCamVideo -> (training pairs, held-out pairs), lists of (scene, source, target)

@@ -105,18 +105,15 @@ def add_lora(model, rank: int, seed: int = 0): # adapters on attention, camera e
     return network
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #6e4f2c78
-def explore_cameras(spread): # (log-size, degrees, metres), standard deviations at the path's end
-    "explore_fn of the trainer: changes `cond['camera']` [B,f,12], differently for every sample."
+def explore_cameras(spread): # standard deviation of the two factors, e.g. 0.2
+    "explore_fn of the trainer: `cond['camera']` [B,f,12] with every sample's rotation and translation made larger or smaller, as likely the one as the other."
     from camflow.geometry.rigid import homogeneous, so3_exp, so3_log
-    size, degrees, metres = spread
     def explore_fn(cond, generators):
         pose = homogeneous(cond["camera"].cpu().double().unflatten(-1, (3, 4)))             # [B,f,4,4]
-        draws = torch.stack([torch.randn(8, generator=g, dtype=torch.float64) for g in generators])
-        progress = torch.linspace(0, 1, pose.shape[1], dtype=torch.float64)[None, :, None]
-        turn, move = (draws[:, :2] * size).exp().unbind(1)
-        R = so3_exp(so3_log(pose[..., :3, :3]) * turn[:, None, None]) @ so3_exp(draws[:, None, 2:5] * progress * torch.pi / 180 * degrees)
-        t = pose[..., :3, 3] * move[:, None, None] + draws[:, None, 5:] * progress * metres
-        changed = torch.cat([R, t[..., None]], -1).flatten(2).float()
+        draws = torch.stack([torch.randn(2, generator=g, dtype=torch.float64) for g in generators]).clamp(-2.5, 2.5)
+        turn, move = (1 + spread * draws).unbind(1)
+        R = so3_exp(so3_log(pose[..., :3, :3]) * turn[:, None, None])
+        changed = torch.cat([R, pose[..., :3, 3:] * move[:, None, None, None]], -1).flatten(2).float()
         return cond | {"camera": changed.to(cond["camera"].device)}
     return explore_fn
 
@@ -131,7 +128,7 @@ def to_sample(frames, cond, item):
     "What rewards judge: the clip, what was asked, and what it was made from."
     from camflow.rewards.protocol import Sample
     clip = cond["clip"]
-    return Sample(frames=frames, target=clip.path_T44, prompt=clip.prompt, source=clip.source, id=f"{clip.id} #{item.member}", meta=item._asdict())
+    return Sample(frames=frames, target=clip.path_T44, prompt=clip.prompt, source=clip.source, depth=clip.depth, K=clip.K, id=f"{clip.id} #{item.member}", meta=item._asdict())
 
 # %% ../../nbs/rl/06_recam_grpo.ipynb #fc7af2de
 class Judge:
@@ -156,12 +153,12 @@ class Judge:
 
 def reward_from(s: Settings, cfg: RLConfig):
     "The configured rewards as one function of samples; with combine='each' (GDPO) they stay apart."
-    from camflow.rewards.camera import tiny_estimator
+    from camflow.depth.estimators import load_estimator
     from camflow.rewards.combine import combine
     made = {}
     for name, weight in s.rewards.items():
         options = dict(s.reward_options.get(name, {}))
-        if name == "camera" and "estimator" not in options: options["estimator"] = tiny_estimator(options.pop("weights", None))
+        if name == "camera" and "weights" in options: options["estimator"] = load_estimator(options.pop("weights"))
         try: made[name] = (reward_class(name)(**options), float(weight))
         except (TypeError, ValueError, OSError) as error: raise error if isinstance(error, InputError) else InputError(f"reward {name!r} cannot be made with {s.reward_options.get(name, {})}: {error}") from error
     both = combine(made)

@@ -291,6 +291,16 @@ def test_a_target_may_start_elsewhere(trained):
     assert torch.allclose(path[0], pose((0, 6, 0))) and psnr(told, truth) > psnr(untold, truth) + 1
 
 
+def test_moves_of_a_file_can_ride_on_an_estimated_source(tmp_path):
+    "The file's world and the source's have nothing in common: the file gives moves, relative to their own first poses."
+    path = pose((0, 50, 0), (9, 0, 0)) @ preset("pan_left", 9)
+    write_unreal_json(tmp_path/"moves.json", {"cam01": Cameras(path, focal_K(24, (48, 80)), (48, 80))})
+    config, source = {**CONFIG, "trajectory": str(tmp_path/"moves.json"), "source_cameras": "estimate", "follow": True}, preset("zoom_in", 9)
+    generate.check_source(config)
+    made = generate.placed(generate.asked_paths("all", config["trajectory"], 9), config, source)["cam_type1"]
+    torch.testing.assert_close(made, source @ preset("pan_left", 9), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("wrong,words", [({"follow": True}, "needs the source's camera"), ({"source_cameras": "estimate"}, "changes nothing here"), ({"start": [1, 2]}, "three angles"),
                                          ({"trajectory": "t.json", "source_cameras": "estimate"}, "knows nothing of"), ({"trajectory": "t.json", "source_cameras": "s.json", "follow": True}, "leave out follow")])
 def test_source_settings_that_contradict_are_refused(wrong, words):

@@ -7,6 +7,7 @@ __all__ = ['VIDEO_TYPES', 'DEFAULTS', 'load_pipeline', 'poses_file', 'file_paths
            'check_source', 'list_videos', 'clip_frames', 'source_clip', 'jobs', 'rerender', 'main']
 
 # %% ../../nbs/wan/10_generate.ipynb #2f101e54
+import functools
 from pathlib import Path
 
 import torch
@@ -69,15 +70,21 @@ def asked_paths(names="all",          # "all", a preset's name or number 1..10, 
     names = [PRESETS[int(n) - 1] if str(n).isdigit() and 1 <= int(n) <= len(PRESETS) else n for n in names]
     return {f"cam_type{PRESETS.index(n) + 1 if n in PRESETS else 0}": preset(n, frames) for n in names}
 
-# %% ../../nbs/wan/10_generate.ipynb #aab01583
+# %% ../../nbs/wan/10_generate.ipynb #2aab2a0d
+@functools.lru_cache(1)
+def _estimator(folder):
+    from camflow.depth.estimators import load_estimator
+    return load_estimator(folder)
+
+
 def source_path(config,         # source_cameras ("estimate", or a camera_extrinsics.json), estimator
                 video,          # its file
                 clip: Frames,   # T frames of it
                 indices):       # the file's frames that the clip holds
     "Poses of the source's camera [T,4,4], metres: estimated, or those of the camera in the file that has the video's name."
     if config["source_cameras"] == "estimate":
-        from camflow.depth.estimators import estimate, load_estimator
-        return estimate(load_estimator(config["estimator"]), [clip.byte().data])[0][0]
+        from camflow.depth.estimators import estimate
+        return estimate(_estimator(config["estimator"]), [clip.byte().data])[0][0]
     file = config["source_cameras"]
     _, cameras = poses_file(file)
     if len(cameras) > 1 and video.stem not in cameras: raise InputError(f"{file} has no camera {video.stem!r} for {video.name}; cameras there: {', '.join(cameras)}; name the video after its camera, or give a file with one camera")
@@ -89,7 +96,7 @@ def placed(moves,          # {folder name: path}, from `asked_paths`
            source=None):   # the source's path [T,4,4]
     "{folder name: poses [T,4,4] relative to the source's first frame}."
     start = pose(config["start"][:3], config["start"][3:]) if config["start"] else None
-    if config["trajectory"] and config["source_cameras"]:
+    if config["trajectory"] and config["source_cameras"] not in ("", "estimate"):
         reference = torch.linalg.inv(torch.as_tensor(source[0]))
         return {name: reference @ path for name, path in file_paths(config["trajectory"], config["frames"], own=False).items()}
     return {name: target_path(path, source, config["follow"], start) for name, path in moves.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from camflow.rl import recam_grpo
+from camflow.rl.faults import replay_batch
 from camflow.training.heartbeat import Heartbeat
 
 CONFIG = {"model": "random", "size": [16, 16], "frames": 5, "groups": 2, "k": 2, "sampling_steps": 4, "window_high": 3, "micro_batch": 1, "eval_conditions": 1, "conditions": 2, "lr": 1e-3, "kl": 0.01,
@@ -137,7 +138,7 @@ def poisoned(folder):
     states, hung = attempt(config, folder/"poisoned", 0, lambda rank: poison(4) if rank == 1 else None)  # 2 micro-batches of 2 points per rollout
     saved, rows = sorted((folder/"poisoned/broken").glob("*/step-*")), {}
     for name, cure in (("poisoned", poison(0)), ("mended", None)):
-        rows[name] = [recam_grpo.build(config, folder/"poisoned", brightness)[0].replay_batch(path) for path in saved]
+        rows[name] = [replay_batch(recam_grpo.build(config, folder/"poisoned", brightness)[0], path) for path in saved]
         if cure: cure()
     return {"states": states, "hung": hung, "saved": [str(path.relative_to(folder)) for path in saved], "rows": rows, "logs": logs(folder/"poisoned")}
 

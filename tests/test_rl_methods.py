@@ -25,6 +25,7 @@ METHODS = {
     "nft": dict(loss="nft", kl=1e-2, levels=(.9, .5), solver="dpm2"),
     "nft_mixed": dict(loss="nft", mix=.5, adv_mode="positive_only", old_decay=2),
     "awm": dict(loss="awm", kl=.01),
+    "awm_sgd": dict(loss="awm", optimizer="sgd", lr=.1),
     "awm_full": dict(loss="awm", weighting="ghuber", adv_top=1., clip=1., level_law="discrete", level_count=3, kl=.003, kl_ema=1.),
     "gdpo": dict(combine="each", std="none", adv_mode="binary"),
 }

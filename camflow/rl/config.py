@@ -34,7 +34,7 @@ def real(values, name): # a list of numbers; for the message
 
 
 CHOICES = {"kind": KINDS, "form": FORMS, "schedule": SCHEDULES, "step_weight": STEP_WEIGHTS, "solver": SOLVERS, "std": STDS, "combine": COMBINES, "adv_mode": tuple(MODES), "loss": tuple(LOSSES),
-           "clip_unit": ("ratio", "velocity"), "level_law": LEVEL_LAWS, "weighting": tuple(WEIGHTINGS), "old_decay": (0, 1, 2)}
+           "clip_unit": ("ratio", "velocity"), "level_law": LEVEL_LAWS, "weighting": tuple(WEIGHTINGS), "old_decay": (0, 1, 2), "optimizer": ("adamw", "sgd")}
 
 
 @dataclass
@@ -80,7 +80,8 @@ class RLConfig:
     kl: float = 0.0               # weight of the velocity KL to the reference; needs ref_fn
     kl_ema: float = 0.0           # weight of the velocity KL to the averaged weights
     epochs: int = 1               # passes over a rollout
-    lr: float = 1e-4
+    optimizer: str = "adamw"      # "sgd" (momentum 0.5) where few rollouts give noisy gradients: AdamW's first steps are as long along noise as along the gradient
+    lr: float = 1e-4              # with "sgd" in units of the gradient, e.g. 0.1
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     ema_decay: float = 0.9

@@ -70,6 +70,7 @@ class Settings:
     eval_conditions: int = 20       # held-out conditions, judged before and after
     eval_every: int = 0             # rollouts; 0 = only before and after
     photometric: bool = False       # also judge held-out world clips by photometric alignment, which no reward sees
+    finetune_lr: float = 1e-4       # AdamW's learning rate in the finetune arm
     finetune_batch: int = None      # samples per optimizer step of the finetune arm; None: groups * k
     finetune_shift: float = None    # its training levels; None: as the weights were trained (tiny 2, published 5)
     cache: bool = False             # keep rollouts on disk while debugging rewards
@@ -96,7 +97,7 @@ class Settings:
         at_least(vars(self), steps=1, groups=1, k=2, micro_batch=1, updates=1, sampling_steps=1, frames=1, conditions=1, eval_conditions=1, eval_every=0, checkpoint_every=1, keep=1, lora_rank=0, max_seconds=0)
         if self.frames % 4 != 1: raise InputError(f"frames={self.frames} must be 4k + 1: 5, 9, ..., 81")
         if len(self.size) != 2 or min(self.size) < 8 or any(n % 8 for n in self.size): raise InputError(f"size={list(self.size)} must be rows and columns, multiples of 8")
-        for name in ("shift", "finetune_shift", "finetune_batch"):
+        for name in ("shift", "finetune_shift", "finetune_batch", "finetune_lr"):
             if getattr(self, name) is not None and not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)} must be above 0, or null for the usual value")
         check_rewards(self.rewards, self.reward_options)
 
@@ -109,4 +110,5 @@ def parse(config: dict): # of the run; keys of Settings and RLConfig
     cfg = RLConfig.pick(config)
     cfg.trained(s.sampling_steps)                                      # the window fits
     if s.arm == "shuffled": cfg.shuffle_rewards = True
+    if s.arm == "finetune": cfg.optimizer, cfg.lr = "adamw", s.finetune_lr
     return s, cfg

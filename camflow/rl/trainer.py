@@ -11,6 +11,7 @@ __all__ = ['Trainer', 'generators', 'sample', 'score', 'fetched', 'learn', 'port
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -66,7 +67,7 @@ class Trainer:
         self.origin = fingerprint(dict(model.named_parameters()))
         self.same_on_all_ranks("starting weights", self.origin)
         self.params = choose_trainable(model)
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        self.optimizer = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.5)}[cfg.optimizer](self.params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.ema, self.done = EMA(self.params, cfg.ema_decay), 0
         self.old = EMA(self.params, warmup=False) if cfg.loss == "nft" else None  # the policy that samples, if it is not the trained one
 

@@ -135,6 +135,12 @@ def test_condition_is_that_of_cameras():
     torch.testing.assert_close(scenes.condition(0, 0, 1), cameras[1].embedding(reference_c2w=cameras[0].c2w[0], frames=range(0, 9, 4)))
 
 
+def test_a_text_encoder_in_half_precision_serves_a_float32_model():
+    "The shipped text encoder is stored in float16; what it encodes is trained on in float32."
+    scenes = LatentScenes([torch.zeros(2, 16, 3, 6, 10).half()], [torch.eye(4).expand(2, 3, 4, 4)], torch.ones(1, 4, 64).half(), ["a room"])
+    assert all(part.dtype == torch.float32 for part in scenes.batch([(0, 0, 1)]))
+
+
 def test_captions_are_encoded_once(tmp_path):
     seen = []
     def encode(captions):

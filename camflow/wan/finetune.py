@@ -115,7 +115,7 @@ class LatentScenes:
     def batch(self, triples): # [(scene, source, target)] -> target, source, camera, context
         "Tensors of pairs."
         latents = lambda k: torch.stack([self.latents[t[0]][t[k]].float() for t in triples])
-        return latents(2), latents(1), torch.stack([self.condition(*t) for t in triples]), torch.stack([self.text_SLD[t[0]] for t in triples])
+        return latents(2), latents(1), torch.stack([self.condition(*t) for t in triples]), torch.stack([self.text_SLD[t[0]].float() for t in triples])
 
 # %% ../../nbs/wan/07_finetune.ipynb #bc8ed00c
 @torch.no_grad()

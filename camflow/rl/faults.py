@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .policy import rank_and_world
+from .policy import everywhere
 from .rollout import Batch, Trajectory
 from .sampler import Item
 from ..training.checkpoint import load_checkpoint, save_checkpoint
@@ -60,10 +60,8 @@ def _kept(trainer, bad):
 
 def stop_for(trainer, work, total): # [(micro-batch, adv, keep)] of this rank; kept samples of all ranks
     "Finds, saves and names the micro-batch that made an update non-finite; call it on all ranks."
-    bad, parts = culprit(trainer, work, total), [None] * rank_and_world()[1]
-    mine = _kept(trainer, bad) if bad else (None, None)
-    if len(parts) > 1: torch.distributed.all_gather_object(parts, mine)
-    else: parts = [mine]
+    bad = culprit(trainer, work, total)
+    parts = everywhere(_kept(trainer, bad) if bad else (None, None))
     where = "; ".join(words for words, _ in parts if words) or "no micro-batch alone, only their sum"
     raise NonFiniteError(f"the gradient is not finite after {trainer.done} steps: {where}. The weights are those before this update; look at the batch with camflow.rl.faults.replay_batch(trainer, FOLDER), "
                          "then lower lr or mend the data and resume", [folder for _, folder in parts if folder])

@@ -23,7 +23,7 @@ from .faults import stop_for
 from .health import Clock, check_ratio, details_of, frame_statistics, scores_of
 from .kernels import Kernel
 from .losses import FORWARD, loss_by_name, masked_mean, matching_logp, mean_kl, old_decay, ratio_std, velocity_kl
-from .policy import choose_trainable, gather, rank_and_world, reference, sum_gradients
+from .policy import choose_trainable, everywhere, gather, rank_and_world, reference, sum_gradients
 from .rollout import Batch, collate, draw_noise, joined, picked, rollout, spent
 from .sampler import GroupSampler, Item
 from .schedules import compressed, draw_levels, draw_window, moving_window, step_weight
@@ -216,8 +216,7 @@ def update(self):
 def same_on_all_ranks(self, what, value): # for the message; anything comparable
     "Refuses ranks that would train different models: nothing broadcasts weights here."
     self.beat("waiting to compare " + what)
-    parts = [value] * self.plan.world
-    if self.plan.world > 1: torch.distributed.all_gather_object(parts, value)
+    parts = everywhere(value)
     if other := [rank for rank, one in enumerate(parts) if one != parts[0]]: raise InputError(f"{what} differ between rank 0 and ranks {other}; start all ranks from the same files and draw what is random from the run's seed")
 
 
@@ -229,10 +228,8 @@ def largest(self, value):
 
 def averaged(self, sums, count):
     "Sample-weighted means over ranks."
-    if self.plan.world == 1: return {name: value / max(count, 1) for name, value in sums.items()}
-    parts = [None] * self.plan.world
     self.beat("waiting for metrics", self.done)
-    torch.distributed.all_gather_object(parts, (sums, count))
+    parts = everywhere((sums, count))
     total = max(1, sum(n for _, n in parts))
     return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in sorted({k for part, _ in parts for k in part})}
 

@@ -16,7 +16,7 @@ from .config import RLConfig, check_numbers, real
 from ..training.loop import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
-REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "appearance": "camflow.rewards.appearance:AppearanceReward"}
+REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward", "appearance": "camflow.rewards.appearance:AppearanceReward"}
 
 
 def reward_class(name: str): # of REWARDS, or package.module:Class
@@ -34,7 +34,7 @@ def check_rewards(rewards, options): # {name: weight}, {name: {option: value}}
     if not isinstance(options, dict) or set(options) - set(rewards): raise InputError(f"reward_options={options!r} must be {{reward: {{option: value}}}} of the configured rewards {', '.join(rewards)}")
     for name, weight in rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight): raise InputError(f"rewards: the weight {weight!r} of {name!r} is not a finite number")
-        given = {k: v for k, v in options.get(name, {}).items() if (name, k) != ("camera", "weights")}   # weights: folder of the camera judge
+        given = {k: v for k, v in options.get(name, {}).items() if k != "weights" or name not in ("camera", "follow")}   # weights: folder of the camera judge
         try: inspect.signature(reward_class(name)).bind(**given)
         except TypeError as error: raise InputError(f"reward_options of {name!r}: {error}; it takes {', '.join(inspect.signature(reward_class(name)).parameters)}") from error
 

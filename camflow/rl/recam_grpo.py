@@ -158,7 +158,7 @@ def reward_from(s: Settings, cfg: RLConfig):
     made = {}
     for name, weight in s.rewards.items():
         options = dict(s.reward_options.get(name, {}))
-        if name == "camera" and "weights" in options: options["estimator"] = load_estimator(options.pop("weights"))
+        if name in ("camera", "follow") and "weights" in options: options["estimator"] = load_estimator(options.pop("weights"))
         try: made[name] = (reward_class(name)(**options), float(weight))
         except (TypeError, ValueError, OSError) as error: raise error if isinstance(error, InputError) else InputError(f"reward {name!r} cannot be made with {s.reward_options.get(name, {})}: {error}") from error
     both = combine(made)

@@ -74,3 +74,19 @@ def test_a_smooth_path_keeps_a_preset_and_calms_noise():
     off = lambda path: (path - true)[1:, :3, 3].norm(dim=-1).mean()
     assert off(smooth_path(true)) < 0.01 and off(smooth_path(noisy)) < 0.7 * off(noisy)
     assert torch.equal(smooth_path(noisy, 0), noisy)
+
+
+def test_following_is_not_biased_by_noise_that_grows_with_motion():
+    "Readings whose noise is proportional to the motion: the norm of errors pays for too little motion, the share along the path for the right one."
+    from camflow.rewards.camera import FollowReward
+    path, g = preset("zoom_in", 9), torch.Generator().manual_seed(0)
+    sizes, noise = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2), torch.randn(60, 9, 3, generator=g, dtype=torch.float64)
+    best = {}
+    for reward in (CameraReward(trans_scale=0.5, gaps=()), FollowReward(across=0.0)):
+        means = []
+        for size in sizes:
+            poses = path.expand(60, 9, 4, 4).clone()
+            poses[:, 1:, :3, 3] = size * (poses[:, 1:, :3, 3] + 0.6 * noise[:, 1:])
+            means.append(np.mean([reward.one(Sample(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), path), p)[0] for p in poses]))
+        best[reward.name] = sizes[int(np.argmax(means))]
+    assert best["follow"] == 1.0 and best["camera"] <= 0.8, best

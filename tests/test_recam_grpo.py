@@ -193,3 +193,20 @@ def test_two_machines_train_one_model(tmp_path):
     finally: other.kill()
     assert codes == [0] and done.status == "ok" and (done.result["status"], done.result["pipeline"]) == ("trained", "grpo/pipeline")
     assert load_pipeline(done.path/"grpo/pipeline").transformer.config.num_layers == 4
+
+
+def test_exploring_cameras_are_larger_and_smaller_alike():
+    "The factors' mean is 1, rotation and translation are drawn apart, the first pose stays, and the draw is the generator's."
+    from camflow.device import generator
+    from camflow.geometry.rigid import so3_log
+    from camflow.geometry.trajectory import preset
+    from camflow.rl.recam_grpo import explore_cameras, parse
+    asked = {"camera": preset("arc_right", 9)[None, ::4, :3].flatten(2).float().expand(400, -1, -1)}
+    draw = lambda: explore_cameras(0.25)(asked, [generator("test", n) for n in range(400)])["camera"].unflatten(-1, (3, 4))
+    drawn, path = draw(), asked["camera"][:1].unflatten(-1, (3, 4))
+    turn = so3_log(drawn[:, -1, :, :3].double()).norm(dim=-1) / so3_log(path[:, -1, :, :3].double()).norm(dim=-1)
+    move = drawn[:, -1, :, 3].norm(dim=-1).double() / path[:, -1, :, 3].norm(dim=-1).double()
+    for factor in (turn, move): assert abs(factor.mean() - 1) < 0.05 and 0.2 < factor.std() < 0.3
+    assert abs(torch.corrcoef(torch.stack([turn, move]))[0, 1]) < 0.15
+    assert torch.equal(drawn[:, 0], path[:, 0].expand(400, 3, 4)) and torch.equal(drawn, draw())
+    with pytest.raises(InputError, match="explore=0.9"): parse({"explore": 0.9})

@@ -14,6 +14,7 @@ import yaml
 
 from camflow.assets import list_profiles, list_runs, profile_path, run_notebook
 from camflow.lab.audit import in_loop
+from camflow.lab.launch import launch_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,3 +142,81 @@ def test_a_whole_post_training_on_a_plugin(tmp_path):
         rewards[where] = json.loads((tmp_path/where/"result.json").read_text())["held_out"]["camera"]
         assert (tmp_path/where/"pipeline").is_dir()
     assert rewards["npu"]["before"] == pytest.approx(rewards["cpu"]["before"], abs=1e-3)
+
+
+MANY = [(name, profile) for name in list_runs() for profile in list_profiles(name) if re.search(r"^(num_processes|nodes):", profile_path(name, profile).read_text(), re.M)]
+PARSE = """
+import json, sys
+from camflow.lab.pretend import install
+install("npu")
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+for line in sys.argv[1:]:
+    words = line.split()
+    assert words[:3] == ["python", "-m", "accelerate.commands.launch"]
+    args = _validate_launch_command(launch_command_parser().parse_args(words[3:]))[0]
+    prepare_multi_gpu_env(args)
+    print(json.dumps([args.multi_gpu, args.module, args.training_script, args.training_script_args, *(str(getattr(args, k, None)) for k in ("nnodes", "nproc_per_node", "node_rank", "rdzv_endpoint"))]))
+"""
+
+
+def test_launch_lines_of_the_shipped_profiles():
+    "Every profile for several devices, and 1, 8 and 4 x 8: the lines are read back by accelerate itself, on a device that seems to be there."
+    assert {("recam_grpo", "npu8"), ("recam_grpo", "npu32"), ("recam_finetune", "npu8"), ("recam_finetune", "npu32")} <= set(MANY)
+    asked = {"1 x 8": ("camflow.rl.recam_grpo", 1, 8), "4 x 8": ("camflow.rl.recam_grpo", 4, 8)}
+    for name, profile in MANY:
+        values, text = yaml.safe_load(profile_path(name, profile).read_text()), run_notebook(name).read_text()
+        assert (module := re.search(r"launch\(\\?[\"']([\w.]+)", text)[1]) and __import__("importlib.util").util.find_spec(module)
+        asked[f"{name} {profile}"] = (module, values.get("nodes", 1), values.get("num_processes", 1))
+    lines = {what: launch_lines("RUN/config.json", nodes, devices, module) for what, (module, nodes, devices) in asked.items()}
+    assert launch_lines("RUN/config.json", 1, 1, "camflow.rl.recam_grpo") == ["python -m camflow.rl.recam_grpo --config RUN/config.json"]
+    parsed = iter(map(json.loads, python(PARSE, *[line for each in lines.values() for line in each]).splitlines()))
+    for what, (module, nodes, devices) in asked.items():
+        assert len(lines[what]) == nodes
+        for node in range(nodes):
+            multi, as_module, script, words, *place = next(parsed)
+            assert multi and as_module and script == module and words == ["--config", "RUN/config.json"], what
+            assert place[:3] == [str(nodes), str(devices), str(node)] if nodes > 1 else place[1] == str(devices), (what, place)
+            assert nodes == 1 or place[3] == "NODE0:29500", place
+
+
+def text_of(notebook): return "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells)
+
+
+def test_pins_of_the_document_are_the_packages():
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT/"settings.ini")
+    package = settings["DEFAULT"]
+    document = set(re.findall(r"\b(torch(?:-npu)?)==([\d.]+)", text_of(ROOT/"nbs/tutorials/ascend.ipynb")))
+    pinned = set(re.findall(r"\b(torch(?:-npu)?)==([\d.]+)", " ".join([package["requirements"], package["npu_requirements"], (ROOT/"constraints.txt").read_text()])))
+    assert document == pinned and {name for name, _ in pinned} == {"torch", "torch-npu"}
+    assert len({number for _, number in pinned}) == 1                               # the plug-in requires exactly its own PyTorch
+    for wheel in ("decord", "pycolmap"): assert re.search(rf"{wheel}[^ ]*;platform_machine=='x86_64'", package["requirements"] + " " + package["pose_requirements"])
+    assert f"Python {package['min_python']}" in text_of(ROOT/"nbs/tutorials/ascend.ipynb")
+
+
+HIDE = """
+import hashlib, importlib, json, pkgutil, sys
+hidden = ("decord", "pycolmap") if sys.argv[2] == "hide" else ()
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+from camflow.media.video import has_decord, probe, read_video
+count = probe(sys.argv[1]).frames
+shown = [hashlib.sha256(read_video(sys.argv[1], picks).data.numpy().tobytes()).hexdigest() for picks in (None, [0], [count - 1, 3, 3, 17], list(range(0, count, 4)))]
+if hidden:
+    import camflow
+    for module in pkgutil.walk_packages(camflow.__path__, "camflow."): importlib.import_module(module.name)
+print(json.dumps([has_decord(), count, shown]))
+"""
+
+
+def test_without_decord_and_pycolmap(tmp_path):
+    "As on aarch64: every module imports, and the same frames are read."
+    from camflow.media.frames import Frames
+    from camflow.media.video import write_video
+    frames = torch.rand(24, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    write_video(tmp_path/"a.mp4", Frames(torch.nn.functional.interpolate(frames, (48, 80)), "unit", fps=8))
+    with_it, without = (json.loads(python(HIDE, tmp_path/"a.mp4", how).splitlines()[-1]) for how in ("keep", "hide"))
+    assert without[0] is False and without[1:] == with_it[1:] and without[1] == 24

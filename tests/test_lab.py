@@ -186,7 +186,7 @@ import json, os, pathlib, sys, time
 import torch.distributed as dist
 config = json.loads(pathlib.Path(sys.argv[2]).read_text())
 dist.init_process_group("gloo")
-os.write(1, f"world {dist.get_world_size()}\n".encode())        # one write: two ranks share the log, and print writes word by word
+os.write(1, f"world {dist.get_world_size()}\\n".encode())        # one write: two ranks share the log, and print writes word by word
 if dist.get_rank() == 1: raise ValueError("row 3 holds a NaN")
 dist.barrier()
 '''

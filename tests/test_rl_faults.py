@@ -186,6 +186,12 @@ def test_the_rank_that_hangs_is_named_with_its_phase(tmp_path):
     assert "rank 1: reward of step 2" in str(error.value) and "in ask_the_judge" in (tmp_path/"run/train.log").read_text() and time.monotonic() - begun < 100
 
 
+def test_a_rank_that_is_killed_is_reported_with_its_phase(tmp_path):
+    (tmp_path/"toy_dies.py").write_text(HANGS.replace('os.environ["RANK"]', "1").replace("time.sleep(600)", "os.kill(os.getpid(), 9)"))
+    with pytest.raises(LaunchError, match="killed by signal 9") as error: launch("toy_dies", {}, tmp_path/"run", env={"PYTHONPATH": tmp_path}, tick=0.1)
+    assert "; last heard: rank 1: reward of step 2, " in str(error.value)
+
+
 @pytest.mark.slow
 def test_a_reward_that_hangs_is_named(tmp_path):
     "The real training on two real ranks: one judge never answers."

@@ -260,9 +260,10 @@ def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str, 
         if on_tick and now != size: on_tick(read_records(metrics))
         size = now
         if done: return
+        heard = watch.look()
         if stall and watch.hung(stall): raise _hangs(watch, stall, module, run_dir/"train.log")
         if timeout and time.monotonic() - begin > timeout:
-            raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}" + (f"; last heard: {watch}" if watch.look() else ""))
+            raise LaunchError(f"{module} was stopped after {timeout} s (timeout); the last checkpoint is in {run_dir}" + (f"; last heard: {watch}" if heard else ""))
 
 # %% ../../nbs/lab/01_launch.ipynb #238c7db6
 def launch(module: str,            # module with `main(config, run_dir)`, e.g. camflow.wan.finetune
@@ -271,7 +272,7 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
            num_processes: int = 1, # ranks on this machine
            on_tick=None,           # called with the list of metric records when there are new ones
            timeout: float | None = None, # seconds for all of it
-           stall: float | None = None,   # seconds without a heartbeat of any rank that end it; trainings without heartbeats are not watched
+           stall: float | None = None,   # seconds without a heartbeat of any rank that end it, more than the longest piece of work (a judgement); trainings without heartbeats are not watched
            env: dict | None = None,      # further environment variables
            nodes: int = 1,         # machines that share the run's folder; this one is machine 0, the lines for the others are printed
            address: str = "127.0.0.1", port: int | None = None, # of machine 0, as the others see it

@@ -247,11 +247,11 @@ def probe(width: int = 192, inner: int = 512, # of the model
             times.append(time.perf_counter() - start)
     return PROBE_SHARE * 2 * tokens * width * inner / sorted(times)[len(times) // 2]
 
-# %% ../../nbs/rl/16_estimate.ipynb #98573d0a
+# %% ../../nbs/rl/16_estimate.ipynb #38bb44b9
 def announce(e: Estimate, width: int = 192, inner: int = 512): # the estimate; of the model, for the probe
     "Prints the estimate with this machine's rate, and a warning where it does not fit."
-    from camflow.device import memory_stats
-    print(describe(e, probe(width, inner)), flush=True)
-    have, kind = (memory_stats()[k] for k in ("total_bytes", "kind"))
-    need = e.device_bytes + (e.host_bytes if kind == "resident" else 0)
+    from camflow.device import device, memory_stats
+    here = device().type == "cpu"
+    print(describe(e, probe(width, inner) if here else None), flush=True)
+    need, have = e.device_bytes + e.host_bytes, memory_stats()["total_bytes"] if here else math.inf
     if need > 0.95 * have: print(f"warning: about {need / GIB:.1f} GiB are needed and {have / GIB:.1f} GiB are there: lower micro_batch, set gradient_checkpointing, lower frames or size", flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from camflow.lab.launch import die_with_parent
 from camflow.rl import recam_grpo
 from camflow.rl.faults import replay_batch
 from camflow.training.heartbeat import Heartbeat
@@ -72,6 +73,7 @@ def rank_main(rank, world, config, run_dir, store, prepare):
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
         sys.stderr = open(run_dir/f"rank{rank}.log", "a")
+        die_with_parent()
         prepare(rank)
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         recam_grpo.main(config, run_dir, brightness)

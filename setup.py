@@ -15,13 +15,13 @@ version = re.search(r'__version__\s*=\s*"([^"]+)"', (HERE / "camflow/__init__.py
 
 
 class BuildWithAssets(build_py):
-    """Copies the run notebooks, their profiles and the tiny weights into the wheel as camflow/_assets."""
+    """Copies the run notebooks and benchmarks, their profiles and the tiny weights into the wheel as camflow/_assets."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
-        for source, target in (("nbs/runs", "runs"), ("data/tiny", "tiny")):
+        for source, target in (("nbs/runs", "runs"), ("nbs/benchmarks", "benchmarks"), ("data/tiny", "tiny")):
             if (HERE / source).is_dir():
                 shutil.copytree(HERE / source, Path(self.build_lib) / "camflow/_assets" / target, dirs_exist_ok=True,
                                 ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))

@@ -71,7 +71,7 @@ def test_one_notebook_per_module():
 
 def test_wheel_holds_modules_and_assets(tmp_path):
     source = tmp_path / "source"   # a copy: a build folder left in the checkout would put deleted modules into the wheel
-    for name in ("camflow", "nbs/runs", "data/tiny"):
+    for name in ("camflow", "nbs/runs", "nbs/benchmarks", "data/tiny"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source / name)
@@ -79,8 +79,9 @@ def test_wheel_holds_modules_and_assets(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for folder in (p.parent.name for p in (ROOT / "camflow").glob("*/__init__.py")):
         assert f"camflow/{folder}/__init__.py" in names
-    for notebook in (ROOT / "nbs/runs").glob("*"):
-        if notebook.suffix in (".ipynb", ".yaml"):
-            assert f"camflow/_assets/runs/{notebook.name}" in names
+    for kind in ("runs", "benchmarks"):
+        for notebook in (ROOT / "nbs" / kind).glob("*"):
+            if notebook.suffix in (".ipynb", ".yaml"):
+                assert f"camflow/_assets/{kind}/{notebook.name}" in names
     for weights in (ROOT / "data/tiny").rglob("*.safetensors"):
         assert f"camflow/_assets/tiny/{weights.relative_to(ROOT / 'data/tiny')}" in names

@@ -210,3 +210,18 @@ def test_exploring_cameras_are_larger_and_smaller_alike():
     assert abs(torch.corrcoef(torch.stack([turn, move]))[0, 1]) < 0.15
     assert torch.equal(drawn[:, 0], path[:, 0].expand(400, 3, 4)) and torch.equal(drawn, draw())
     with pytest.raises(InputError, match="explore=0.9"): parse({"explore": 0.9})
+
+
+def test_a_collapsed_run_stops_with_its_reason_and_its_checkpoint(tmp_path, monkeypatch):
+    from camflow.rl import recam_grpo
+    seen = []
+    def rule(history):
+        seen.append(len(history))
+        return "the pictures froze" if len(history) == 2 else ""
+    monkeypatch.setattr(recam_grpo, "collapse", rule)
+    brightness = lambda samples: torch.stack([sample.frames.unit().data.mean() for sample in samples])
+    config = {"model": "random", "groups": 2, "k": 2, "sampling_steps": 4, "window_high": 3, "steps": 4, "micro_batch": 2, "eval_conditions": 1, "conditions": 3, "stop_on_collapse": True}
+    result = recam_grpo.main(config, tmp_path, brightness)
+    assert (result["status"], result["step"], result["reason"]) == ("collapsed", 2, "the pictures froze") and "held_out" in result and seen == [1, 2]
+    again = recam_grpo.main(config | {"stop_on_collapse": False}, tmp_path, brightness)
+    assert (again["status"], again["resumed"], again["step"]) == ("done", 2, 4)

@@ -53,7 +53,7 @@ def lift(places_N2,  # pixels, centres at +0.5
     return np.stack([(places_N2[:, 0] - cx) / fx * depth, (places_N2[:, 1] - cy) / fy * depth, depth], 1), fine
 
 # %% ../../nbs/depth/05_flow_pose.ipynb #c56c0357
-FEWEST, NARROWEST = 20.0, 0.5  # weight below which a frame has no pose; last width of the robust cost, pixels
+FEWEST, NARROWEST = 0.02, 0.5  # share of the points below which a frame has no pose; last width of the robust cost, pixels
 
 
 def robust_pose(pixels_N2,          # where the points are seen
@@ -113,7 +113,7 @@ def flow_poses(frames,           # Frames or uint8 tensor [T,3,H,W]
     for t in range(1, len(clip)):
         points, fine = lift(pixels + flow[t, row, column], depth, lens)
         weight = fine / (1 + (rest[t, row, column] / 0.0375) ** 2)
-        if weight.sum() < FEWEST:
+        if weight.sum() < max(8, FEWEST * len(pixels)):
             poses += [np.full((4, 4), np.nan)] * (len(clip) - t)
             break
         w2c, _ = robust_pose(pixels, points, weight, lens, w2c)

@@ -77,6 +77,7 @@ class Settings:
     checkpoint_every: int = 10
     keep: int = 2
     max_seconds: float = 0          # stop cleanly after this time; 0 = no limit
+    stop_on_collapse: bool = False  # stop cleanly when rewards or pictures collapse, see health.collapse
 
     def __post_init__(self):
         for name, known in {"arm": ("grpo", "shuffled", "finetune"), "data": ("world", "multicam", "videos"), "cameras": ("presets", "random", "paired")}.items():

@@ -19,6 +19,7 @@ import torch
 from ..device import collective_backend, compute_dtype, device, generator, memory_stats
 from ..files import InputError, atomic_write, read_json, write_json
 from ..media.frames import Frames
+from .health import collapse
 from .recam_config import Settings, parse, reward_class
 from .recam_data import evaluation_clips, open_data
 from .recam_export import export_pipeline
@@ -26,7 +27,7 @@ from .rollout import RolloutCache, draw_noise
 from .sampler import Item, plan
 from .trainer import Clock, RLConfig, Trainer, choose_trainable, frame_statistics, reference
 from ..training.loop import run_main, shuffled, stop_signals
-from ..training.metric_writer import MetricWriter
+from ..training.metric_writer import MetricWriter, read_records
 
 # shape suffixes: T frames, f latent frames, B batch, C channels, 44 pose
 
@@ -288,7 +289,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
         if lead:
             save_clips(run_dir / "before.safetensors", **tensors)
             write_json(run_dir / "before.json", values)
-    status, silent = "done", 0
+    status, silent, reason, history = "done", 0, "", [row for row in read_records(run_dir) if row["step"] <= trainer.done] if resumed else []
     one_step = (lambda: finetune_step(trainer, s, trainer.cfg)) if s.arm == "finetune" else trainer.step
     with stop_signals() as signals:
         while trainer.done < s.steps:
@@ -301,13 +302,16 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
                 values, _ = judged(trainer, s, held_conditions, held)
                 if lead: writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in values.items() if name != "kind"})
             late = bool(s.max_seconds) and time.monotonic() - started > s.max_seconds
-            end = trainer.largest(2.0 if signals else float(late))
+            history.append(metrics)
+            if s.stop_on_collapse and (reason := collapse(history)): print(f"rank {trainer.rank} gives up after {trainer.done} rollouts: {reason}", flush=True)
+            end = trainer.largest(2.0 if signals else 1.0 if late else 0.5 if reason else 0.0)
             if end or trainer.done % s.checkpoint_every == 0 or trainer.done == s.steps:
                 trainer.save(run_dir / "checkpoints", s.keep)
             if end and trainer.done < s.steps:
-                status = "stopped" if end == 2 else "time"
+                status = {2.0: "stopped", 1.0: "time", 0.5: "collapsed"}[end]
                 break
     result = {"status": status, "arm": s.arm, "step": trainer.done, "resumed": first, "settings": asdict(s), "algorithm": asdict(trainer.cfg)}
+    if status == "collapsed": result["reason"] = reason or "seen by another rank, see train.log"
     if status != "stopped": result |= conclude(trainer, s, held_conditions, held, run_dir)
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier()
     return result | {"seconds": time.monotonic() - started, "peak_memory_gb": memory_stats()["peak_bytes"] / 2**30}

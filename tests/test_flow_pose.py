@@ -74,6 +74,17 @@ def test_a_smooth_path_keeps_a_preset_and_calms_noise():
     off = lambda path: (path - true)[1:, :3, 3].norm(dim=-1).mean()
     assert off(smooth_path(true)) < 0.01 and off(smooth_path(noisy)) < 0.7 * off(noisy)
     assert torch.equal(smooth_path(noisy, 0), noisy)
+    assert off(smooth_path(true[::2], frames_N=range(0, 9, 2))) < 0.01 and len(smooth_path(true[[0, 4, 6]], frames_N=[0, 4, 6])) == 7
+    assert torch.equal(smooth_path(true[:1]), true[:1]) and len(smooth_path(true[:2])) == 2
+
+
+def test_any_number_of_frames():
+    "Even counts, two frames, one frame, all frames as measured: a pose each."
+    frames, depth, K, true = clip("pan_right", 1.0, HELD_OUT + 750)
+    for count in (1, 2, 6, 9):
+        read = flow_poses(frames[:count], depth, K)
+        assert read.shape == (count, 4, 4) and torch.equal(read[0], torch.eye(4, dtype=torch.float64)) and read.isfinite().all()
+    assert float((to_vector(true) - to_vector(flow_poses(frames, depth, K, degree=0)))[-1, :3].norm().rad2deg()) < 3
 
 
 def test_following_is_not_biased_by_noise_that_grows_with_motion():

@@ -83,40 +83,40 @@ def robust_pose(pixels_N2,          # where the points are seen
     return T, float(vote.sum() / total)
 
 # %% ../../nbs/depth/05_flow_pose.ipynb #a177457a
-def smooth_path(c2w_T44: Tensor, # poses relative to frame 0
-                degree: int = 2, # of the polynomial; 0: as measured
+def smooth_path(c2w_N44: Tensor,   # poses relative to frame 0, the first of them the identity
+                degree: int = 2,   # of the polynomial
+                frames_N=None,     # the frames that they belong to; None: 0..N-1
                ) -> Tensor:
-    "The path with rotation vector and position as polynomials in time, least squares, [T,4,4] float64."
-    c2w_T44 = c2w_T44.double()
-    if not degree or len(c2w_T44) <= degree + 1: return c2w_T44
-    time = torch.linspace(0, 1, len(c2w_T44), dtype=torch.float64)[1:]
-    basis = torch.stack([time ** n for n in range(1, degree + 1)], 1)
-    path = basis @ torch.linalg.lstsq(basis, to_vector(c2w_T44[1:])).solution
-    return torch.cat([c2w_T44[:1], to_pose(path)])
+    "The whole path with rotation vector and position as polynomials in time, least squares, [frames_N[-1]+1,4,4] float64."
+    frames_N = torch.arange(len(c2w_N44)) if frames_N is None else torch.as_tensor(frames_N)
+    degree = min(degree, len(c2w_N44) - 1)
+    if not degree: return c2w_N44.double()
+    basis = lambda frames: torch.stack([(frames.double() / frames_N[-1]) ** n for n in range(1, degree + 1)], 1)
+    found = torch.linalg.lstsq(basis(frames_N[1:]), to_vector(c2w_N44[1:].double())).solution
+    return torch.cat([c2w_N44[:1].double(), to_pose(basis(torch.arange(1, int(frames_N[-1]) + 1)) @ found)])
 
 
 def flow_poses(frames,           # Frames or uint8 tensor [T,3,H,W]
                depth_HW: Tensor, # metres, of frame 0; the source's first frame in a re-rendering
                K_33: Tensor,     # pixels of the depth map
-               degree: int = 2,  # see `smooth_path`
+               degree: int = 2,  # see `smooth_path`; 0: every frame as measured
+               every: int = 2,   # every-th frame is read, and the last
                stride: int = 2,  # every stride-th pixel is a point
               ) -> Tensor:
-    "Camera-to-world poses relative to frame 0 [T,4,4] float64, metres; NaN from the first frame on that shows too little of frame 0."
+    "Camera-to-world poses relative to frame 0 [T,4,4] float64, metres; all but the first are NaN where a frame shows too little of frame 0."
     clip, depth, K = clip_bytes(frames).cpu(), torch.as_tensor(depth_HW), np.asarray(K_33, float)
     if depth.dim() != 2: raise InputError(f"depth of shape {tuple(depth.shape)}; flow_poses; give one map [H,W] of the first frame")
     if tuple(depth.shape) != tuple(clip.shape[-2:]): raise InputError(f"depth of {tuple(depth.shape)} pixels for frames of {tuple(clip.shape[-2:])}; flow_poses; give them one size")
-    flow, rest = flow_to_first(clip.numpy())
+    rows = sorted({*range(0, len(clip), every if degree else 1), len(clip) - 1})
+    flow, rest = flow_to_first(clip[rows].numpy())
     depth, lens = depth.double().numpy(), (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
     row, column = (grid.ravel() for grid in np.mgrid[:depth.shape[0]:stride, :depth.shape[1]:stride])
     pixels = np.stack([column + 0.5, row + 0.5], 1)
     w2c, poses = np.eye(4), [np.eye(4)]
-    for t in range(1, len(clip)):
-        points, fine = lift(pixels + flow[t, row, column], depth, lens)
-        weight = fine / (1 + (rest[t, row, column] / 0.0375) ** 2)
-        if weight.sum() < max(8, FEWEST * len(pixels)):
-            poses += [np.full((4, 4), np.nan)] * (len(clip) - t)
-            break
+    for n in range(1, len(rows)):
+        points, fine = lift(pixels + flow[n, row, column], depth, lens)
+        weight = fine / (1 + (rest[n, row, column] / 0.0375) ** 2)
+        if weight.sum() < max(8, FEWEST * len(pixels)): return torch.cat([torch.eye(4, dtype=torch.float64)[None], torch.full((len(clip) - 1, 4, 4), torch.nan, dtype=torch.float64)])
         w2c, _ = robust_pose(pixels, points, weight, lens, w2c)
         poses.append(np.linalg.inv(w2c))
-    poses = torch.from_numpy(np.stack(poses))
-    return smooth_path(poses, degree) if poses.isfinite().all() else poses
+    return smooth_path(torch.from_numpy(np.stack(poses)), degree, rows)

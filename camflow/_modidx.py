@@ -1150,6 +1150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'camflow.rl.estimate.parameter_shapes': ( 'rl/estimate.html#parameter_shapes',
                                                                                'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.probe': ('rl/estimate.html#probe', 'camflow/rl/estimate.py'),
+                                     'camflow.rl.estimate.remembered': ('rl/estimate.html#remembered', 'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.trained_parameters': ( 'rl/estimate.html#trained_parameters',
                                                                                  'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.vae_bytes': ('rl/estimate.html#vae_bytes', 'camflow/rl/estimate.py'),

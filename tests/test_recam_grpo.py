@@ -225,3 +225,9 @@ def test_a_collapsed_run_stops_with_its_reason_and_its_checkpoint(tmp_path, monk
     assert (result["status"], result["step"], result["reason"]) == ("collapsed", 2, "the pictures froze") and "held_out" in result and seen == [1, 2]
     again = recam_grpo.main(config | {"stop_on_collapse": False}, tmp_path, brightness)
     assert (again["status"], again["resumed"], again["step"]) == ("done", 2, 4)
+
+
+def test_large_clips_are_not_all_kept():
+    "The tiny family keeps its conditions, 81 frames of 480x832 keep 16 of 30,000: 1.5 GiB a rank, not 24."
+    from camflow.rl.estimate import remembered
+    assert remembered(60, 9, (48, 80)) == 60 and remembered(4000, 9, (48, 80)) == 256 and remembered(30_000, 81, (480, 832)) == 16

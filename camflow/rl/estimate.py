@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'RECAM', 'GIB', 'PEAK_SHARE', 'PROBE_SHARE', 'ASCEND_910B', 'VAE_WEIGHTS', 'TEXT_WEIGHTS', 'VAE_WORK',
            'WHOLE', 'GRPO', 'FINETUNE', 'TINY', 'parameter_shapes', 'count', 'trained_parameters', 'grid',
            'forward_flops', 'activation_bytes', 'Estimate', 'describe', 'folder_numbers', 'vae_flops', 'vae_bytes',
-           'grpo', 'finetune', 'probe', 'announce']
+           'remembered', 'grpo', 'finetune', 'probe', 'announce']
 
 # %% ../../nbs/rl/16_estimate.ipynb #1728fec5
 import json
@@ -173,6 +173,11 @@ GRPO = dict(model="tiny", frames=9, size=(48, 80), steps=20, groups=6, k=8, micr
             train=("*attn1*", "*cam_encoder*", "*projector*", "*source_token*"), lora_rank=0, gradient_checkpointing=False, epochs=1, best_of=0, eval_conditions=20, conditions=64)
 
 
+def remembered(conditions: int, frames: int, size) -> int: # of the run; of a clip; (H, W)
+    "Conditions that a rank keeps in memory: 256 of them, fewer where their clips would fill more than a GiB, but 16."
+    return min(conditions, 256, max(16, GIB // (3 * frames * size[0] * size[1])))
+
+
 def grpo(settings: dict,          # of camflow.rl.recam_grpo; what is missing has its default, what is unknown is ignored
          world: int = 1,          # ranks
          low: bool = False,       # bfloat16 compute, as accelerators do
@@ -199,8 +204,7 @@ def grpo(settings: dict,          # of camflow.rl.recam_grpo; what is missing ha
     device = {"weights": frozen * (2 if low else 4) + 4 * vae + 4 * trained, "gradients and optimizer": keep - 4 * trained, "averages": 4 * trained, "reference": 4 * total if s["kl"] and not s["lora_rank"] else 0,
               "latents": 4 * latent * share * ((points + 2) if in_window else 2), "conditions": 4 * share * (latent + text * config["text_dim"]),
               "activations": max(activation_bytes(config, tokens, text, micro, low, s["gradient_checkpointing"]), vae_bytes(vae_config, s["frames"], s["size"], micro))}
-    remembered = min(256, s["conditions"])
-    host = {"text encoder": 4 * text_weights, "remembered conditions": remembered * (clip + 4 * latent + 4 * text * config["text_dim"]), "clips of a rollout": 4 * clip * share, "program": 1.2 * GIB}
+    host = {"text encoder": 4 * text_weights, "remembered conditions": remembered(s["conditions"], s["frames"], s["size"]) * (clip + 4 * latent + 4 * text * config["text_dim"]), "clips of a rollout": 4 * clip * share, "program": 1.2 * GIB}
     decode = vae_flops(vae, s["frames"], s["size"])
     flops = {"rollout": share * s["sampling_steps"] * passes * forward, "decode": share * decode, "train": s["epochs"] * replayed * points * one * forward}
     once = {"judging": 2 * -(-s["eval_conditions"] // world) * (s["sampling_steps"] * passes * forward + 2 * decode)}

@@ -19,6 +19,7 @@ import torch
 from ..device import collective_backend, compute_dtype, device, generator, memory_stats
 from ..files import InputError, atomic_write, read_json, write_json
 from ..media.frames import Frames
+from .estimate import remembered
 from .health import collapse
 from .recam_config import Settings, parse, reward_class
 from .recam_data import evaluation_clips, open_data
@@ -57,7 +58,7 @@ def load_parts(s: Settings):
 # %% ../../nbs/rl/15_recam_grpo.ipynb #498e5ec0
 class Conditions:
     "index -> condition dict of the trainer."
-    def __init__(self, load, length: int, parts: Parts, guidance: float = 1.0, remember: int = 256):
+    def __init__(self, load, length: int, parts: Parts, guidance: float = 1.0, remember: int = 256): # see estimate.remembered
         self.load, self.length, self.parts, self.guidance = load, length, parts, guidance
         self.get = functools.lru_cache(remember)(self.prepare)
         self.text = functools.lru_cache(remember)(lambda prompt: parts.encode([prompt])[0].cpu())
@@ -259,7 +260,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     parts, held = load_parts(s), None
     step = [parts.vae.config.scale_factor_spatial * n for n in parts.transformer.config.patch_size[1:]]
     if any(a % b for a, b in zip(s.size, step)): raise InputError(f"size={list(s.size)} must be rows and columns in multiples of {step} for this model")
-    conditions = Conditions(load, s.conditions, parts, s.guidance)
+    conditions = Conditions(load, s.conditions, parts, s.guidance, remembered(s.conditions, s.frames, s.size))
     network = add_lora(parts.transformer, s.lora_rank, cfg.seed) if s.lora_rank else parts.transformer
     choose_trainable(network, None if s.lora_rank else s.train)
     if s.gradient_checkpointing: parts.transformer.enable_gradient_checkpointing()
@@ -270,7 +271,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
                       RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None, run_dir=run_dir)
     trainer.network, trainer.bare, trainer.vae = network, parts.transformer, parts.vae
     if clips is None: clips, held = evaluation_clips(s)
-    return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance), held
+    return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance, remembered(s.eval_conditions, s.frames, s.size)), held
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #b7ac7fb7
 def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; instead of the configured rewards

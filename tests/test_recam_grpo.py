@@ -210,6 +210,7 @@ def test_exploring_cameras_are_larger_and_smaller_alike():
     assert abs(torch.corrcoef(torch.stack([turn, move]))[0, 1]) < 0.15
     assert torch.equal(drawn[:, 0], path[:, 0].expand(400, 3, 4)) and torch.equal(drawn, draw())
     with pytest.raises(InputError, match="explore=0.9"): parse({"explore": 0.9})
+    with pytest.raises(InputError, match="set explore=0, or loss='awm'"): parse({"explore": 0.2, "loss": "ppo"})
 
 
 def test_a_collapsed_run_stops_with_its_reason_and_its_checkpoint(tmp_path, monkeypatch):

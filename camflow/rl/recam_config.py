@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from ..files import InputError
 from .config import RLConfig, check_numbers, real
+from .losses import FORWARD
 from ..training.loop import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
@@ -110,6 +111,7 @@ def parse(config: dict): # of the run; keys of Settings and RLConfig
     s = Settings(**{f.name: config[f.name] for f in fields(Settings) if f.name in config})
     cfg = RLConfig.pick(config)
     cfg.trained(s.sampling_steps)                                      # the window fits
+    if s.explore and cfg.loss not in FORWARD: raise InputError(f"explore={s.explore} draws samples from other requests, and the importance ratio of loss={cfg.loss!r} would be wrong; set explore=0, or loss='awm'")
     if s.arm == "shuffled": cfg.shuffle_rewards = True
     if s.arm == "finetune": cfg.optimizer, cfg.lr = "adamw", s.finetune_lr
     return s, cfg

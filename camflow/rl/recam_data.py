@@ -52,11 +52,11 @@ def world_clips(s: Settings, seed: int, first: int = 500_000): # scene seeds fir
     return load, s.conditions
 
 # %% ../../nbs/rl/13_recam_data.ipynb #87be4136
-def evaluation_clips(s: Settings):
+def evaluation_clips(s: Settings, first: int = None): # scene seed of the first; None: the scenes of reports
     "(index -> Clip, HeldOut) of the world's held-out conditions."
     from camflow.wan.evaluate import REPORTED, held_out
     from camflow.world.clips import first_depth
-    held = held_out(s.eval_conditions, factor=s.factor, frames=s.frames, size=s.size, first=REPORTED)
+    held = held_out(s.eval_conditions, factor=s.factor, frames=s.frames, size=s.size, first=first or REPORTED)
     frames = lambda x: Frames(x, "byte")
     def load(i):
         made = held.clips[i]

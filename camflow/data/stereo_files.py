@@ -20,7 +20,7 @@ import torch
 from ..files import InputError, atomic_write
 # Shapes: C channels, H rows, W columns
 
-# %% ../../nbs/data/03_stereo_files.ipynb #57187f75
+# %% ../../nbs/data/03_stereo_files.ipynb #a79c3190
 def _open_image(path):
     "A decoded Pillow image; errors name the file."
     from PIL import Image, UnidentifiedImageError
@@ -38,6 +38,7 @@ def image_size(path) -> tuple: # (H, W)
     from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(path) as image: return image.height, image.width
+    except FileNotFoundError: raise InputError(f"{path} does not exist; check the path") from None
     except (UnidentifiedImageError, OSError) as error: raise InputError(f"not a readable picture ({str(error)[:80]}); {path}; copy or download it again") from None
 
 

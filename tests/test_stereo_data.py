@@ -103,3 +103,79 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="row 0, column 1"): sf.write_kitti(tmp_path / "k.png", torch.tensor([[1.0, 256.0]]))
     assert not (tmp_path / "k.png").exists() and not list(tmp_path.glob(".*.tmp"))
 
+
+
+# ---- sets
+def test_sceneflow_sampling_golden():
+    from camflow.data.stereo_sets import sceneflow_windows, validation_sequences
+    for given, wanted in cases("sceneflow_sampling.json"):
+        if given["kind"] == "append_sample":
+            assert sceneflow_windows(given["n_frames"], given["sample_len"], "reference") == wanted["samples"]
+            ours = sceneflow_windows(given["n_frames"], given["sample_len"])
+            n, L = given["n_frames"], given["sample_len"]
+            assert len(ours) == 2 * max(0, n - L + 1) and all(a == b[::-1] for a, b in zip(ours[::2], ours[1::2]))
+        else: assert validation_sequences(given["n_sequences"]) == wanted["validation_indices_sorted"]
+
+
+def test_replica_chunks_golden():
+    from camflow.data.dynamic_replica import chunks
+    for given, wanted in cases("dynamic_replica_chunks.json"):
+        options = given["sample_len"], given["only_first_n_samples"]
+        found = [[name, rows] for name, n in given["sequences"].items() for rows in chunks(n, *options, compat="reference")]
+        assert found == wanted.get("samples", [])
+        for n in given["sequences"].values(): # ours loses no frame
+            ours = sum(chunks(n, options[0]), [])
+            assert ours == list(range(n))
+
+
+def test_camera_opencv_golden():
+    from camflow.data.dynamic_replica import camera_viewpoint, depth_to_disparity, disparity_scale, viewpoint_camera
+    for given, wanted in cases("camera_opencv.json"):
+        if "error" in wanted:
+            with pytest.raises(ValueError, match="intrinsics_format"): viewpoint_camera({"R": np.eye(3).tolist(), "T": [0, 0, 0], "focal_length": [1, 1], "principal_point": [0, 0], **given}, (4, 4))
+            continue
+        rows = [{"viewpoint": {**{k: given[k] for k in ("R", "focal_length", "principal_point", "intrinsics_format")}, "T": given[f"T_{eye}"]},
+                 "image": {"size": given["size_hw"]}, "sequence_name": "golden", "frame_number": 0} for eye in ("left", "right")]
+        for eye, row in zip(("left", "right"), rows):
+            K, w2c = viewpoint_camera(row["viewpoint"], given["size_hw"])
+            for found, name in ((K, "K"), (w2c[:3, :3], "R"), (w2c[:3, 3], "t")): assert np.allclose(found, wanted[f"{name}_{eye}"], atol=1e-6, rtol=3e-7), name
+            back = viewpoint_camera(camera_viewpoint(K, w2c, given["size_hw"], given["intrinsics_format"]), given["size_hw"])
+            assert torch.allclose(back[0], K) and torch.allclose(back[1], w2c)
+            if eye == "left":
+                points = torch.tensor(given["world_points"], dtype=torch.float64) @ w2c[:3, :3].mT + w2c[:3, 3]
+                pixels = points @ K.mT
+                assert np.allclose(torch.cat([pixels[:, :2] / pixels[:, 2:], points[:, 2:]], 1), wanted["aux_projection_u_v_z"], rtol=1e-6)
+        scale = disparity_scale(*rows)
+        assert abs(scale / wanted["depth_to_disparity_scale"] - 1) < 1e-6
+        assert np.allclose(depth_to_disparity(torch.tensor(given["depths"], dtype=torch.float64), scale)[0], wanted["disparities"], rtol=1e-6)
+
+
+def test_replica_dataset_golden(tmp_path):
+    from safetensors import safe_open
+    from camflow.data.dynamic_replica import DynamicReplica
+    with safe_open(golden("dynamic_replica_dataset.safetensors"), "pt") as file:
+        meta = file.metadata()
+        data = {key: file.get_tensor(key) for key in file.keys()}
+    for key, value in data.items():
+        if key.startswith("file."):
+            path = tmp_path / key[5:]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(value.numpy().tobytes())
+    found = DynamicReplica(tmp_path, meta["split"], int(meta["sample_len"]), int(meta["only_first_n_samples"]), ("disparity", "right", "mask"), compat="reference")
+    assert len(found) == int(meta["n_samples"]) and found.names == json.loads(meta["sequences_in_list"])
+    source, frames = found.samples[0]
+    clip = found[0]
+    wanted = {key[7:]: value for key, value in data.items() if key.startswith("output.")}
+    assert torch.equal(torch.stack([clip.left.data, clip.right.data], 1).float(), wanted["img"].float())
+    scale = clip.rig.fx * clip.rig.baseline
+    for eye, (disparity, valid) in enumerate(((clip.disparity, clip.valid), (clip.extras["right_disparity"], clip.extras["right_valid"]))):
+        raw = torch.stack([source.disparity_of(i, eye, scale)[0] for i in frames])
+        assert torch.allclose(raw, -wanted["disp"][:, eye], rtol=1e-6, atol=0, equal_nan=True)       # as the reference stores it, NaN and all
+        assert torch.equal(valid[:, 0], wanted["valid_disp"][:, eye] > 0.5)
+        assert torch.allclose(disparity[valid], -wanted["disp"][:, eye][valid], rtol=1e-6, atol=0)
+        assert torch.isfinite(disparity).all() and not disparity[~valid].any()                       # ours: nothing where nothing is known
+    assert clip.unusable["nan"] and clip.unusable["valid"] == int(wanted["valid_disp"][:, 0].sum())
+    for eye, name in enumerate(("mask", "right_mask")): assert torch.allclose(clip.extras[name][:, 0] / 255, wanted["mask"][:, eye])
+    K, R, t = clip.rig.K_left, *(torch.linalg.inv(clip.extras["c2w"][0])[:3].split([3, 1], 1))
+    for ours, name in ((K, "K_left0"), (R, "R_left0"), (t[:, 0], "t_left0")): assert torch.allclose(ours, wanted[name][0].double(), atol=1e-6)
+    assert [len(c) for c in DynamicReplica(tmp_path, meta["split"], int(meta["sample_len"]))] == [3, 2, 2]

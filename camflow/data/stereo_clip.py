@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'VIDEOS', 'StereoClip', 'list_images', 'number_frames', 'match_frames', 'StereoSource', 'PictureSource',
-           'folder_pair', 'find_calibration', 'VideoPair', 'PackedVideo', 'open_stereo']
+           'folder_pair', 'find_calibration', 'VideoPair', 'PackedVideo', 'open_stereo', 'StereoSet']
 
 # %% ../../nbs/data/04_stereo_clip.ipynb #70999d3a
 import itertools
@@ -316,3 +316,41 @@ class _Swapped(StereoSource):
     def __init__(self, source): self.source, self.name, self.size, self.fps, self.total = source, source.name, source.size, source.fps, len(source)
     def read(self, indices): return self.source.read(indices)[::-1]
     def rig(self, indices): return self.source.rig(indices)
+
+# %% ../../nbs/data/04_stereo_clip.ipynb #2ba99d62
+class StereoSet:
+    "Samples (source, frames); an item is a decoded `StereoClip`."
+    def __init__(self, root, skip_bad: bool = False): # folder of the set; True: list what cannot be used in `skipped`
+        self.root, self.skip_bad, self.samples, self.skipped = Path(root).expanduser(), skip_bad, [], []
+        if not self.root.is_dir(): raise InputError(f"no folder {self.root}; {type(self).__name__}; check the path")
+
+    def add(self, make, frames=None): # function that returns a source; list of frame lists, or a function of its length, default one with all
+        "Appends the samples of one source."
+        try: source = make()
+        except InputError as error:
+            if not self.skip_bad: raise
+            return self.skipped.append(str(error))
+        self.samples += [(source, rows) for rows in (frames(len(source)) if callable(frames) else frames or [None])]
+
+    def finish(self, hint: str): # what the folder should look like
+        "Raises when nothing was found."
+        if not self.samples: raise InputError(f"no samples; {type(self).__name__}, {self.root}; {'the first problem was: ' + self.skipped[0] if self.skipped else hint}")
+
+    def __len__(self): return len(self.samples)
+    def __repr__(self): return f"{type(self).__name__}({len(self)} samples of {len(self.names)} sequences{f', {len(self.skipped)} skipped' if self.skipped else ''})"
+    def __iter__(self): return (self[i] for i in range(len(self)))
+    names = property(lambda self: list(dict.fromkeys(source.name for source, _ in self.samples)), doc="Sequences in order.")
+
+    def __getitem__(self, i) -> StereoClip: # number of a sample, or the name of a sequence (its first sample)
+        if isinstance(i, str): i = next((k for k, (source, _) in enumerate(self.samples) if source.name == i), None)
+        if i is None or not -len(self) <= i < len(self): raise InputError(f"no sample {i}; {self!r}; there are 0..{len(self) - 1}, named {', '.join(self.names[:3])} ..")
+        source, frames = self.samples[i]
+        return source.load(frames)
+
+    def check(self) -> list:
+        "Messages for all samples that fail to decode (reads everything)."
+        bad = list(self.skipped)
+        for i in range(len(self)):
+            try: self[i]
+            except InputError as error: bad.append(f"sample {i}: {error}")
+        return bad

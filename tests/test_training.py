@@ -92,6 +92,38 @@ def test_two_ranks_equal_one(tmp_path):
     assert (read_metrics(tmp_path/"one")["loss"] - read_metrics(tmp_path/"two")["loss"]).abs().max() < 1e-5
 
 
+def test_sharded_equals_one_rank(tmp_path):
+    "FSDP2 on two gloo ranks: the curve of one rank, of DDP, and of a resume; one rank continues the checkpoint that two wrote, and two the one that one wrote."
+    config = {**BASE, "dropout": 0., "steps": 8, "schedule": "constant", "checkpoint_every": 0, "blocks": 3, "accumulation": 2, "grad_clip": 0.05}
+    one, mixed = {**config, "batch_size": 4}, {"frozen": "blocks.1", "bf16": True}
+    main({**one, "steps": 5}, tmp_path/"handed")
+    done = run({**config, "batch_size": 2, "shard": True, "runs": [["whole", {}], ["parts", {"steps": 5}], ["parts", {}], ["handed", {}], ["early", {"steps": 5}], ["mixed", mixed], ["ddp", {**mixed, "shard": False}]]}, tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path/"whole", tmp_path/"parts")                       # weights, moments, averages and metrics, bit for bit
+    main(one, tmp_path/"one")
+    main({**one, "shard": True}, tmp_path/"early")                 # one rank has nothing to cut
+    curve = lambda name: read_metrics(tmp_path/name)[["loss", "val", "grad_norm"]]
+    for name in ("whole", "handed", "early"): assert (curve(name) - curve("one")).abs().max().max() < 1e-6, name
+    assert (curve("mixed") - curve("ddp")).abs().max().max() < 1e-6 and curve("mixed")["grad_norm"].min() > config["grad_clip"]
+    tensors = load_checkpoint(tmp_path/"whole"/"checkpoints").tensors
+    assert {k: v.shape for k, v in tensors["model"].items()} == {k: v.shape for k, v in Net(blocks=3).state_dict().items()} and len(tensors["ema"]) == 10
+    assert not [name for name in load_checkpoint(tmp_path/"mixed"/"checkpoints").tensors["model"] if name.startswith("blocks.1")]
+
+
+def test_shard_refusals(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="set muon="): TrainConfig(shard=True, muon=["*"])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="without it and set shard: true"): main(BASE, tmp_path)
+
+
+def test_heartbeat_names_the_phase(tmp_path):
+    seen = []
+    watched = lambda model, batch, noise: (seen.append(json.loads((tmp_path/"heartbeat"/"rank0.json").read_text())), (model(torch.ones(2, 5)).square().mean(), {}))[1]
+    fit(tmp_path, Net(), watched, lambda *_: None, TrainConfig(steps=2))
+    assert [(one["phase"], one["step"]) for one in seen] == [("forward", 0), ("forward", 1)]
+    assert json.loads((tmp_path/"heartbeat"/"rank0.json").read_text())["phase"] == "finished"
+
+
 def test_prefetch_changes_nothing(tmp_path):
     main({**BASE, "prefetch": True, "accumulation": 2}, tmp_path/"a")
     main({**BASE, "prefetch": False, "accumulation": 2}, tmp_path/"b")

@@ -15,10 +15,11 @@ DATA = torch.randn(23, 5, generator=torch.Generator().manual_seed(1))  # an epoc
 
 
 class Net(torch.nn.Module):
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, blocks=0):
         super().__init__()
         torch.manual_seed(0)
         self.layers = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(16, 5))
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(blocks))
         self.register_buffer("seen", torch.zeros(()))
         self.checkpointing = False
 
@@ -26,7 +27,9 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         self.seen += 1
-        return self.layers(x)
+        x = self.layers[:2](x)
+        for block in self.blocks: x = x + torch.tanh(block(x))
+        return self.layers[2:](x)
 
 
 def main(config, run_dir):
@@ -44,7 +47,15 @@ def main(config, run_dir):
 
     def validate(model, step): return {"val": (model(DATA) - DATA).square().mean().item(), "draw": torch.rand(()).item()}
 
-    return fit(run_dir, Net(config.get("dropout", 0.)), step_fn, batch_fn, cfg, validate=validate)
+    model, frozen = Net(config.get("dropout", 0.), config.get("blocks", 0)), config.get("frozen")
+    if frozen: model.get_submodule(frozen).to(torch.bfloat16)  # as a large model's frozen part is loaded
+    return fit(run_dir, model, step_fn, batch_fn, cfg, validate=validate, trainable=frozen and (lambda name: not name.startswith(frozen)))
+
+
+def several(config, run_dir):
+    "Trainings in turn, in one group of ranks: {'runs': [[folder, changes], ...]}."
+    results = [main(config | changes, Path(run_dir)/name).as_dict() for name, changes in config.pop("runs")]
+    return {"results": results}
 
 
 def storm(config_path, kills, longest, seed=0):
@@ -74,4 +85,4 @@ if __name__ == "__main__":
         storm(sys.argv[sys.argv.index("--config") + 1], int(sys.argv[at + 1]), float(sys.argv[at + 2]))
     else:
         torch.set_num_threads(1)
-        run_main(main)
+        run_main(lambda config, run_dir: (several if "runs" in config else main)(config, run_dir))

@@ -27,7 +27,9 @@ from ..files import InputError, content_hash, read_json, write_json
 from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load_checkpoint, load_strict, rng_state, save_checkpoint,
                                          set_rng_state, unflatten_optimizer)
 from .ema import EMA
+from .heartbeat import Heartbeat
 from .metric_writer import MetricWriter, read_metrics
+from .shard import gathered, number, pieces, refuse_plugin, shard, state_pieces
 
 # %% ../../nbs/training/03_loop.ipynb #41ae5511
 @dataclass
@@ -46,6 +48,7 @@ class TrainConfig:
     accumulation: int = 1          # forwards per optimizer step
     bf16: bool = False             # bfloat16 compute, float32 weights
     gradient_checkpointing: bool = False  # recompute activations in the backward
+    shard: bool = False            # spread weights, gradients and moments over the ranks (FSDP2), for models that do not fit on one device; see training.shard
     seed: int = 0
     checkpoint_every: int = 500    # steps; 0 = only at the end
     checkpoint_seconds: float = 0  # and whenever this much time passed; 0 = off
@@ -62,6 +65,7 @@ class TrainConfig:
         if self.schedule not in ("constant", "cosine", "linear", "onecycle"): raise InputError(f"schedule {self.schedule!r} is not constant, cosine, linear or onecycle")
         at_least(vars(self), steps=1, batch_size=1, accumulation=1, log_every=1, keep=1, lr=0, weight_decay=0, warmup=0, grad_clip=0, checkpoint_every=0, validate_every=0)
         if not 0 <= self.ema_decay < 1: raise InputError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
+        if self.shard and self.muon: raise InputError("muon orthogonalises whole matrices, and with shard every rank holds a piece; set muon=[] (AdamW), or shard=false")
 
     @classmethod
     def pick(cls, config: dict): # any configuration; other keys are ignored
@@ -190,16 +194,20 @@ class Loop:
     def __init__(self, run_dir, model, cfg: TrainConfig, trainable=None):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        refuse_plugin()
         AcceleratorState._reset_state()  # a process may run several fits of different precision; the process group stays
         self.run_dir, self.cfg, self.step = Path(run_dir), cfg, 0
         self.accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="bf16" if cfg.bf16 else "no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.beat, self.cut = Heartbeat(run_dir, self.rank), cfg.shard and self.world > 1
+        self.beat("starting")
         choose_trainable(model.to(self.accelerator.device), trainable)  # first: plug-in devices make new parameters, and the optimizer must hold those
         if cfg.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"): model.enable_gradient_checkpointing()
-        self.bare = model
+        self.bare, self.frozen = model, fingerprint({n: p for n, p in model.named_parameters() if not p.requires_grad})
+        if self.cut: shard(model, self.world)
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.params, cfg)
-        self.model = self.accelerator.prepare(model)
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=self.cut)  # a model that is cut gets the precision only, no DDP
         self.ema = EMA(self.params, cfg.ema_decay) if cfg.ema_decay else None
         self.stop, self.skipped, self.saved_step = None, 0, None
 
@@ -223,24 +231,24 @@ def _trained(self):
     "What the checkpoint's `model` file holds."
     persistent = self.bare.state_dict()
     buffers = {name: b for name, b in self.bare.named_buffers() if name in persistent}
-    return {**{name: p.data for name, p in self.params.items()}, **buffers}
-
-
-def _frozen_print(self): return fingerprint({n: p for n, p in self.bare.named_parameters() if not p.requires_grad})
+    return {**{name: p.detach() for name, p in self.params.items()}, **buffers}
 
 
 def save(self):
     "Writes a checkpoint of the current step; rank 0 writes, all ranks wait."
     if self.saved_step == self.step: return
     from accelerate.utils import gather_object
+    self.beat("waiting to save", self.step)
     states = gather_object([rng_state()]) if self.world > 1 else [rng_state()]
+    optimizer, record = flatten_optimizer(self.optimizer.state_dict())
+    groups = {"model": _trained(self), "optimizer": optimizer, **({"ema": self.ema.shadow} if self.ema else {})}
+    groups = {name: gathered(tensors, self.main) for name, tensors in groups.items()}
     if self.main:
-        optimizer, record = flatten_optimizer(self.optimizer.state_dict())
+        self.beat("checkpoint", self.step)
         rng = {f"{rank}.{name}": t for rank, (tensors, _) in enumerate(states) for name, t in tensors.items()}
-        groups = {"model": _trained(self), "optimizer": optimizer, "rng": rng, **({"ema": self.ema.shadow} if self.ema else {})}
-        meta = {"optimizer": record, "rng": [r for _, r in states], "ema_count": self.ema.count if self.ema else 0, "frozen": _frozen_print(self),
+        meta = {"optimizer": record, "rng": [r for _, r in states], "ema_count": self.ema.count if self.ema else 0, "frozen": self.frozen,
                 "world": self.world, "config": asdict(self.cfg), "skipped": self.skipped}
-        save_checkpoint(self.folder, self.step, groups, meta, keep=self.cfg.keep)
+        save_checkpoint(self.folder, self.step, {**groups, "rng": rng}, meta, keep=self.cfg.keep)
     self.accelerator.wait_for_everyone()
     self.saved_step, self.saved_time = self.step, time.monotonic()
 
@@ -250,12 +258,13 @@ def restore(self):
     path = latest_checkpoint(self.folder)
     if path is None: return False
     ckpt = load_checkpoint(path, check=False)
-    load_strict(_trained(self), ckpt.tensors["model"], f"checkpoint {path}")
-    if ckpt.meta["frozen"] != _frozen_print(self): raise InputError(f"checkpoint {path} was trained on other frozen weights; load the base model it started from")
-    self.optimizer.load_state_dict(unflatten_optimizer(ckpt.tensors["optimizer"], ckpt.meta["optimizer"]))
+    own = _trained(self)
+    load_strict(own, pieces(ckpt.tensors["model"], own), f"checkpoint {path}")
+    if ckpt.meta["frozen"] != self.frozen: raise InputError(f"checkpoint {path} was trained on other frozen weights; load the base model it started from")
+    self.optimizer.load_state_dict(state_pieces(unflatten_optimizer(ckpt.tensors["optimizer"], ckpt.meta["optimizer"]), self.optimizer))
     if self.ema:
         if "ema" not in ckpt.tensors: raise InputError(f"checkpoint {path} holds no averaged weights; set ema_decay=0 or start a new run")
-        self.ema.load(ckpt.tensors["ema"], ckpt.meta["ema_count"])
+        self.ema.load(pieces(ckpt.tensors["ema"], self.ema.shadow), ckpt.meta["ema_count"])
     self.step, self.skipped = ckpt.step, ckpt.meta["skipped"]
     if self.rank < len(ckpt.meta["rng"]):
         mine = {k.split(".", 1)[1]: t for k, t in ckpt.tensors["rng"].items() if k.split(".", 1)[0] == str(self.rank)}
@@ -272,11 +281,16 @@ def one_step(self, step_fn, batches):
         last = micro == cfg.accumulation - 1
         with nullcontext() if last else self.accelerator.no_sync(model):
             noise = generator(cfg.seed, "step", self.step, self.rank, micro)
-            loss, metrics = step_fn(model, batches(self.step, micro), noise)
+            self.beat("batch", self.step)
+            batch = batches(self.step, micro)
+            self.beat("forward", self.step)
+            loss, metrics = step_fn(model, batch, noise)
+            self.beat("waiting for gradients" if last and self.world > 1 else "backward", self.step)
             self.accelerator.backward(loss / cfg.accumulation)
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.) + torch.as_tensor(value, dtype=torch.float32).detach().cpu() / cfg.accumulation
-    norm = torch.nn.utils.clip_grad_norm_(list(self.params.values()), cfg.grad_clip or math.inf)
+    norm = number(torch.nn.utils.clip_grad_norm_(list(self.params.values()), cfg.grad_clip or math.inf))
+    self.beat("update", self.step)
     if finite := bool(torch.isfinite(norm)): self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)
     if finite and self.ema: self.ema.update(self.params)
@@ -288,6 +302,7 @@ def one_step(self, step_fn, batches):
 def mean(self, values: dict):
     "Means over ranks of {name: scalar tensor}."
     if self.world == 1: return {k: float(v) for k, v in values.items()}
+    self.beat("waiting for metrics", self.step)
     packed = self.accelerator.reduce(torch.stack([v.to(self.accelerator.device) for v in values.values()]), reduction="mean")
     return dict(zip(values, packed.tolist()))
 
@@ -300,14 +315,16 @@ def agree(self, *flags: bool):
 
 
 def validate(self, fn):
-    "Runs `fn(model, step)` on rank 0 with averaged weights, leaving random states and mode as they were."
+    "Runs `fn(model, step)` on rank 0 with averaged weights, leaving random states and mode as they were; on all ranks where the model is cut, since its forward takes them all."
     numbers = {}
-    if self.main:
+    self.beat("validation" if self.main or self.cut else "waiting for validation", self.step)
+    if self.main or self.cut:
         saved, mode = rng_state(), self.bare.training
         self.bare.eval()
         with torch.no_grad(), (self.ema.applied(self.params) if self.ema else nullcontext()): numbers = fn(self.bare, self.step) or {}
         self.bare.train(mode)
         set_rng_state(*saved)
+    self.beat("waiting for all ranks", self.step)
     self.accelerator.wait_for_everyone()
     return numbers
 
@@ -372,7 +389,7 @@ def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ 
         step_fn,            # (model, batch, generator) -> (loss, {name: number})
         batch_fn,           # (step, rank, world, micro) -> batch; a pure function, it must not keep state
         cfg: TrainConfig,
-        validate=None,      # (model, step) -> {name: number}, run on rank 0 with averaged weights
+        validate=None,      # (model, step) -> {name: number}, run on rank 0 with averaged weights (with `shard` on all)
         trainable=None):    # predicate of parameter names; None trains what requires grad
     "Trains until `cfg.steps`; returns how it ended. Call it again with the same folder to continue."
     started = time.monotonic()
@@ -399,6 +416,7 @@ def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ 
                 status = end
                 break
         self.save()
+    self.beat("finished", self.step)
     batches.close()
     return FitResult(status, self.step, time.monotonic() - started, resumed, last, self)
 

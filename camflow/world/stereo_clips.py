@@ -23,10 +23,10 @@ from .scene import BOX, CAPSULE, ELLIPSOID, FACES, Joint, Part, Scene, random_sc
 STEREO_FPS = 12  # frames per second of a clip
 # Shapes: T frames, H W rows and columns, P parts, S texture slots, B clips of a batch.
 
-# %% ../../nbs/world/05_stereo_clips.ipynb #467e0cc0
+# %% ../../nbs/world/05_stereo_clips.ipynb #f2ab6064
 PRESETS = {"tiny": dict(size=(32, 128), frames=5), "small": dict(size=(64, 256), frames=8), "demo": dict(size=(128, 320), frames=16)}
 ORDINARY = dict(period=(7., 40.), plain=.2, stripes=False, poles=0, speed=1., shake=1., mean=(4 / 256, 20 / 256), largest=.24,
-                gain=0., noise=0., vertical=0., cut=False, occluder=False)
+                gain=0., noise=1., vertical=0., cut=False, occluder=False)
 HARD = {"textureless": dict(plain=.85), "repetitive": dict(stripes=True, plain=0.), "thin": dict(poles=9), "fast": dict(speed=5., shake=4.),
         "large_disparity": dict(mean=None, largest=.38), "flicker": dict(gain=.25, noise=5.), "rectification": dict(vertical=1.),
         "cut": dict(cut=True), "occluder": dict(occluder=True)}
@@ -43,7 +43,7 @@ def clip_settings(preset: str = "small", # tiny, small or demo
     if min(size) < 8: raise InputError(f"stereo clip: size {size} is too small; give at least 8 x 8")
     return size, frames, {**ORDINARY, **HARD.get(hard, {})}
 
-# %% ../../nbs/world/05_stereo_clips.ipynb #29f474bb
+# %% ../../nbs/world/05_stereo_clips.ipynb #760bf6b1
 def paint(scene: Scene,      # changed in place
           rng,               # numpy generator
           focal: float,      # pixels
@@ -60,7 +60,7 @@ def paint(scene: Scene,      # changed in place
             if settings["stripes"]: ways, period = np.array([[1., 0, 1.], [0, 0, 0], [0, 0, 0], [0, 0, 0]]), rng.uniform(7, 14)
             ways /= np.linalg.norm(ways, axis=1, keepdims=True).clip(1e-9)
             scene.waves[slot] = ways * (2 * math.pi * focal / (period * z * np.array([1., 2., 1.2, 2.4])))[:, None]
-            keep = .05 if rng.uniform() < settings["plain"] else rng.uniform(.3, 1.)
+            keep = rng.uniform(0., .05) if rng.uniform() < settings["plain"] else rng.uniform(.3, 1.)
             scene.colors[slot] = scene.colors[slot].mean(0) + keep * (scene.colors[slot] - scene.colors[slot].mean(0))
             grey = rng.uniform(0, 1) ** 2
             scene.colors[slot] = (1 - grey) * scene.colors[slot] + grey * scene.colors[slot].mean(1, keepdims=True)
@@ -324,7 +324,7 @@ def _keep(arrays, i, clip):
     arrays["masks"][i], arrays["rigs"][i] = flags, (clip.K[0, 0], clip.baseline)
     arrays["done"][i] = 1
 
-# %% ../../nbs/world/05_stereo_clips.ipynb #bab57aef
+# %% ../../nbs/world/05_stereo_clips.ipynb #ac0c0b1c
 def stereo_bank(seeds,                  # one clip each
                 path,                   # folder that holds banks
                 preset: str = "tiny", size=None, frames: int = None, # as in `stereo_clip`
@@ -334,7 +334,7 @@ def stereo_bank(seeds,                  # one clip each
     seeds, hard = [int(s) for s in seeds], list(hard)
     size, frames, _ = clip_settings(preset, size, frames)
     for name in hard: clip_settings(preset, hard=name)
-    meta = {"seeds": seeds, "size": list(size), "frames": frames, "hard": hard, "flow": flow, "version": 1}
+    meta = {"seeds": seeds, "size": list(size), "frames": frames, "hard": hard, "flow": flow, "version": 2}
     folder = Path(path)/content_hash(meta)
     if (folder/"bank.json").exists(): return StereoBank(folder) # written last
     with one_at_a_time(folder):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['search_range', 'fill', 'sgbm', 'block_matching', 'per_frame']
 
-# %% ../../nbs/stereo/06_baselines.ipynb #3b87db56
+# %% ../../nbs/stereo/06_baselines.ipynb #21e14631
 import numpy as np
 import torch
 
 from ..files import InputError
+from .windows import stereo_video
 # Shapes: T frames, H W rows and columns; disparity float32 [T,1,H,W], positive, pixels of the left image.
 
 # %% ../../nbs/stereo/06_baselines.ipynb #f2cffd8a
@@ -78,12 +79,9 @@ def block_matching(left, right, range_: int = None, block: int = 11, filled: boo
     found = _each_frame(matcher, left, right, range_, grey=True)
     return fill(found) if filled else found, ~found.isnan()
 
-# %% ../../nbs/stereo/06_baselines.ipynb #808cfed6
-@torch.no_grad()
-def per_frame(model,            # DynamicStereo or anything with its forward
+# %% ../../nbs/stereo/06_baselines.ipynb #7f2ea92e
+def per_frame(model,            # DynamicStereo
               left, right,      # Frames, or uint8 [T,3,H,W]
               iters=20):        # refinements, as in the network's forward
     "Disparity [T,1,H,W] of a network that never sees two frames together."
-    left, right, place = _bytes(left, "left"), _bytes(right, "right"), next(model.parameters()).device
-    view = lambda x, i: x[None, i:i + 1].float().to(place)
-    return torch.cat([-model(view(left, i), view(right, i), iters=iters)[0].float().cpu() for i in range(len(left))]).clamp(min=0)
+    return stereo_video(model, left, right, window=1, overlap=0, iters=iters)

@@ -179,3 +179,130 @@ def test_replica_dataset_golden(tmp_path):
     K, R, t = clip.rig.K_left, *(torch.linalg.inv(clip.extras["c2w"][0])[:3].split([3, 1], 1))
     for ours, name in ((K, "K_left0"), (R, "R_left0"), (t[:, 0], "t_left0")): assert torch.allclose(ours, wanted[name][0].double(), atol=1e-6)
     assert [len(c) for c in DynamicReplica(tmp_path, meta["split"], int(meta["sample_len"]))] == [3, 2, 2]
+
+
+# ---- download
+class _Server:
+    "A local file server with faults: `faults[path]` is a list of things to do, one per request, then it behaves."
+    def __init__(self, files):
+        import threading
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        self.files, self.faults, self.asked, self.tags = files, {}, [], {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args): pass
+            def do_HEAD(self): self.answer(False)
+            def do_GET(self): self.answer(True)
+
+            def answer(self, body):
+                path, span = self.path.split("?")[0], self.headers.get("Range")
+                fault = outer.faults.get(path, []).pop(0) if body and outer.faults.get(path) else None
+                data = outer.files.get(path)
+                if body: outer.asked.append((path, span, fault))
+                if data is None or isinstance(fault, int) and fault >= 400:
+                    self.send_response(404 if data is None else fault)
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                tag = outer.tags.get(path, '"one"')
+                start = int(span[6:-1]) if span and self.headers.get("If-Range") == tag and fault != "no range" else 0
+                if span and start >= len(data):
+                    self.send_response(416)
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                self.send_response(206 if start else 200)
+                if start: self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Length", str(len(data) - start))
+                if tag: self.send_header("ETag", tag)
+                self.end_headers()
+                if not body: return
+                rest = data[start:] if fault != "garbage" else bytes(len(data) - start)
+                self.wfile.write(rest[:fault] if isinstance(fault, int) else rest) # fewer bytes than promised: a broken connection
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    content = np.random.default_rng(0).bytes(20_000)
+    one = _Server({"/a.zip": content})
+    yield one
+    one.server.shutdown()
+    one.server.server_close()
+
+
+def test_download_resumes_a_broken_connection(server, tmp_path):
+    import hashlib
+    from camflow.data.download import Link, fetch
+    content = server.files["/a.zip"]
+    link = Link(f"{server.base}/a.zip?token=secret", "a.zip", len(content), hashlib.sha256(content).hexdigest())
+    server.faults["/a.zip"] = [399, 399, 503, 1]
+    seen = []
+    assert fetch(link, tmp_path, wait=0.01, progress=lambda *a: seen.append(a)).read_bytes() == content
+    assert [span for _, span, _ in server.asked] == [None, "bytes=399-", "bytes=798-", "bytes=798-", "bytes=799-"] and seen[-1] == ("a.zip", 20_000, 20_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+    count = len(server.asked)
+    assert fetch(link, tmp_path).exists() and len(server.asked) == count  # there already: not asked again
+    (tmp_path / "a.zip").write_bytes(b"x")
+    with pytest.raises(InputError, match="1 bytes instead of 20000"): fetch(link, tmp_path)
+
+
+def test_download_gives_up_and_continues_later(server, tmp_path):
+    from camflow.data.download import Link, fetch
+    link = Link(f"{server.base}/a.zip", "a.zip")
+    server.faults["/a.zip"] = [300] + [0] * 4
+    with pytest.raises(InputError, match="continues at byte 300"): fetch(link, tmp_path, retries=2, wait=0.01)
+    server.faults["/a.zip"] = []
+    assert fetch(link, tmp_path).read_bytes() == server.files["/a.zip"] and server.asked[-1][1] == "bytes=300-"
+
+
+def test_download_never_mixes_versions(server, tmp_path):
+    from camflow.data.download import Link, fetch
+    link = Link(f"{server.base}/a.zip", "a.zip")
+    for change in ("new version", "no range"):
+        server.faults["/a.zip"] = [301] + [0] * 3
+        with pytest.raises(InputError): fetch(link, tmp_path, retries=1, wait=0.01)
+        server.faults["/a.zip"] = []
+        if change == "new version": server.files["/a.zip"], server.tags["/a.zip"] = server.files["/a.zip"][::-1], '"two"'
+        else: server.faults["/a.zip"] = ["no range"]
+        assert fetch(link, tmp_path).read_bytes() == server.files["/a.zip"]
+        (tmp_path / "a.zip").unlink()
+
+
+def test_download_checksums_and_refusals(server, tmp_path):
+    import hashlib
+    from camflow.data.download import Link, fetch
+    content, url = server.files["/a.zip"], f"{server.base}/a.zip"
+    server.faults["/a.zip"] = ["garbage"]  # once wrong, then right
+    assert fetch(Link(url, "a.zip", md5=hashlib.md5(content).hexdigest()), tmp_path / "once", wait=0.01).read_bytes() == content
+    with pytest.raises(InputError, match="sha256 .* twice"): fetch(Link(url, "a.zip", sha256="0" * 64), tmp_path / "never", wait=0.01)
+    assert not (tmp_path / "never" / "a.zip").exists()
+    with pytest.raises(InputError, match="offers 20000 bytes, the list says 5"): fetch(Link(url, "a.zip", 5), tmp_path / "size", wait=0.01)
+    with pytest.raises(InputError, match="404.*check the link"): fetch(Link(f"{server.base}/b.zip", "b.zip"), tmp_path / "absent")
+    server.faults["/a.zip"] = [403]
+    with pytest.raises(InputError, match="fresh links.json"): fetch(Link(f"{url}?key=secret", "a.zip"), tmp_path / "expired")
+    with pytest.raises(InputError, match="gave up after 2"): fetch(Link("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path / "down", retries=1, wait=0.01)
+
+
+def test_download_splits(server, tmp_path, monkeypatch, capsys):
+    import io
+    import shutil
+    import zipfile
+    from camflow.data import download as dl
+    for name, inside in (("/r0.zip", "real/one.txt"), ("/r1.zip", "two.txt")):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive: archive.writestr(inside, name)
+        server.files[name] = buffer.getvalue()
+    (tmp_path / "links.json").write_text(json.dumps({"real": [f"{server.base}/r0.zip", f"{server.base}/r1.zip"], "train": {"t.zip": f"{server.base}/a.zip"}}))
+    dl.main(["--links", str(tmp_path / "links.json"), "--folder", str(tmp_path / "set"), "--remove"])
+    assert sorted(p.name for p in (tmp_path / "set" / "real").iterdir()) == ["one.txt", "two.txt"] and not list((tmp_path / "set" / "archives" / "real").glob("*.zip"))
+    assert "real: 2 files" in capsys.readouterr().out
+    asked = len(server.asked)
+    assert dl.download(tmp_path / "links.json", tmp_path / "set")[0]["files"] == 0 and len(server.asked) == asked
+    free = type("Usage", (), {"free": 10**12})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match="1.8 TB needed.*1 TB free"): dl.download(tmp_path / "links.json", tmp_path / "set", ["train"])
+    with pytest.raises(InputError, match="it has real, train"): dl.download(tmp_path / "links.json", tmp_path / "set", ["tset"])
+    with pytest.raises(SystemExit): dl.main(["--links", str(tmp_path / "absent.json")])

@@ -221,7 +221,7 @@ def splat(points_N3,    # camera axes of the view to draw, metres
     _splatter()(uvz, np.ascontiguousarray(half), np.ascontiguousarray(colours_N3), picture, depth)
     return torch.from_numpy(picture), torch.from_numpy(depth)
 
-# %% ../../nbs/stereo/10_show.ipynb #c28ed651
+# %% ../../nbs/stereo/10_show.ipynb #d4ac1688
 MODES = ("angle_15", "angle_-15", "changing_angle")
 
 
@@ -242,9 +242,10 @@ def orbit_view(image_3HW, depth_1HW, # uint8; metres
                rig: StereoRig,       # of this size
                degrees: float,       # of the turn
                pivot: float,         # metres
-               keep=None):           # bool [H,W]
+               keep=None,            # bool [H,W]
+               size=None):           # (H, W) of the picture; default that of the frame
     "uint8 [3,H,W]: the frame's cloud from the side, on white."
     points, paint = cloud(image_3HW, depth_1HW, rig, keep)
-    seen = turned(points, degrees, pivot)
-    with np.errstate(divide="ignore", invalid="ignore"): grow = 1.3 * points[:, 2] / seen[:, 2]
-    return splat(seen, paint, rig.K_left, rig.size, grow)[0]
+    seen, small = turned(points, degrees, pivot), rig.resize(size or rig.size)
+    with np.errstate(divide="ignore", invalid="ignore"): grow = 1.3 * small.size[1] / rig.size[1] * points[:, 2] / seen[:, 2]
+    return splat(seen, paint, small.K_left, small.size, grow)[0]

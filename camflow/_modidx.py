@@ -394,6 +394,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'camflow/data/stereo_truth.py'),
                                            'camflow.data.stereo_truth._columns': ( 'data/stereo_truth.html#_columns',
                                                                                    'camflow/data/stereo_truth.py'),
+                                           'camflow.data.stereo_truth._difference': ( 'data/stereo_truth.html#_difference',
+                                                                                      'camflow/data/stereo_truth.py'),
                                            'camflow.data.stereo_truth._guilty': ( 'data/stereo_truth.html#_guilty',
                                                                                   'camflow/data/stereo_truth.py'),
                                            'camflow.data.stereo_truth._part': ( 'data/stereo_truth.html#_part',

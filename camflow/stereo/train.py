@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'DEFAULTS', 'CARD', 'clip_tensors', 'crop_clip', 'recolor', 'stack', 'predict', 'judge', 'Joined',
-           'open_sets', 'open_data', 'start_model', 'step_loss', 'write_model', 'main']
+           'open_sets', 'open_data', 'start_model', 'step_loss', 'write_model', 'main', 'export']
 
 # %% ../../nbs/stereo/08_train.ipynb #28bc69e2
 import time
@@ -222,6 +222,22 @@ def main(config: dict, # overrides of DEFAULTS and the fields of TrainConfig
         if result.loop.ema: result.loop.ema.copy_to(result.loop.params)
         write_model(model.cpu(), run_dir / "model", config, result.metrics, result.step, (time.process_time() - started) / 60, min(len(held), config["held_out"]))
     return result
+
+# %% ../../nbs/stereo/08_train.ipynb #7b0c2cad
+def export(run_dir,        # of `main`
+           folder=None,    # None: run_dir/model
+           config: dict | None = None): # None: run_dir/config.json
+    "Writes the newest checkpoint as a model folder, with held-out numbers measured now; returns the network."
+    from camflow.files import read_json
+    from camflow.stereo.network import load_state
+    from camflow.training.checkpoint import load_checkpoint
+    run_dir, config = Path(run_dir), configuration(config or read_json(Path(run_dir) / "config.json"), DEFAULTS)
+    found = load_checkpoint(run_dir / "checkpoints")
+    model = load_state(start_model(config | {"start": config["start"]}), {**found.tensors["model"], **found.tensors.get("ema", {})}).eval()
+    _, held = open_data(config | {"data": "world", "clips": 1}, run_dir)
+    numbers = judge(model, held, config["validate_iters"], min(len(held), config["held_out"]))
+    write_model(model, folder or run_dir / "model", config, {f"held_{k}": v for k, v in numbers.items()}, found.step, float("nan"), min(len(held), config["held_out"]))
+    return model
 
 # %% ../../nbs/stereo/08_train.ipynb #a75c3025
 if __name__ == "__main__": run_main(main)

@@ -115,7 +115,8 @@ class Attention(nn.Module):
     "Softmax attention without projections of q, k, v (`qkv` is stored and never used)."
     def __init__(self, s, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, s.linear("qkv"), s.linear("proj")
+        self.heads, self.proj = heads, s.linear("proj")
+        if "qkv." in s: self.qkv = s.linear("qkv")
 
     def forward(self, x):
         n, t, m = x.shape
@@ -252,11 +253,12 @@ def convex_upsample(flow, mask, rate=4):
 
 # ---------------------------------------------------------------- network
 class DynamicStereo(nn.Module):
-    "`shapes`: {tensor name: shape} of the weights it is to hold; the other arguments are the reference's flags."
-    def __init__(self, shapes, num_frames=5, attention_type=FULL, use_3d_update_block=True, different_update_blocks=True, cascade_sign=-1.0, heads=8):
+    "`shapes`: {tensor name: shape} of the weights it is to hold; then the reference's flags; `cascade_sign` and `vertical` are camflow's two switches, as published by default."
+    def __init__(self, shapes, num_frames=5, attention_type=FULL, use_3d_update_block=True, different_update_blocks=True, cascade_sign=-1.0, vertical=True, heads=None):
         super().__init__()
         s, kind = Shapes({n: list(v) for n, v in shapes.items()}), attention_type or ""
-        self.attention_type, self.different, self.cascade_sign, self.num_frames = kind, different_update_blocks, cascade_sign, num_frames
+        self.attention_type, self.different, self.cascade_sign, self.vertical, self.num_frames = kind, different_update_blocks, cascade_sign, vertical, num_frames
+        heads = heads or max(1, s["fnet.conv2.weight"][0] // 32)  # eight of 32 channels in the published network
         if "temporal" in kind or "update_time" in kind: self.time_embed = nn.Parameter(torch.zeros(*s["time_embed"]))
         self.fnet = BasicEncoder(s.under("fnet"))
         self.dim = s["fnet.conv2.weight"][0]
@@ -302,7 +304,7 @@ class DynamicStereo(nn.Module):
         for _ in range(iters):
             flow = flow.detach()
             net, mask, delta = block(net, inp, corr(flow), flow, T)
-            flow = flow + delta
+            flow = flow + (delta if self.vertical else delta * torch.tensor([1.0, 0.0])[:, None, None])
             up = convex_upsample(flow, mask)
             full = up if scale == 1 else scale * interp(up, (scale * up.shape[2], scale * up.shape[3]))
             predictions.append(full[:, :1])

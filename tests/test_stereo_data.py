@@ -306,3 +306,154 @@ def test_download_splits(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="1.8 TB needed.*1 TB free"): dl.download(tmp_path / "links.json", tmp_path / "set", ["train"])
     with pytest.raises(InputError, match="it has real, train"): dl.download(tmp_path / "links.json", tmp_path / "set", ["tset"])
     with pytest.raises(SystemExit): dl.main(["--links", str(tmp_path / "absent.json")])
+
+
+# ---- clips and sources
+def _write(folder, names, size=(6, 8), seed=0):
+    for i, name in enumerate(names): sf.write_image(folder / name, torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed + i)))
+
+
+@pytest.mark.parametrize("left,right,message", [
+    (["0001.png", "0002.png", "0003.png"], ["0001.png", "0003.png"], "3 left frames, 2 right frames: the right view lacks frame 2"),
+    (["0001.png", "0002.png", "0004.png"], ["0001.png", "0002.png", "0004.png"], "frame 3 missing"),
+    (["0001.png", "1.png"], ["0001.png", "1.png"], "both frame 1"),
+    (["a.png", "b.png"], ["a.png", "b.png"], "no frame number"),
+    (["0001.png", "0002.png"], ["0003.png", "0004.png"], "right view lacks frames 1, 2 and the left view lacks frames 3, 4"),
+])
+def test_folders_that_do_not_fit(tmp_path, left, right, message):
+    from camflow.data.stereo_clip import open_stereo
+    _write(tmp_path / "left", left)
+    _write(tmp_path / "right", right)
+    with pytest.raises(InputError, match=message): open_stereo(tmp_path)
+
+
+def test_folder_order_and_sizes(tmp_path):
+    from camflow.data.stereo_clip import open_stereo
+    names = [f"{i}.png" for i in (10, 9, 11)]
+    _write(tmp_path / "left", names)
+    _write(tmp_path / "right", names, seed=9)
+    source = open_stereo(tmp_path)
+    assert source.numbers == [9, 10, 11] and torch.equal(source[0].left.data[0], sf.read_image(tmp_path / "left" / "9.png"))
+    assert len(list(source)) == 3 and source[1:].left.data.shape[0] == 2 and source.rig([0]) is None
+    _write(tmp_path / "right", ["11.png"], size=(6, 9))
+    assert len(source.check()) == 1
+    with pytest.raises(InputError, match="11.png is"): source.load()
+    (tmp_path / "right" / "11.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match="11.png"): source.load([2])
+    assert len(source.load([0, 1])) == 2  # the others can still be read
+    (tmp_path / "K.txt").write_text("10 0 4 0 10 3 0 0 1\n0.1\n")
+    assert abs(open_stereo(tmp_path)[0].rig.baseline - 0.1) < 1e-12
+    (tmp_path / "calib.txt").write_text("")
+    with pytest.raises(InputError, match="2 calibration files"): open_stereo(tmp_path)
+
+
+def test_nan_truth_is_counted(tmp_path):
+    from camflow.data.stereo_clip import StereoClip
+    from camflow.media.frames import Frames
+    frames = Frames(torch.zeros(1, 3, 2, 3, dtype=torch.uint8), "byte")
+    truth = torch.tensor([[[[1.0, float("nan"), float("inf")], [0.0, -1.0, 2.0]]]])
+    clip = StereoClip(frames, frames, truth, torch.ones_like(truth, dtype=torch.bool))  # a mask that lies
+    assert clip.valid.sum() == 4 and clip.unusable == {"pixels": 6, "valid": 4, "nan": 1, "infinite": 1, "not_positive": 2, "other": 0}
+    assert torch.isfinite(clip.disparity).all()
+
+
+def test_bad_annotations(tmp_path):
+    import gzip
+    from camflow.data.dynamic_replica import DynamicReplica, annotation, camera_viewpoint, read_annotations, write_annotations
+    view = camera_viewpoint([[10, 0, 4], [0, 10, 3], [0, 0, 1]], torch.eye(4), (6, 8))
+    row = annotation("cat", "left", 0, "a.png", (6, 8), view)
+    path = tmp_path / "valid" / "frame_annotations_valid.jgz"
+    write_annotations(path, [row])
+    with pytest.raises(InputError, match="looked in"): DynamicReplica(tmp_path)
+    for rows, word in (([], "0 entries"), ({"a": 1}, "a dict"), ([row, 3], "row 1"), ([{**row, "viewpoint": {**view, "R": [[0] * 3] * 3}}], "no camera"), ([{**row, "sequence_name": 4}], "row 0 .4, left, frame 0")):
+        path.write_bytes(gzip.compress(json.dumps(rows).encode()))
+        with pytest.raises(InputError, match=word): read_annotations(path)
+    path.write_bytes(gzip.compress(json.dumps([row, 3]).encode()))
+    rows, skipped = read_annotations(path, skip_bad=True)
+    assert rows == [row] and len(skipped) == 1
+    for raw in (b"", b"\x1f\x8bxx", b"[1,"):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match="download it again"): read_annotations(path)
+    with pytest.raises(InputError, match="do not exist"): DynamicReplica(tmp_path, "test")
+
+
+# ---- truth
+def test_truth_filter_on_the_world():
+    from camflow.data.stereo_clip import StereoClip
+    from camflow.data.stereo_truth import clean_truth, truth_report
+    from camflow.media.frames import Frames
+    from camflow.world.clips import HELD_OUT
+    from camflow.world.stereo_clips import stereo_clip
+    world = stereo_clip(HELD_OUT + 1, "tiny", size=(48, 160), frames=4, both=True)
+    everywhere = torch.ones_like(world.valid)
+
+    def clip(disparity, **extras): return StereoClip(Frames(world.left, "byte"), Frames(world.right, "byte"), disparity, world.valid, extras=extras)
+    eyes, motion = {"right_disparity": world.right_disparity, "right_valid": everywhere}, {"flow": world.flow, "flow_occlusion": world.flow_occlusion}
+    assert {row.status for row in truth_report(clip(world.disparity, **eyes, **motion))} == {"ok"}  # exact truth is never accused
+    broken = world.disparity.clone()
+    broken[0] = broken[0].flatten()[torch.randperm(broken[0].numel(), generator=torch.Generator().manual_seed(0))].reshape(broken[0].shape) * 2
+    for extras in (eyes, motion, eyes | motion):
+        cleaned, report = clean_truth(clip(broken, **extras))
+        assert [row.status for row in report] == ["broken", "ok", "ok", "ok"], sorted(extras)
+        assert not cleaned.valid[0].any() and cleaned.valid[1:].float().mean() > 0.97 * float(world.valid[1:].float().mean())
+    wall = world.disparity.clone()
+    wall[2, :, :12] *= 2
+    cleaned, report = clean_truth(clip(wall, **eyes))
+    assert report[2].status != "ok" and cleaned.valid[2, :, :12].float().mean() < 0.7 and cleaned.valid[1].float().mean() > 0.97
+
+
+# ---- augmentation
+def test_augmentation_plans_and_ranges():
+    from camflow.stereo.augment import Augment, draw_plan
+    settings = Augment()  # the published command
+    plans = [draw_plan(5, (540, 960), settings, torch.Generator().manual_seed(i)) for i in range(300)]
+    assert plans[7] == draw_plan(5, (540, 960), settings, torch.Generator().manual_seed(7)) and plans[7] != plans[8]
+    heights, widths = (torch.tensor([p["resized"][i] / n for p in plans]) for i, n in ((0, 540), (1, 960)))
+    assert heights.min() >= 392 / 540 - 0.01 and heights.max() <= 2 ** 0.6 + 0.01 and widths.min() >= 2 ** -0.4 - 0.01
+    for p in plans:
+        (h, w), (y, x) = p["resized"], p["crop"]
+        assert h >= 392 and w >= 520 and all(0 <= y + d and y + d + 384 <= h for d in p["slips"]) and 0 <= x and x + 512 <= w
+    looks = [look for p in plans for look in p["looks"]]
+    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0, 1.4), ("hue", -0.16, 0.16)):
+        values = torch.tensor([look[name] for look in looks])
+        assert low - 1e-6 <= values.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < values.max() <= high + 1e-6
+    share = sum(len(p["looks"]) > 1 for p in plans) / len(plans)
+    boxes = [box for p in plans for boxes in p["erasers"][5:] for box in boxes]
+    assert 0.13 < share < 0.28 and {len(p["slips"]) for p in plans} == {5} and {d for p in plans for d in p["slips"]} == {-2, -1, 0, 1, 2}
+    assert not any(p["erasers"][t] for p in plans for t in range(5)) and min(b[2] for b in boxes) == 50 and max(b[3] for b in boxes) == 99
+    assert 0.45 < sum(bool(b) for p in plans for b in p["erasers"][5:]) / 1500 < 0.55
+    small = draw_plan(2, (20, 30), Augment(size=(24, 40)), torch.Generator().manual_seed(0))  # smaller than the crop: enlarged
+    assert small["resized"][0] >= 32 and small["resized"][1] >= 48
+
+
+def test_augmentation_keeps_the_truth():
+    from camflow.data.stereo_truth import _difference
+    from camflow.stereo.augment import Augment, augment, mirror, upside_down
+    from camflow.world.clips import HELD_OUT
+    from camflow.world.stereo_clips import stereo_clip
+    world = stereo_clip(HELD_OUT + 2, "tiny", size=(64, 160), frames=3, both=True)
+    clip = {"left": world.left, "right": world.right, "disparity": world.disparity, "valid": world.valid & ~world.occlusion, "right_disparity": world.right_disparity,
+            "right_valid": torch.ones_like(world.valid), "flow": world.flow, "visible": ~world.flow_occlusion}
+    plain = dict(size=(48, 96), brightness=0, contrast=0, saturation=(1, 1), hue=0, erase=0, yjitter=0)
+    median = lambda c: max(_difference(l.float().mean(0, True), r.float().mean(0, True), d, v) for l, r, d, v in zip(c["left"], c["right"], c["disparity"], c["valid"]))
+    base = median(clip)
+    for seed in range(6):
+        out = augment(clip, Augment(**plain, flip="v"), torch.Generator().manual_seed(seed))
+        assert out["left"].shape == (3, 3, 48, 96) and out["flow"].shape == (2, 2, 48, 96) and out["visible"].dtype == torch.bool
+        assert median(out) < base + 1 and torch.isfinite(out["disparity"]).all()
+        values = augment(clip, Augment(**plain, compat="reference"), torch.Generator().manual_seed(seed))
+        assert values["valid"].shape == out["valid"].shape
+    mirrored = mirror(clip | {"valid": torch.ones_like(world.valid)})
+    assert median(mirrored) < 3 * base + 3 and torch.equal(mirrored["left"], world.right.flip(-1)) and mirrored["flow"] is None
+    assert torch.equal(upside_down(upside_down(clip))["flow"].nan_to_num(), clip["flow"].nan_to_num())
+
+
+def test_resized_disparity_never_mixes():
+    from camflow.stereo.augment import resize_disparity
+    g = torch.Generator().manual_seed(0)
+    d = torch.where(torch.rand(2, 1, 20, 30, generator=g) < 0.5, 10.0, 60.0)  # a checker of two depths
+    valid = torch.rand(2, 1, 20, 30, generator=g) < 0.8
+    for size in ((20, 30), (31, 44), (13, 17), (40, 60)):
+        out, known = resize_disparity(d, valid, size)
+        assert set((out[known] / (size[1] / 30)).round(decimals=3).tolist()) <= {10.0, 60.0} and not out[~known].any()
+        if size == (20, 30): assert torch.equal(known, valid) and torch.equal(out[valid], d[valid])

@@ -35,6 +35,7 @@ def test_it_is_fast_and_leaves_torch_alone():
     ("recam_grpo", "npu32", ([2**36], 2**40, 64), "not here", "asks for 8 devices on each of 4 machines; here are 1 accelerators"),
     ("recam_finetune", "npu8", SERVER, "not here", "data=multicam needs -p root=FOLDER"),
     ("recam_finetune", "gpu", ([2**36], 2**38, 16), "runs", "GiB"),
+    ("recam_generate", "wan", SERVER, "not here", "weights=weights/recam-wan2.1-1.3b is not there; give it with -p weights=FOLDER"),
 ])
 def test_verdicts(name, profile, machine, status, words):
     found = verdict(name, profile, *machine)
@@ -49,6 +50,7 @@ def test_published_weights_on_a_server(tmp_path):
                   conditions=64, num_processes=8)
     whole, kept = (doctor.estimated("recam_grpo", values | {"gradient_checkpointing": on}, True) for on in (True, False))
     assert whole.device_bytes < 64 * 2**30 < kept.device_bytes and 1.3e9 < whole.parameters < 1.6e9
+    assert whole.device["text encoder"] == 2 * estimate.TEXT_WEIGHTS and 8 * whole.host_bytes < 64 * 2**30
     assert estimate.grpo(values, 8, True).seconds(estimate.ASCEND_910B)["step"] > 600
 
 

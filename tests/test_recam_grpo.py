@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from camflow.files import InputError
-from camflow.lab.launch import command
+from camflow.lab.launch import command, free_port
 from camflow.lab.run import run
 from camflow.rewards.combine import combine
 from camflow.rl.recam_data import open_data
@@ -184,11 +184,12 @@ def test_two_machines_train_one_model(tmp_path):
     "With an address this machine starts its share and waits for the other, which is started by the printed line (here: a second launcher on this machine)."
     wait = ("import glob, os, sys, time\nroot, line = sys.argv[1], sys.argv[2:]\nwhile not (found := glob.glob(root + '/**/grpo/config.json', recursive=True)): time.sleep(.2)\n"
             "os.execv(line[0], [found[0] if word == 'CONFIG' else word for word in line])")
-    line = [str(word) for word in command("camflow.rl.recam_grpo", "CONFIG", 1, "torchrun", 2, 1, "127.0.0.1", 29500)]
+    port = free_port()
+    line = [str(word) for word in command("camflow.rl.recam_grpo", "CONFIG", 1, "torchrun", 2, 1, "127.0.0.1", port)]
     other = subprocess.Popen([sys.executable, "-c", wait, str(tmp_path), *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # before the run, which ends what was started during it
     try:
-        done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
+        done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "port": port, "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
         codes = [other.wait(100)]
     finally: other.kill()
     assert codes == [0] and done.status == "ok" and (done.result["status"], done.result["pipeline"]) == ("trained", "grpo/pipeline")

@@ -203,15 +203,16 @@ def grpo(settings: dict,          # of camflow.rl.recam_grpo; what is missing ha
     keep = 4 * trained * (2 + 2 + (s["loss"] == "nft"))   # weights and gradients, two moments ... of AdamW
     device = {"weights": frozen * (2 if low else 4) + 4 * vae + 4 * trained, "gradients and optimizer": keep - 4 * trained, "averages": 4 * trained, "reference": 4 * total if s["kl"] and not s["lora_rank"] else 0,
               "latents": 4 * latent * share * ((points + 2) if in_window else 2), "conditions": 4 * share * (latent + text * config["text_dim"]),
-              "activations": max(activation_bytes(config, tokens, text, micro, low, s["gradient_checkpointing"]), vae_bytes(vae_config, s["frames"], s["size"], micro))}
-    host = {"text encoder": 4 * text_weights, "remembered conditions": remembered(s["conditions"], s["frames"], s["size"]) * (clip + 4 * latent + 4 * text * config["text_dim"]), "clips of a rollout": 4 * clip * share, "program": 1.2 * GIB}
+              "activations": max(activation_bytes(config, tokens, text, micro, low, s["gradient_checkpointing"]), vae_bytes(vae_config, s["frames"], s["size"], micro)),
+              "text encoder": (2 if low else 4) * text_weights}
+    host = {"remembered conditions": remembered(s["conditions"], s["frames"], s["size"]) * (clip + 4 * latent + 4 * text * config["text_dim"]), "clips of a rollout": 4 * clip * share, "program": 1.2 * GIB}
     decode = vae_flops(vae, s["frames"], s["size"])
     flops = {"rollout": share * s["sampling_steps"] * passes * forward, "decode": share * decode, "train": s["epochs"] * replayed * points * one * forward}
     once = {"judging": 2 * -(-s["eval_conditions"] // world) * (s["sampling_steps"] * passes * forward + 2 * decode)}
     return Estimate(total, trained, s["steps"], device, host, flops, once, ("rewards", "reading and encoding of sources"))
 
 # %% ../../nbs/rl/16_estimate.ipynb #9d27eb32
-FINETUNE = dict(transformer=None, vae=None, text_encoder=None, frames=9, size=(48, 80), steps=1000, batch_size=8, accumulation=1, trained="all", lora_rank=16, gradient_checkpointing=False, bf16=False, ema_decay=0.0)
+FINETUNE = dict(transformer=None, vae=None, text_encoder=None, frames=9, size=(48, 80), steps=1000, batch_size=8, accumulation=1, trained="all", lora_rank=16, gradient_checkpointing=False, shard=False, bf16=False, ema_decay=0.0)
 TINY = dict(patch_size=(1, 1, 1), num_attention_heads=3, attention_head_dim=64, num_layers=4, ffn_dim=512, text_dim=64, freq_dim=128, source_embedding=True) # what trains where no folder is given
 
 
@@ -228,7 +229,9 @@ def finetune(settings: dict, world: int = 1, low: bool = False) -> Estimate: # o
     vae = folder_numbers(s["vae"] or tiny_path("vae"), VAE_WEIGHTS)
     device = {"weights": frozen * (2 if s["transformer"] and s["bf16"] else 4) + 4 * vae + 4 * trained, "gradients and optimizer": 12 * trained, "averages": 4 * trained if s["ema_decay"] else 0,
               "latents": 4 * s["batch_size"] * (4 * latent + text * config["text_dim"]), "activations": activation_bytes(config, tokens, text, s["batch_size"], low, s["gradient_checkpointing"])}
-    host = {"text encoder": 4 * (TEXT_WEIGHTS if s["text_encoder"] else 1_000_000), "program": 1.2 * GIB}
+    if s["shard"]: device |= {name: device[name] / world for name in ("gradients and optimizer", "averages")} | {"weights": 4 * vae + (device["weights"] - 4 * vae) / world}  # and one block whole at a time
+    host = {"program": 1.2 * GIB}
+    if s["text_encoder"]: device["activations"] = max(device["activations"], (2 if low else 4) * TEXT_WEIGHTS)  # on the first rank, before the training
     flops = {"train": s["batch_size"] * s["accumulation"] * (3 + s["gradient_checkpointing"]) * forward_flops(config, tokens, text)}
     return Estimate(total, trained, s["steps"], device, host, flops, {}, ("validation", "encoding of the data"))
 

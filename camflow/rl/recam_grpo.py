@@ -25,8 +25,9 @@ from .recam_config import Settings, parse, reward_class
 from .recam_data import evaluation_clips, open_data
 from .recam_export import export_pipeline
 from .rollout import RolloutCache, draw_noise
+from .policy import choose_trainable, everywhere, reference
 from .sampler import Item, plan
-from .trainer import Clock, RLConfig, Trainer, choose_trainable, frame_statistics, reference
+from .trainer import Clock, RLConfig, Trainer, frame_statistics
 from ..training.loop import run_main, shuffled, stop_signals
 from ..training.metric_writer import MetricWriter, read_records
 
@@ -50,7 +51,8 @@ def load_parts(s: Settings):
         encode = lambda prompts: torch.stack([torch.randn(16, transformer.config.text_dim, generator=generator("text", p)) for p in prompts])
     else:
         from camflow.wan.generate import load_pipeline
-        pipe = load_pipeline("" if s.model == "tiny" else s.model, dtype=compute_dtype())
+        pipe = load_pipeline("" if s.model == "tiny" else s.model, dtype=compute_dtype(), text_dtype=compute_dtype())
+        pipe.text_encoder.to(device())                                  # beside the transformer: 11 GB in bfloat16, instead of 23 per rank on the host
         transformer, vae, encode = pipe.transformer, pipe.vae, pipe.text.encode
     vae.requires_grad_(False).eval().to(device())
     return Parts(transformer.to(device()).eval(), vae, encode)
@@ -61,7 +63,7 @@ class Conditions:
     def __init__(self, load, length: int, parts: Parts, guidance: float = 1.0, remember: int = 256): # see estimate.remembered
         self.load, self.length, self.parts, self.guidance = load, length, parts, guidance
         self.get = functools.lru_cache(remember)(self.prepare)
-        self.text = functools.lru_cache(remember)(lambda prompt: parts.encode([prompt])[0].cpu())
+        self.text = functools.lru_cache(remember)(lambda prompt: parts.encode([prompt])[0].float().cpu())
         self.truth = functools.lru_cache(remember)(lambda index: self.latents(self(index)["clip"].truth)) # latents of the target video
 
     def __call__(self, index): return self.get(index)
@@ -146,11 +148,7 @@ class Judge:
 
     def why(self): # call it on all ranks
         "The reason, of the first rank that has one."
-        reasons = [self.reason]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reasons = [""] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(reasons, self.reason)
-        return next(filter(None, reasons), "the reward named no reason")
+        return next(filter(None, everywhere(self.reason)), "the reward named no reason")
 
 
 def reward_from(s: Settings, cfg: RLConfig):
@@ -189,11 +187,11 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):
                 cond = {k: torch.stack([trainer.conditions(i)[k] for i in indices]).to(trainer.device) for k in ("source", "camera", "context")}
                 clean = torch.stack([trainer.conditions.truth(i) for i in indices]).to(trainer.device)
                 noise = draw_noise(trainer.shape, [generator(cfg.seed, "finetune noise", row) for row in rows], trainer.device)
-                sigma, weight = (part.to(trainer.device) for part in levels.draw(cfg.seed, rows))
-                loss = flow_loss(trainer.network, clean, cond["source"], cond["camera"], cond["context"], noise, sigma, weight).sum() / batch
+                sigma, weight = levels.draw(cfg.seed, rows)
+                loss = flow_loss(trainer.network, clean, cond["source"], cond["camera"], cond["context"], noise, sigma, weight.to(trainer.device)).sum() / batch
                 loss.backward()
-                total += float(loss.detach())
-            losses.append((total, trainer.update()))
+                total = total + loss.detach()
+            losses.append((float(total), trainer.update()))
     trainer.done += 1
     trainer.model.eval()
     mean = lambda n: sum(pair[n] for pair in losses) / max(1, len(losses))
@@ -214,10 +212,7 @@ def judged(trainer, s, conditions, held):
             values |= {name: table[name].tolist() for name in table.columns}
             poses = list(torch.as_tensor(read["photometric"]).float()) if read else []
         rows, videos = [{name: one[n] for name, one in values.items()} for n in range(len(mine))], list(clips)
-    parts = [None] * trainer.plan.world
-    if trainer.plan.world > 1: torch.distributed.all_gather_object(parts, (mine, rows, videos, poses))
-    else: parts = [(mine, rows, videos, poses)]
-    every = {index: (row, video, pose) for m, r, v, p in parts for index, row, video, pose in zip(m, r, v, p or [None] * len(m))}
+    every = {index: (row, video, pose) for m, r, v, p in everywhere((mine, rows, videos, poses)) for index, row, video, pose in zip(m, r, v, p or [None] * len(m))}
     rows, videos, poses = zip(*(every[index] for index in sorted(every)))
     tensors = {"videos": torch.stack(videos)} | ({"poses": torch.stack(poses)} if poses[0] is not None else {})
     return {name: [row.get(name) for row in rows] for name in rows[0]}, tensors

@@ -208,6 +208,7 @@ class Loop:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.params, cfg)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.cut)  # a model that is cut gets the precision only, no DDP
+        if getattr(self.model, "device_ids", None): self.model.device_ids = None  # DDP moves no inputs: they are where the step put them, and noise levels stay on the host
         self.ema = EMA(self.params, cfg.ema_decay) if cfg.ema_decay else None
         self.stop, self.skipped, self.saved_step = None, 0, None
 

@@ -18,7 +18,7 @@ import torch
 
 from ..assets import tiny_path
 from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
-from ..device import device, generator, ranks_share
+from ..device import compute_dtype, device, generator, ranks_share
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import fingerprint, from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
@@ -38,7 +38,7 @@ def flow_loss(model,                # ReCamTransformer3DModel or a wrapped one
               camera,               # [B,f,12]
               context,              # text [B,L,D]
               noise,                # like target
-              sigma, weight,        # [B] each
+              sigma, weight,        # [B] each; sigma on the host, where its sinusoid is made: then no forward waits for the device
               source_timestep=None): # noise of a source that is not clean [B,f], see wan.conditions
     "Weighted squared error of the velocity, a number per item [B]."
     prediction = model(add_noise(target, noise, sigma), 1000 * sigma, context, source=source, camera=camera, source_timestep=source_timestep)
@@ -133,10 +133,11 @@ def _shares():
 
 
 def cached_texts(folder, text: TextEncoder, captions): # cache folder, encoder, captions in the order wanted
-    "Embeddings [S,L,D] through a cache; rank 0 encodes."
-    identity = {"text": fingerprint(text.model.state_dict()), "length": text.length}
+    "Embeddings [S,L,D] through a cache; rank 0 encodes, the others need no encoder."
     rank, _, wait = _shares()
-    if rank == 0: fill_texts(LatentCache(folder, identity), captions, lambda c: text.encode(c).cpu())
+    if rank == 0:
+        identity = {"text": fingerprint(text.model.state_dict()), "length": text.length}
+        fill_texts(LatentCache(folder, identity), captions, lambda c: text.encode(c).float().cpu())
     wait()
     return texts(LatentCache(folder), captions)
 
@@ -192,7 +193,7 @@ def sample(model, source, camera, context, # batched
            seed: int = 0):                 # of the noise
     "Latents of the target camera, without guidance."
     noise = item_noise(source.shape[1:], seed, range(len(source)), "sample").to(source.device)
-    velocity = lambda x, s: model(x, torch.full((len(x),), 1000 * s, device=x.device), context, source=source, camera=camera).float()
+    velocity = lambda x, s: model(x, torch.full((len(x),), 1000 * s), context, source=source, camera=camera).float()
     return euler_sample(velocity, noise, recam_sigmas(steps, shift))
 
 
@@ -243,7 +244,7 @@ def check_size(config: dict, model, vae): # full configuration, transformer, VAE
 
 
 def parts(config: dict, captions): # full configuration, captions for the tiny tokenizer
-    "(transformer, vae, text encoder) of a run: loaded where a folder is given, tiny otherwise."
+    "(transformer, vae, text encoder) of a run: loaded where a folder is given, tiny otherwise. A given text encoder is on the device of rank 0 and nowhere else: captions are encoded once."
     from diffusers import AutoencoderKLWan
     vae = from_folder(AutoencoderKLWan, config["vae"] or tiny_path("vae"), torch_dtype=torch.float32).eval().requires_grad_(False).to(device())
     if config["transformer"]: model = starting_model(config["transformer"], torch.bfloat16 if config.get("bf16") else torch.float32, **config["model"])
@@ -255,7 +256,9 @@ def parts(config: dict, captions): # full configuration, captions for the tiny t
     from transformers import AutoTokenizer, UMT5EncoderModel
     root = Path(config["text_encoder"])
     if not (root/"tokenizer").is_dir(): raise InputError(f"{root} has no folder tokenizer; give a folder with tokenizer/ and text_encoder/")
-    return model, vae, TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder").eval())
+    if _shares()[0]: return model, vae, None
+    encoder = from_folder(UMT5EncoderModel, root/"text_encoder", dtype=compute_dtype()).eval().to(device())
+    return model, vae, TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), encoder)
 
 # %% ../../nbs/wan/07_finetune.ipynb #490f525b
 def hidden_of(config: dict): # full configuration
@@ -307,7 +310,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     if config["trained"] == "lora": config["muon"] = []  # thin factors gain nothing from being orthogonal
     cfg, levels, hidden = TrainConfig.pick(config), Levels(config["shift"], config["weighting"]), hidden_of(config)
     if config["data"] == "multicam": check_multicam(config, run_dir)
-    model, vae, text, train, held_out, truth = datasets(config, run_dir)
+    model, vae, _, train, held_out, truth = datasets(config, run_dir)   # the text encoder has done its work
 
     def batch_fn(step, rank, world, micro):
         items = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)
@@ -316,14 +319,14 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
         return target, *conditions, item_noise(target.shape[1:], cfg.seed, items), *levels.draw(cfg.seed, items), source_timestep
 
     def step_fn(model, batch, noise):
-        loss = flow_loss(model, *(part if part is None else part.to(device()) for part in batch))
-        return loss.mean(), {}
+        *inputs, sigma, weight, source_timestep = batch                  # levels stay on the host
+        return flow_loss(model, *(part.to(device()) for part in inputs), sigma, weight.to(device()), source_timestep).mean(), {}
 
     def validate(model, step): return compare(model, held_out, vae, truth, config["validation_clips"], config["sample_steps"], config["sample_shift"])
 
     trainable = prepare_trained(model, config["trained"], config["lora_rank"], cfg.seed)
     result = fit(run_dir, model, step_fn, batch_fn, cfg, validate=validate if held_out else None, trainable=trainable)
-    if config["export"] and result.status != "stopped" and result.loop.main: export_recam(run_dir, config["export"], config)
+    if config["export"] and result.status != "stopped": export_recam(run_dir, config["export"], config)
     return result
 
 # %% ../../nbs/wan/07_finetune.ipynb #a8a3c2d7
@@ -354,9 +357,10 @@ def export_recam(run_dir,        # folder of the run
                  out,            # folder to write: transformer/, text_encoder/, tokenizer/, card.md, scores.json
                  config=None,    # of the run; None reads run_dir/config.json
                  clips: int = 64): # held-out clips measured
-    "Writes the run's newest weights in the layout of a diffusers pipeline; returns the held-out numbers."
+    "Writes the run's newest weights in the layout of a diffusers pipeline; returns the held-out numbers. Call it on all ranks; the first one writes."
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     model, vae, text, _, held_out, truth = datasets(config, run_dir)
+    if _shares()[0]: return {}
     ckpt, out = load_trained(run_dir, model, config["trained"], config["lora_rank"]), Path(out)
     model = model.eval().half().float()
     numbers = compare(model, held_out, vae, truth, clips, config["sample_steps"], config["sample_shift"]) if held_out else {}

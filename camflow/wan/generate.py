@@ -24,7 +24,8 @@ from .evaluate import camera_input
 
 # %% ../../nbs/wan/10_generate.ipynb #bb28858d
 def load_pipeline(weights: str = "",  # folder in diffusers' layout; "" = the tiny weights
-                  dtype=torch.float32): # of the transformer; VAE and text encoder stay float32
+                  dtype=torch.float32,      # of the transformer; the VAE stays float32
+                  text_dtype=torch.float32): # of the text encoder
     "The ReCamPipeline of a folder; a part that is missing is named."
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, UMT5EncoderModel
@@ -37,7 +38,7 @@ def load_pipeline(weights: str = "",  # folder in diffusers' layout; "" = the ti
         if not folder.is_dir(): raise InputError(f"{root} has no folder {name}; give a folder in diffusers' layout (convert published checkpoints with camflow.wan.convert)")
     pipe = ReCamPipeline(transformer=from_folder(ReCamTransformer3DModel, folders["transformer"], torch_dtype=dtype).eval(),
                          vae=from_folder(AutoencoderKLWan, folders["vae"], torch_dtype=torch.float32).eval(),
-                         text_encoder=from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=torch.float32).eval(),
+                         text_encoder=from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=text_dtype).eval(),
                          tokenizer=AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True))
     pipe.set_progress_bar_config(disable=True)
     return pipe

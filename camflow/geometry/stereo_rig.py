@@ -243,7 +243,7 @@ class Calibration:
         *_, P1, P2 = (torch.from_numpy(v) for v in self.rectified())
         return StereoRig(P1[:, :3] + HALF, P2[:, :3] + HALF, float(-P2[0, 3] / P2[0, 0]), self.size, source=self.source)
 
-# %% ../../nbs/geometry/05_stereo_rig.ipynb #986c1ddf
+# %% ../../nbs/geometry/05_stereo_rig.ipynb #50a859f5
 ALIASES = {"K1": ("K1", "M1", "cameraMatrix1", "camera_matrix_left", "K_left"), "K2": ("K2", "M2", "cameraMatrix2", "camera_matrix_right", "K_right"),
            "D1": ("D1", "distCoeffs1", "distortion_left", "D_left"), "D2": ("D2", "distCoeffs2", "distortion_right", "D_right"),
            "R": ("R",), "T": ("T",), "P1": ("P1",), "P2": ("P2",)}
@@ -255,7 +255,8 @@ def _yaml(path):
     _text(path)
     try: file = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
     except (cv2.error, SystemError) as error: raise InputError(f"not readable as OpenCV's YAML ({str(error).strip().splitlines()[-1][:120]}); {path}; the first line must be %YAML:1.0") from None
-    matrices = {name: node.mat() for name, names in ALIASES.items() for key in names if not (node := file.getNode(key)).empty()}
+    if not file.root().isMap(): raise InputError(f"no names in it; {path}; OpenCV's stereo calibration has K1 D1 K2 D2 R T, or P1 P2")
+    matrices = {name: file.getNode(key).mat() for name, names in ALIASES.items() for key in names if file.getNode(key).isMap()}
     numbers = {key: file.getNode(key).real() for key in ("image_width", "image_height") if not file.getNode(key).empty()}
     both = file.getNode("imageSize")
     if not both.empty(): numbers = {"image_width": both.at(0).real(), "image_height": both.at(1).real()}
@@ -319,7 +320,7 @@ def _turn(vector):
     from camflow.geometry.rigid import so3_exp
     return so3_exp(torch.tensor(vector, dtype=torch.float64)).numpy()
 
-# %% ../../nbs/geometry/05_stereo_rig.ipynb #29c018e3
+# %% ../../nbs/geometry/05_stereo_rig.ipynb #e1532363
 PATTERNS = ("K.txt", "calib*.txt", "*.yaml", "*.yml", "SN*.conf")
 
 
@@ -332,22 +333,23 @@ def _calibration_file(path) -> Path:
 
 
 def read_calibration(path,             # file, or a folder that holds one
-                     size=None,        # (H, W) of the images, for files that do not say it
+                     size=None,        # (H, W) of the images: the rig is for them; None: as the file says
                      unit: str = "m"): # of the baseline, for files that do not say it (K.txt, yaml)
     "A `StereoRig`, or a `Calibration` when the file describes raw cameras."
     path = _calibration_file(path)
     text = _text(path)
-    if text.lstrip().startswith("%YAML"): return read_opencv_yaml(path, size, unit)
+    fitted = lambda rig: rig.of(size) if size is not None and isinstance(rig, StereoRig) else rig
+    if text.lstrip().startswith("%YAML"): return fitted(read_opencv_yaml(path, None if re.search(r"^P1\s*:", text, re.M) else size, unit))
     if "[STEREO]" in text: return read_zed_conf(path, size)
-    if re.search(r"^\s*cam0\s*=", text, re.M): return read_middlebury_calib(path, size)
-    if re.search(r"^P(2|_rect_02)\s*:", text, re.M): return read_kitti_calib(path, size)
+    if re.search(r"^\s*cam0\s*=", text, re.M): return fitted(read_middlebury_calib(path))
+    if re.search(r"^P(2|_rect_02)\s*:", text, re.M): return fitted(read_kitti_calib(path))
     first = text.strip().split("\n")[0].split()
-    if first and re.fullmatch(r"[-+0-9.eE]+", first[0]): return read_k_txt(path, size, unit)
+    if first and re.fullmatch(r"[-+0-9.eE]+", first[0]): return fitted(read_k_txt(path, unit=unit))
     raise InputError(f"unknown kind of calibration, it begins with {' '.join(first)[:60]!r}; {path}; known: K.txt (9 numbers, baseline), OpenCV YAML (%YAML:1.0), ZED SN*.conf, KITTI P2/P3, Middlebury calib.txt (cam0=, cam1=)")
 
 
 def read_rig(path, size=None, unit: str = "m") -> StereoRig: # as `read_calibration`
     "The rig of the rectified images, from any kind of file; for `size` when that is given."
     found = read_calibration(path, size, unit)
-    rig = found.rig() if isinstance(found, Calibration) else found
-    return rig.of(size) if size is not None else rig
+    if not isinstance(found, Calibration): return found
+    return found.rig().of(size) if size is not None else found.rig()

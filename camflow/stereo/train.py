@@ -124,7 +124,7 @@ def judge(model, clips,       # network; sequence of bank rows (or of other clip
             sums[name] = (old[0] + float(total), old[1] + int(pixels))
     return {name: total / pixels if pixels else float("nan") for name, (total, pixels) in sums.items()}
 
-# %% ../../nbs/stereo/08_train.ipynb #b39d3120
+# %% ../../nbs/stereo/08_train.ipynb #39e6f8b4
 class Joined:
     "Several sets as one."
     def __init__(self, sets): self.sets = list(sets)
@@ -142,8 +142,9 @@ def open_sets(listed,    # [[set, folder], [set, folder, {option: value}], ...]
     "The named sets of `camflow.data`, joined."
     from camflow.data import dynamic_replica, stereo_sets
     known = {"DynamicReplica": dynamic_replica.DynamicReplica} | {n: getattr(stereo_sets, n) for n in stereo_sets.__all__ if isinstance(getattr(stereo_sets, n), type)}
-    def one(name, folder, options={}):
+    def one(name, folder, options=None):
         if name not in known: raise InputError(f"no stereo set is called {name!r}; there are {', '.join(known)}")
+        options = options or {}
         if options.get("training"): options = options | {"training": generator(seed, "training clips", name)}
         return known[name](folder, **options)
     return Joined(one(*row) for row in listed)

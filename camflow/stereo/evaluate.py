@@ -29,13 +29,13 @@ from .network import CONFIGS, DynamicStereo, load_stereo
 from .windows import linear_plan, reference_plan, stereo_video
 # Shapes: T frames, H W rows and columns; disparity float32 [T,1,H,W], positive; masks bool [T,1,H,W].
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #a2783f21
+# %% ../../nbs/stereo/09_evaluate.ipynb #5ecac75d
 PUBLISHED = dict(window=20, overlap=None, iters=20, compat="reference")
 PROTOCOLS = {
     "world": dict(data="world", hard=[None], clips=24, frames=16, preset="small", window=8, overlap=4, iters=8, compat=None),
     "world-hard": dict(data="world", hard="all", clips=27, frames=16, preset="small", window=8, overlap=4, iters=8, compat=None),
-    "table5-test150": dict(data="DynamicReplica", options=dict(split="test", sample_len=150, first=1, want=["disparity", "right", "mask", "flow"], compat="reference"), **PUBLISHED),
-    "valid-40": dict(data="DynamicReplica", options=dict(split="valid", sample_len=40, first=1, want=["disparity", "right", "mask", "flow"], compat="reference"), **PUBLISHED),
+    "table5-test150": dict(data="DynamicReplica", options=dict(split="test", sample_len=150, first=1, want=["disparity", "right", "mask", "flow"]), **PUBLISHED),
+    "valid-40": dict(data="DynamicReplica", options=dict(split="valid", sample_len=40, first=1, want=["disparity", "right", "mask", "flow"]), **PUBLISHED),
     "sintel-clean": dict(data="Sintel", options=dict(render="clean"), **PUBLISHED),
     "sintel-final": dict(data="Sintel", options=dict(render="final"), **PUBLISHED),
 }
@@ -168,13 +168,15 @@ def strip(example: Example, pred, frame: int, width: int = 320): # disparity [T,
     error = colours((answer - gt).abs(), Scale(0, 5))
     return torch.cat([example.left.data[frame][..., ::step, ::step], colours(gt, scale), colours(answer, scale), error], -1)
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #6b006c44
+# %% ../../nbs/stereo/09_evaluate.ipynb #49edcca3
 def identity(config: dict, method: str): # of `settled`
     "Hash of what decides a method's rows."
     same = {k: config.get(k) for k in ("protocol", "data", "root", "options", "preset", "size", "frames", "hard", "seed", "window", "overlap", "compat", "changed")}
     if method in LEARNED:
         path = None if config["weights"] == "random" else Path(config["weights"] or tiny_path("stereo"))
-        same |= {"iters": config["iters"], "weights": sha256_file(path/"model.safetensors" if path.is_dir() else path) if path else "random"}
+        file = path/"model.safetensors" if path and path.is_dir() else path
+        if file and not file.is_file(): raise InputError(f"no weights {file}; give a folder with config.json and model.safetensors, a published .pth, or weights='' for the tiny ones")
+        same |= {"iters": config["iters"], "weights": sha256_file(file) if file else "random"}
     return content_hash([method, same, 1], 12)
 
 
@@ -215,7 +217,7 @@ def headline(result: dict): # of `summary`
 def _file(i: int, name: str): # position and name of a clip
     return f"{i:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #6fb7f38b
+# %% ../../nbs/stereo/09_evaluate.ipynb #129898d4
 def _row(folder, i, name, method, example, config):
     "One row and its picture on disk."
     from camflow.data.stereo_files import write_image
@@ -235,6 +237,7 @@ def main(config: dict,   # any of DEFAULTS
     at_least(config, limit=0, samples=1, window=1, **({"clips": 1, "frames": 1} if config["data"] == "world" else {}))
     examples, writer, skipped = open_examples(config), MetricWriter(run_dir), {}
     folders = {m: run_dir/"rows"/f"{m}-{identity(config, m)}" for m in config["methods"]}
+    if set(LEARNED) & set(config["methods"]): _network(config["weights"])     # wrong weights are found before the first clip
     for i, (name, load) in enumerate(examples):
         missing = [m for m in config["methods"] if not (folders[m]/f"{_file(i, name)}.json").exists()]
         if missing:

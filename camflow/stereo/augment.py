@@ -6,12 +6,10 @@
 __all__ = ['Augment', 'grey', 'turn_hue', 'recolour', 'draw_look', 'resize_disparity', 'draw_plan', 'apply_plan', 'upside_down',
            'mirror', 'augment']
 
-# %% ../../nbs/stereo/05_augment.ipynb #92a9f349
-import math
+# %% ../../nbs/stereo/05_augment.ipynb #888be895
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..files import InputError
 # Shapes: T frames, C channels, H rows, W columns; a clip is a dict of left, right [T,3,H,W] 0..255, disparity, valid [T,1,H,W], and flow [T-1,2,H,W], visible, or None
@@ -43,7 +41,7 @@ class Augment:
         for name in ("saturation", "scale", "erase_size"):
             if getattr(self, name)[0] > getattr(self, name)[1]: raise InputError(f"{name} {getattr(self, name)} runs backwards; Augment; give (from, to)")
 
-# %% ../../nbs/stereo/05_augment.ipynb #82d75799
+# %% ../../nbs/stereo/05_augment.ipynb #4dac6683
 _GREY = torch.tensor([0.2989, 0.587, 0.114])[:, None, None]
 
 
@@ -63,17 +61,24 @@ def turn_hue(x_T3HW: torch.Tensor, # 0..1
     return high[..., None, :, :] - (high - low)[..., None, :, :] * torch.minimum(circle % 6, 4 - circle % 6).clamp(0, 1)
 
 
-def recolour(x_T3HW: torch.Tensor, # 0..255
-             look: dict):          # of `draw_look`
-    "One look for all pictures given."
-    x = x_T3HW.float() / 255
+def _coloured(x, step: int, look: dict, mean): # 0..1; 0 brightness, 1 contrast, 2 saturation, 3 hue; mean grey
+    if step == 0: x = x * look["brightness"]
+    elif step == 1: x = torch.lerp(mean, x, look["contrast"])
+    elif step == 2: x = torch.lerp(grey(x).expand_as(x), x, look["saturation"])
+    elif look["hue"]: x = turn_hue(x, look["hue"])
+    return x.clamp(0, 1)
+
+
+def recolour(x_T3HW: torch.Tensor,     # 0..255
+             look: dict,               # of `draw_look`
+             whole=None):              # the pictures that x was cut from, thinned out: the contrast's mean grey is theirs
+    "(x, whole) in one look, 0..255."
+    parts = [x_T3HW.float() / 255] + ([] if whole is None else [whole.float() / 255])
     for step in look["order"]:
-        if step == 0: x = x * look["brightness"]
-        elif step == 1: x = torch.lerp(grey(x).mean(), x, look["contrast"])
-        elif step == 2: x = torch.lerp(grey(x).expand_as(x), x, look["saturation"])
-        elif look["hue"]: x = turn_hue(x, look["hue"])
-        x = x.clamp(0, 1)
-    return (x ** look["gamma"] * look["gain"]).clamp(0, 1) * 255
+        mean = grey(parts[-1]).mean() if step == 1 else None
+        parts = [_coloured(x, step, look, mean) for x in parts]
+    parts = [(x ** look["gamma"] * look["gain"]).clamp(0, 1) * 255 if (look["gamma"], look["gain"]) != (1, 1) else x * 255 for x in parts]
+    return parts[0], parts[-1]
 
 # %% ../../nbs/stereo/05_augment.ipynb #12b8d2fc
 def _uniform(g, low, high): return low + (high - low) * float(torch.rand((), generator=g))
@@ -88,12 +93,32 @@ def draw_look(settings: Augment, g: torch.Generator) -> dict:
             "contrast": _uniform(g, max(0, 1 - s.contrast), 1 + s.contrast), "saturation": _uniform(g, *s.saturation), "hue": _uniform(g, -s.hue, s.hue),
             "gamma": _uniform(g, *s.gamma[:2]), "gain": _uniform(g, *s.gamma[2:])}
 
-# %% ../../nbs/stereo/05_augment.ipynb #d948e5dc
-def _taps(new: int, old: int, device): # lengths
-    "Positions of two neighbours and the weight of the second, pixel centres aligned."
-    at = ((torch.arange(new, device=device) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+# %% ../../nbs/stereo/05_augment.ipynb #366cb5af
+def _taps(new: int, old: int, start: int = 0, count: int | None = None, cut: int = 0): # lengths; first and number of the new positions; first old one at hand
+    "Two old neighbours of each new position, and the weight of the second; pixel centres aligned."
+    at = ((torch.arange(start, start + (new if count is None else count)) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
     low = at.floor().long().clamp_max(max(old - 2, 0))
-    return low, (low + 1).clamp_max(old - 1), at - low
+    return low - cut, (low + 1).clamp_max(old - 1) - cut, at - low
+
+
+def _bilinear(x, rows, columns): # [...,H,W]; of `_taps`
+    (top, bottom, v), (left, right, u) = rows, columns
+    x = torch.lerp(x[..., top, :], x[..., bottom, :], v[:, None].to(x))
+    return torch.lerp(x[..., left], x[..., right], u.to(x))
+
+
+def _within_surfaces(disparity, valid, rows, columns, edge: float = 1.0): # of `_taps`; px, a larger step is an edge
+    "(values in pixels of the old map, valid)."
+    (top, bottom, v), (left, right, u) = rows, columns
+    v = v[:, None]
+    corners = [(r, c, wy * wx) for r, wy in ((top, 1 - v), (bottom, v)) for c, wx in ((left, 1 - u), (right, u))]
+    values, known = (torch.stack([m[..., r, :][..., c] for r, c, _ in corners]) for m in (disparity, valid))
+    weights = torch.stack([w for _, _, w in corners])
+    nearest = weights.argmax(0).expand(values.shape[1:])[None]
+    one_surface = known.all(0) & (values.amax(0) - values.amin(0) <= edge)
+    mixed = (values * weights.reshape(4, *[1] * (values.ndim - 3), *weights.shape[1:])).sum(0)
+    told = known.gather(0, nearest)[0]
+    return torch.where(told, torch.where(one_surface, mixed, values.gather(0, nearest)[0]), 0.0), told
 
 
 def resize_disparity(disparity_T1HW: torch.Tensor, # pixels of the old map
@@ -101,18 +126,9 @@ def resize_disparity(disparity_T1HW: torch.Tensor, # pixels of the old map
                      size,                         # (H, W)
                      edge: float = 1.0):           # px; a larger step is an edge
     "(disparity in pixels of the new map, valid), no value from across an edge or from an unknown pixel."
-    (top, bottom, v), (left, right, u) = (_taps(n, o, disparity_T1HW.device) for n, o in zip(size, disparity_T1HW.shape[-2:]))
-    v = v[:, None]
-    corners = [(rows, columns, wy * wx) for rows, wy in ((top, 1 - v), (bottom, v)) for columns, wx in ((left, 1 - u), (right, u))]
-    values = torch.stack([disparity_T1HW[..., rows, :][..., columns] for rows, columns, _ in corners])
-    known = torch.stack([valid_T1HW[..., rows, :][..., columns] for rows, columns, _ in corners])
-    weights = torch.stack([w for _, _, w in corners])
-    nearest = weights.argmax(0).expand(values.shape[1:])[None]
-    one_surface = known.all(0) & (values.amax(0) - values.amin(0) <= edge)
-    mixed = (values * weights[:, None, None]).sum(0)
-    out = torch.where(one_surface, mixed, values.gather(0, nearest)[0]) * (size[1] / disparity_T1HW.shape[-1])
-    valid = known.gather(0, nearest)[0]
-    return torch.where(valid, out, 0.0), valid
+    H, W = disparity_T1HW.shape[-2:]
+    values, valid = _within_surfaces(disparity_T1HW, valid_T1HW, _taps(size[0], H), _taps(size[1], W), edge)
+    return values * (size[1] / W), valid
 
 # %% ../../nbs/stereo/05_augment.ipynb #667c97bd
 def draw_plan(frames: int, size, settings: Augment, g: torch.Generator) -> dict: # T; (H, W) of the pictures; generator of this item
@@ -136,48 +152,62 @@ def _draw_erasers(size, s: Augment, g) -> list: # rectangles (y, x, height, widt
     if not _chance(g, s.erase): return []
     return [(_integer(g, 0, size[0]), _integer(g, 0, size[1]), _integer(g, *s.erase_size), _integer(g, *s.erase_size)) for _ in range(_integer(g, 1, 3))]
 
-# %% ../../nbs/stereo/05_augment.ipynb #c914cd5f
-def _erase(view_T3HW, rectangles, fill): # per frame; [3] colour or None: the frame's own mean
-    out = view_T3HW.clone()
+# %% ../../nbs/stereo/05_augment.ipynb #ac76f295
+def _erase(view_T3HW, rectangles, fills, corner): # per frame; [3] colours; (y, x) of the view's first pixel
     for t, boxes in enumerate(rectangles):
-        colour = view_T3HW[t].mean((1, 2)) if fill is None else fill
-        for y, x, h, w in boxes: out[t, :, y:y + h, x:x + w] = colour[:, None, None]
+        for y, x, h, w in boxes:
+            y, x = y - corner[0], x - corner[1]
+            view_T3HW[t, :, max(y, 0):max(y + h, 0), max(x, 0):max(x + w, 0)] = fills[t][:, None, None]
+    return view_T3HW
+
+
+def _photometric(clip, plan, window, compat):
+    "(left, right) of the window, float 0..255, recoloured and erased; means are those of the whole pictures."
+    T, (rows, columns) = len(clip["left"]), window
+    both, whole = (torch.cat([cut(clip["left"]), cut(clip["right"])]) for cut in (lambda v: v[..., rows, columns], lambda v: v[..., ::4, ::4]))
+    if len(plan["looks"]) > 1: both, whole = map(torch.cat, zip(*(recolour(x[None], look, w[None]) for x, w, look in zip(both, whole, plan["looks"]))))
+    else: both, whole = recolour(both, plan["looks"][0], whole)
+    fills = whole.mean((2, 3))
+    if compat: fills = fills[:1].expand_as(fills)
+    return _erase(both, plan["erasers"], fills, (rows.start, columns.start)).split(T)
+
+
+def _window(plan, settings, old): # (H, W) before the resize
+    "The part of the pictures that the crop is made of, as slices."
+    out = []
+    for n, new, start, size, slip in zip(old, plan["resized"], plan["crop"], settings.size, (settings.yjitter, 0)):
+        low, high, _ = _taps(new, n, start - slip, size + 2 * slip)
+        out.append(slice(int(low[0]), int(high[-1]) + 1))
     return out
 
-
-def _photometric(clip, plan, compat):
-    "(left, right) float 0..255, recoloured and erased."
-    T = len(clip["left"])
-    both = torch.cat([clip["left"], clip["right"]])
-    both = torch.cat([recolour(x[None], look) for x, look in zip(both, plan["looks"])]) if len(plan["looks"]) > 1 else recolour(both, plan["looks"][0])
-    fill = both[0].mean((1, 2)) if compat else None
-    return _erase(both[:T], plan["erasers"][:T], fill), _erase(both[T:], plan["erasers"][T:], fill)
-
-
-def _map(disparity, valid, size, compat):
-    "A resized map, by our rule or the original's."
-    if not compat: return resize_disparity(disparity, valid, size)
-    mixed = F.interpolate(torch.where(valid, disparity, 0.0), size, mode="bilinear") * (size[1] / disparity.shape[-1])
-    return mixed, mixed > 0
-
-# %% ../../nbs/stereo/05_augment.ipynb #cbeeecf9
+# %% ../../nbs/stereo/05_augment.ipynb #1abc93ea
 def apply_plan(clip: dict,               # left, right 0..255, disparity, valid, and what else of flow, visible, right_disparity, right_valid
                plan: dict,               # of `draw_plan`
                settings: Augment) -> dict: # that it was drawn with
     "The augmented clip: the same keys, pictures float32 in 0..255."
     out, old, new, compat = dict(clip), clip["left"].shape[-2:], plan["resized"], settings.compat
-    left, right = _photometric(clip, plan, compat)
-    size, (y, x) = tuple(settings.size), plan["crop"]
-    picture = lambda view: F.interpolate(view, new, mode="bilinear", antialias=compat is None)
-    cut = lambda maps: maps[..., y:y + size[0], x:x + size[1]]
-    slip = lambda maps: torch.stack([m[..., y + d:y + d + size[0], x:x + size[1]] for m, d in zip(maps, plan["slips"])])
-    out["left"], out["right"] = cut(picture(left)), slip(picture(right))
-    out["disparity"], out["valid"] = map(cut, _map(clip["disparity"], clip["valid"], new, compat))
-    if clip.get("right_disparity") is not None: out["right_disparity"], out["right_valid"] = map(slip, _map(clip["right_disparity"], clip["right_valid"], new, compat))
-    for name in ("flow", "visible"):
-        if clip.get(name) is not None: out[name] = cut(F.interpolate(clip[name].float(), new, mode="nearest-exact"))
-    if out.get("flow") is not None: out["flow"] = out["flow"] * torch.tensor([new[1] / old[1], new[0] / old[0]], device=out["flow"].device)[:, None, None]
-    if out.get("visible") is not None: out["visible"] = out["visible"] > 0.5
+    window = _window(plan, settings, old)
+    taps = lambda axis, slip=0: _taps(new[axis], old[axis], plan["crop"][axis] + slip, settings.size[axis], window[axis].start)
+    rows, columns = taps(0), taps(1)
+    slipped = [taps(0, d) for d in plan["slips"]]
+    cut = lambda m: m[..., window[0], window[1]]
+    scale = new[1] / old[1]
+
+    def truth(disparity, valid, rows): # by our rule, or the original's
+        if not compat: return _within_surfaces(disparity, valid, rows, columns)
+        mixed = _bilinear(torch.where(valid, disparity, 0.0), rows, columns)
+        return mixed, mixed > 0
+
+    left, right = _photometric(clip, plan, window, compat)
+    out["left"], out["right"] = _bilinear(left, rows, columns), torch.stack([_bilinear(view, r, columns) for view, r in zip(right, slipped)])
+    values, out["valid"] = truth(cut(clip["disparity"]), cut(clip["valid"]), rows)
+    out["disparity"] = values * scale
+    if clip.get("right_disparity") is not None:
+        found = [truth(d, v, r) for d, v, r in zip(cut(clip["right_disparity"]), cut(clip["right_valid"]), slipped)]
+        out["right_disparity"], out["right_valid"] = torch.stack([d for d, _ in found]) * scale, torch.stack([v for _, v in found])
+    nearest = lambda m: cut(m)[..., torch.where(rows[2] < 0.5, rows[0], rows[1]), :][..., torch.where(columns[2] < 0.5, columns[0], columns[1])]
+    if clip.get("flow") is not None: out["flow"] = nearest(clip["flow"]) * torch.tensor([scale, new[0] / old[0]])[:, None, None]
+    if clip.get("visible") is not None: out["visible"] = nearest(clip["visible"])
     for axis in plan["flip"]: out = (mirror if axis == "h" else upside_down)(out)
     return out
 
@@ -185,7 +215,7 @@ def apply_plan(clip: dict,               # left, right 0..255, disparity, valid,
 def upside_down(clip: dict) -> dict:
     "The clip flipped top to bottom."
     out = {name: value.flip(-2) if isinstance(value, torch.Tensor) else value for name, value in clip.items()}
-    if out.get("flow") is not None: out["flow"] = out["flow"] * torch.tensor([1.0, -1.0], device=out["flow"].device)[:, None, None]
+    if out.get("flow") is not None: out["flow"] = out["flow"] * torch.tensor([1.0, -1.0])[:, None, None]
     return out
 
 

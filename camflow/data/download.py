@@ -213,13 +213,17 @@ def _size(n) -> str:
         if n < 1000 or unit == "TB": return f"{n:.3g} {unit}"
         n /= 1000
 
-# %% ../../nbs/data/06_download.ipynb #ca1aa867
+# %% ../../nbs/data/06_download.ipynb #9def21bc
 def _members(archive) -> list: return archive.namelist() if isinstance(archive, zipfile.ZipFile) else archive.getnames()
 
 
-def unpack(path, root, split: str) -> Path: # .zip or .tar[.gz] archive; data folder; its split
-    "Unpacks beside the other splits; returns the folder."
+def unpack(path, root, split: str) -> Path: # .zip or .tar[.gz] archive, or a plain file; data folder; its split
+    "Unpacks beside the other splits; returns the folder. What is no archive by its name is copied into the split's folder."
     path = Path(path)
+    if not path.name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")):
+        (Path(root) / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, Path(root) / split / path.name)
+        return Path(root) / split
     try:
         with (zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)) as archive:
             names = _members(archive)

@@ -169,7 +169,7 @@ def training_starts(n: int, sample_len: int,     # frames of the sequence and of
         if start + (sample_len - 1) * step < n: out.append(list(range(start, start + sample_len * step, step)))
     return out
 
-# %% ../../nbs/data/05_dynamic_replica.ipynb #56e238a6
+# %% ../../nbs/data/05_dynamic_replica.ipynb #116f1565
 WANTED = ("disparity", "right", "mask", "flow", "ids")
 
 
@@ -246,7 +246,10 @@ class ReplicaSequence(PictureSource):
     def trajectories(self, i: int): # position
         "The content of the left eye's track file (a dict of tensors), None without one."
         path = file_of(self.rows[i][0], "trajectories")
-        return torch.load(self.base / path, map_location="cpu", weights_only=True) if path else None
+        if path is None: return None
+        if not (self.base / path).is_file(): raise InputError(f"{self.base / path} does not exist; sequence {self.name}, frame {self.numbers[i]}; unpack the trajectories")
+        try: return torch.load(self.base / path, map_location="cpu", weights_only=True)
+        except Exception as error: raise InputError(f"not a readable track file ({type(error).__name__}: {str(error)[:60]}); {self.base / path}; download it again") from None # torch.load fails in many ways
 
 
 def read_ids(path) -> torch.Tensor: # [1,H,W] int32

@@ -68,9 +68,9 @@ class StereoClip:
         if self.rig is None or self.disparity is None: raise InputError(f"depth needs a calibration and a disparity; clip {self.name}; give calibration=..., or read a set that has both")
         return self.rig.depth(torch.where(self.valid, self.disparity, torch.nan))
 
-# %% ../../nbs/data/04_stereo_clip.ipynb #f228bf34
+# %% ../../nbs/data/04_stereo_clip.ipynb #a63261e8
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".svo", ".m4v", ".mpg", ".ts")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".ts")
 
 
 def list_images(folder) -> list:
@@ -317,7 +317,7 @@ class _Swapped(StereoSource):
     def read(self, indices): return self.source.read(indices)[::-1]
     def rig(self, indices): return self.source.rig(indices)
 
-# %% ../../nbs/data/04_stereo_clip.ipynb #2ba99d62
+# %% ../../nbs/data/04_stereo_clip.ipynb #71275fb5
 class StereoSet:
     "Samples (source, frames); an item is a decoded `StereoClip`."
     def __init__(self, root, skip_bad: bool = False): # folder of the set; True: list what cannot be used in `skipped`
@@ -347,9 +347,10 @@ class StereoSet:
         source, frames = self.samples[i]
         return source.load(frames)
 
-    def check(self) -> list:
-        "Messages for all samples that fail to decode (reads everything)."
-        bad = list(self.skipped)
+    def check(self, decode: bool = True) -> list: # False: only the headers of the pictures
+        "Messages for everything that fails to load; decoding reads the whole set."
+        bad, sources = list(self.skipped), list(dict.fromkeys(source for source, _ in self.samples))
+        if not decode: return bad + [message for source in sources if hasattr(source, "check") for message in source.check()]
         for i in range(len(self)):
             try: self[i]
             except InputError as error: bad.append(f"sample {i}: {error}")

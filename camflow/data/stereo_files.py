@@ -20,7 +20,7 @@ import torch
 from ..files import InputError, atomic_write
 # Shapes: C channels, H rows, W columns
 
-# %% ../../nbs/data/03_stereo_files.ipynb #a79c3190
+# %% ../../nbs/data/03_stereo_files.ipynb #a67aadab
 def _open_image(path):
     "A decoded Pillow image; errors name the file."
     from PIL import Image, UnidentifiedImageError
@@ -29,6 +29,7 @@ def _open_image(path):
         image.load()
         return image
     except FileNotFoundError: raise InputError(f"{path} does not exist; check the path") from None
+    except Image.DecompressionBombError as error: raise InputError(f"{str(error)[:80]}; {path}; cut or shrink the picture") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"not a readable picture ({str(error)[:80]}); {path}; copy or download it again") from None
 
@@ -39,7 +40,7 @@ def image_size(path) -> tuple: # (H, W)
     try:
         with Image.open(path) as image: return image.height, image.width
     except FileNotFoundError: raise InputError(f"{path} does not exist; check the path") from None
-    except (UnidentifiedImageError, OSError) as error: raise InputError(f"not a readable picture ({str(error)[:80]}); {path}; copy or download it again") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error: raise InputError(f"not a readable picture ({str(error)[:80]}); {path}; copy or download it again") from None
 
 
 def read_image(path) -> torch.Tensor: # [3,H,W] uint8

@@ -59,7 +59,8 @@ def test_the_truth_scores_zero(clips, monkeypatch):
     example = evaluate.world_example(HELD_OUT, "tiny")
     monkeypatch.setitem(evaluate.METHODS, "sgbm", lambda left, right, c: example.disparity.clone())
     row, _ = evaluate.evaluate_clip("sgbm", example, evaluate.settled(SMALL | dict(methods=["sgbm"])))
-    for name, value in row["numbers"].items(): assert value == 0 or math.isnan(value) or name.endswith((".share", "s_per_frame")) or name.startswith("seam"), name
+    for name, value in row["numbers"].items(): assert value == 0 or math.isnan(value) or name.endswith((".share", "s_per_frame")) or name.startswith(("seam", "depth")), name
+    assert row["numbers"]["depth.rtc"] == row["numbers"]["depth.rtc_truth"] > 30 and row["numbers"]["depth.opw"] == row["numbers"]["depth.opw_truth"] and row["numbers"]["depth.tcc"] > .9999
     assert row["frames"] == 5 and row["suite"] == "ordinary" and row["frame_epe"] == [0] * 5
 
 

@@ -1,6 +1,4 @@
 "Stereo clips of the world: exact by formula, hard in the way their name says, the same from disk."
-import json
-
 import numpy as np
 import pytest
 import torch

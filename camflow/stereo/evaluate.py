@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PROTOCOLS', 'HOLDS', 'DEFAULTS', 'METHODS', 'LEARNED', 'REPRODUCED', 'RATIOS', 'COLUMNS', 'settled',
            'Example', 'world_example', 'set_example', 'hidden_from_right', 'open_examples', 'period_of',
-           'evaluate_clip', 'strip', 'identity', 'summary', 'headline', 'main', 'table', 'worst_clips']
+           'depth_numbers', 'evaluate_clip', 'strip', 'identity', 'summary', 'headline', 'main', 'table', 'worst_clips']
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #ae4219fc
+# %% ../../nbs/stereo/09_evaluate.ipynb #b474df4f
 import functools
 import math
 import re
@@ -23,7 +23,7 @@ from ..device import device, generator
 from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..media.frames import Frames
 from ..metrics.statistics import paired_bootstrap
-from ..metrics.stereo import aggregate, error_maps, stereo_report
+from ..metrics.stereo import aggregate, depth_consistency, error_maps, stereo_report
 from .baselines import block_matching, per_frame, sgbm
 from .network import CONFIGS, DynamicStereo, load_stereo
 from .windows import linear_plan, reference_plan, stereo_video
@@ -59,7 +59,7 @@ def settled(config: dict): # any of DEFAULTS
     if not out["methods"]: raise InputError(f"no methods; give some of {', '.join(METHODS)}")
     return out
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #29ab8f4a
+# %% ../../nbs/stereo/09_evaluate.ipynb #a310b91b
 @dataclass
 class Example:
     "A clip with truth."
@@ -72,6 +72,7 @@ class Example:
     flow: Any = None                              # [T-1,2,H,W], NaN unknown
     flow_occlusion: Any = None                    # [T-1,1,H,W]
     regions: dict = field(default_factory=dict)   # name -> mask
+    metres: float = None                          # pixels times metres: depth = metres / disparity; None: not calibrated
 
 
 def world_example(seed: int, preset="small", size=None, frames=None, hard=None): # as for `stereo_clip`
@@ -79,7 +80,8 @@ def world_example(seed: int, preset="small", size=None, frames=None, hard=None):
     from camflow.world.stereo_clips import STEREO_FPS, stereo_clip
     clip = stereo_clip(seed, preset, size, frames, hard)
     regions = {"occluded": clip.occlusion, "moving": clip.moving, "textureless": clip.textureless}
-    return Example(*(Frames(view, "byte", STEREO_FPS) for view in (clip.left, clip.right)), clip.disparity, clip.valid, clip.name, hard or "ordinary", clip.flow, clip.flow_occlusion, regions)
+    return Example(*(Frames(view, "byte", STEREO_FPS) for view in (clip.left, clip.right)), clip.disparity, clip.valid, clip.name, hard or "ordinary", clip.flow, clip.flow_occlusion, regions,
+                   float(clip.K[0, 0]) * clip.baseline)
 
 
 def set_example(clip): # camflow.data.stereo_clip.StereoClip
@@ -92,7 +94,8 @@ def set_example(clip): # camflow.data.stereo_clip.StereoClip
     if "mask" in extras: regions["foreground"] = extras["mask"] > 127
     known = "flow" in extras and len(clip) > 1
     flow = (extras["flow"][:-1], ~extras["flow_visible"][:-1]) if known else (None, None)
-    return Example(clip.left, clip.right, clip.disparity, clip.valid, clip.name, "", *flow, regions)
+    metres = clip.rig.fx * clip.rig.baseline if clip.rig is not None and not clip.rig.doffs else None
+    return Example(clip.left, clip.right, clip.disparity, clip.valid, clip.name, "", *flow, regions, metres)
 
 
 def hidden_from_right(left, right, valid, slack: float = 1.0): # true disparities [T,1,H,W] of both views; mask; pixels
@@ -143,7 +146,15 @@ def period_of(config: dict): # of `settled`
     "Frames from the start of one window to the next."
     return (reference_plan(config["window"]) if config["compat"] else linear_plan(config["window"], config["overlap"])).step
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #70dce725
+# %% ../../nbs/stereo/09_evaluate.ipynb #e37e7c97
+def depth_numbers(example: Example, pred): # disparity [T,1,H,W]
+    "{depth.rtc, depth.opw, ...}, or nothing where they cannot be had."
+    whole = bool(example.valid.all()) and bool(torch.isfinite(pred).all())
+    if example.flow is None or example.metres is None or not whole or not bool(torch.isfinite(example.flow).all()) or min(example.left.size) < 11: return {}
+    found = depth_consistency(example.metres / pred.clamp(min=.1), example.metres / example.disparity, example.flow, example.flow_occlusion, example.left.data)
+    return {f"depth.{k}": v for k, v in found.items()}
+
+
 def evaluate_clip(method: str,       # of METHODS
                   example: Example,
                   config: dict):     # of `settled`
@@ -152,6 +163,7 @@ def evaluate_clip(method: str,       # of METHODS
     with torch.no_grad(): pred = METHODS[method](example.left, example.right, config)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     numbers = stereo_report(pred, example.disparity, example.valid, example.flow, example.flow_occlusion, example.regions, period_of(config))
+    numbers |= depth_numbers(example, pred)
     error, _, ok, _ = error_maps(pred, example.disparity, example.valid)
     per_frame_error = [float(error[t][ok[t]].nanmean()) if bool(ok[t].any()) else math.nan for t in range(len(pred))]
     known = [t for t, e in enumerate(per_frame_error) if math.isfinite(e)]
@@ -262,9 +274,9 @@ def _numbers(row):
     "A row as read from JSON: null is NaN."
     return {**row, "numbers": {k: math.nan if v is None else v for k, v in row["numbers"].items()}}
 
-# %% ../../nbs/stereo/09_evaluate.ipynb #cde400dd
+# %% ../../nbs/stereo/09_evaluate.ipynb #cc19f554
 COLUMNS = {"epe_mean": "EPE px", "epe_bad_0.5px": "> 0.5 px %", "epe_bad_1px": "> 1 px %", "epe_bad_2px": "> 2 px %", "epe_bad_3px": "> 3 px %", "missing": "no answer %", "temp_epe_mean": "TEPE px",
-           "temp_epe_bad_1px": "TEPE > 1 px %", "tepe_abs_mean": "TEPE, sign-blind px", "flow_tepe_mean": "along the flow px", "seam_energy": "seam energy", "seam_step": "seam step", "s_per_frame": "s per frame"}
+           "temp_epe_bad_1px": "TEPE > 1 px %", "tepe_abs_mean": "TEPE, sign-blind px", "flow_tepe_mean": "along the flow px", "seam_energy": "seam energy", "seam_step": "seam step", "depth.rtc": "RTC %", "depth.rtc_truth": "RTC of the truth %", "depth.opw": "OPW m", "depth.opw_truth": "OPW of the truth m", "depth.tcc": "TCC", "s_per_frame": "s per frame"}
 
 
 def table(methods: dict,           # result["methods"], or one of result["suites"]

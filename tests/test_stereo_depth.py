@@ -156,6 +156,13 @@ def test_bad_folders_are_refused_before_anything_runs(data, tmp_path, how, told)
     assert not list((tmp_path/"run").rglob("*.npy"))
 
 
+def test_huge_frames_are_said_to_be_huge(tmp_path):
+    wide = torch.zeros(1, 3, 16, 1700, dtype=torch.uint8)
+    job = prepare(depth.checked(dict(PLAIN, left=str(write_folders(tmp_path, wide, wide)))))
+    assert "max_size=1280" in job.remarks[-1] and "very small" in job.remarks[-2] and next(job.pairs())[0].shape == (3, 16, 1700)
+    assert prepare(depth.checked(dict(PLAIN, left=str(tmp_path), max_size=850))).size == (16, 850)
+
+
 def test_names_are_sorted_by_number(clip, plain, tmp_path):
     root = write_folders(tmp_path/"d", clip.left, clip.right, ["9", "10", "11", "12", "13", "14"])
     job = prepare(depth.checked(dict(PLAIN, left=str(root))))

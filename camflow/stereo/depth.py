@@ -124,7 +124,7 @@ def refuse_memory(plan: dict, size, window: int, overlap: int = 4): # of `memory
     ways = [f"window={plan['window']}" + (f" with overlap={plan['window'] // 2}" if plan["window"] <= overlap else "") if plan["window"] else "", f"max_size={plan['max_size']}" if plan["max_size"] else ""]
     raise InputError(f"{size[0]} x {size[1]} pixels with window={window} need about {plan['estimate_bytes'] / 2**30:.1f} GiB, {plan['available_bytes'] / 2**30:.1f} GiB are available; use {' or '.join(w for w in ways if w) or 'a machine with more memory'}")
 
-# %% ../../nbs/stereo/11_depth.ipynb #7d3be34a
+# %% ../../nbs/stereo/11_depth.ipynb #5b2f0577
 @dataclass
 class Job:
     "All that is known before the first map."
@@ -141,7 +141,7 @@ class Job:
     after: RectificationReport | None
     remarks: list
 
-    def pairs(self, start: int = 0, chunk: int = 4): # first frame; frames decoded together
+    def pairs(self, start: int = 0, chunk: int = 8): # first frame; frames decoded together
         "Yields (left, right) uint8 [3,H,W], rectified and resized."
         for at in range(start, len(self.indices), chunk):
             eyes = self.rectifier(*self.source.read(self.indices[at:at + chunk]))
@@ -234,11 +234,15 @@ def agreement(job: Job, files, most: int = 6) -> dict: # maps of `compute_maps`;
     return dict(correlation=float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if enough else math.nan, median_difference_px=float(off.median()) if len(a) else math.nan,
                 within_1px=float((off < 1).double().mean()) if len(a) else math.nan, pixels=len(a), covered=len(a) / max(1, job.size[0] * job.size[1] * min(most, len(files))))
 
-# %% ../../nbs/stereo/11_depth.ipynb #e94efc80
-def _values(maps, most: int = 40_000):
-    "A sample of the known values of many maps."
-    parts = [(v := np.asarray(m, np.float32).ravel())[np.isfinite(v)] for m in maps]
-    return np.concatenate([p[::max(1, len(p) // most)] for p in parts]) if parts else np.zeros(0, np.float32)
+# %% ../../nbs/stereo/11_depth.ipynb #c4739ec9
+def _values(maps, count: int): # how many maps there are
+    "A sample of the known values of many maps, four million at most."
+    most, parts = max(100, 4_000_000 // count), []
+    for m in maps:
+        v = np.asarray(m, np.float32).ravel()
+        v = v[np.isfinite(v)]
+        parts.append(v[::max(1, len(v) // most)])
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def _ends(values) -> dict:
@@ -255,7 +259,7 @@ def _millimetres(depth_1HW):
     mm = np.nan_to_num(np.asarray(depth_1HW[0], np.float64), nan=0.0, posinf=0.0) * 1000
     return np.where((mm > 0) & (mm < 65535), np.round(mm), 0).astype(np.uint16)
 
-# %% ../../nbs/stereo/11_depth.ipynb #60d8b6e1
+# %% ../../nbs/stereo/11_depth.ipynb #9c45c4b9
 class _Frame:
     "One frame with its maps."
     def __init__(self, job, index, left, file, right_file, rig):
@@ -278,7 +282,7 @@ def finish(job: Job, config: dict, run_dir, files, right_files) -> dict: # setti
     "Writes everything that is made from the maps; returns statistics."
     rig, run_dir = shape_rig(job), Path(run_dir)
     read = lambda: (read_npy(f) for f in files)
-    disparity, depth = _values(read()), _values(rig.depth(d) for d in read())
+    disparity, depth = _values(read(), len(files)), _values((rig.depth(d) for d in read()), len(files))
     scale = fit_scale(disparity, "px")
     if not len(depth): raise InputError(f"no pixel of {len(files)} frames has a usable disparity; {job.source.name}; look at the rectification report: are the views exchanged, or not of one scene?")
     far = config["max_depth"] or 1.5 * float(np.percentile(depth, 98))

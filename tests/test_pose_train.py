@@ -14,7 +14,7 @@ from camflow.lab.launch import launch
 from camflow.media.frames import Frames
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = dict(items=4, clips=2, steps=2, batch_size=2, evaluate=False, validate_every=2, checkpoint_every=2, warmup=0, width=16)
+CONFIG = dict(items=4, clips=2, steps=2, batch_size=2, evaluate=False, validate_every=2, checkpoint_every=2, warmup=0, width=32)
 
 BANK = """
 import sys

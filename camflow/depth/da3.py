@@ -41,6 +41,7 @@ class DA3Config:
     head_channels: tuple = (48, 96, 192, 384)
     cam_dec: bool = True
     cam_enc: bool = True
+    in_channels: int = 3             # of the images
 
     @property
     def width(self): return self.embed_dim if self.alt_start < 0 else 2 * self.embed_dim  # channels handed to the heads
@@ -203,9 +204,9 @@ def take_views(x: Tensor, order_BS: Tensor) -> Tensor:
 # %% ../../nbs/depth/00_da3.ipynb #72d6e078
 class PatchEmbed(nn.Module):
     "One linear map per patch, written as a strided convolution."
-    def __init__(self, dim, patch):
+    def __init__(self, dim, patch, channels=3):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
 
     def forward(self, x): return self.proj(x).flatten(2).transpose(1, 2)
 
@@ -215,7 +216,7 @@ class Backbone(nn.Module):
     def __init__(self, config: DA3Config):
         super().__init__()
         self.config, C = config, config.embed_dim
-        self.patch_embed = PatchEmbed(C, config.patch_size)
+        self.patch_embed = PatchEmbed(C, config.patch_size, config.in_channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, C))
         self.alternates = config.alt_start >= 0

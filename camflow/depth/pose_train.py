@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'FRAMES', 'GRID', 'UNIT', 'PATH_UNIT', 'DEFAULTS', 'tuned_search', 'contrast', 'step_flow', 'features',
            'rotation_vector', 'rotation_matrix', 'to_vector', 'to_pose', 'steps_of', 'path_of', 'blur', 'degrade',
-           'draw_path', 'make_item', 'vae_round_trip', 'Bank', 'mirror', 'PoseNet', 'start', 'pose_loss', 'clip_bytes',
-           'fill_poses', 'estimate_batch', 'estimate_cameras', 'judge', 'headline', 'evaluate', 'save_pose',
-           'load_pose', 'card', 'vary', 'main', 'export']
+           'draw_path', 'make_item', 'vae_round_trip', 'Bank', 'mirror', 'pose_config', 'PoseNet', 'start', 'pose_loss',
+           'clip_bytes', 'fill_poses', 'estimate_batch', 'estimate_cameras', 'judge', 'headline', 'evaluate',
+           'save_pose', 'load_pose', 'card', 'vary', 'main', 'export']
 
 # %% ../../nbs/depth/02_pose_train.ipynb #0afb2b7f
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .da3 import load_state
+from .da3 import DA3Config, DepthAnything3, init_weights, load_state
 from ..device import generator, ranks_share
 from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
 from ..media.frames import Frames
@@ -233,22 +233,25 @@ def mirror(flow: Tensor, colour: Tensor, c2w: Tensor):  # [...,2,6,10], [...,3,6
     return flow.flip(-1) * torch.tensor([-1., 1])[:, None, None], colour.flip(-1), c2w * sign[:, None] * sign
 
 # %% ../../nbs/depth/02_pose_train.ipynb #2d9e7309
+def pose_config(width: int = 64,  # channels; a multiple of 32
+                depth: int = 4    # blocks: one per view, then all views and one view in turn
+               ) -> DA3Config:
+    "Depth Anything 3 without its depth head, on cells of 2 flow and 3 colour channels."
+    return DA3Config(width, depth, width // 32, img_size=10, patch_size=2, alt_start=1, out_layers=(depth - 1,), head=None, cam_enc=False, in_channels=5)
+
+
 class PoseNet(nn.Module):
-    "Flow and colours of N steps -> their camera motions."
-    def __init__(self, width: int = 384):  # channels of the codes
+    "Flow and colours of N steps -> their camera motions: a Depth Anything 3 whose views are the steps."
+    def __init__(self, width: int = 64, depth: int = 4):  # as in `pose_config`
         super().__init__()
-        cells, D = GRID[0] * GRID[1], width
-        self.width, self.linear = width, nn.Linear(2 * cells, 6)
-        self.encode = nn.Sequential(nn.Linear(5 * cells, D), nn.GELU(), nn.Linear(D, D))
-        self.decode = nn.Sequential(nn.LayerNorm(4 * D), nn.Linear(4 * D, D), nn.GELU(), nn.Linear(D, D), nn.GELU(), nn.Linear(D, 6))
+        self.da3 = DepthAnything3(pose_config(width, depth))
 
     def forward(self, flow: Tensor, colour: Tensor) -> Tensor:  # [B,N,2,6,10], [B,N,3,6,10]
         "Steps [B,N,6] in rad and metres."
-        flow = flow.flatten(2)
-        h = self.encode(torch.cat([flow, 0.7 * colour.flatten(2)], -1))
-        before, after = torch.cat([h[:, :1], h[:, :-1]], 1), torch.cat([h[:, 1:], h[:, -1:]], 1)
-        y = self.decode(torch.cat([h, before, after, h.mean(1, keepdim=True).expand_as(h)], -1))
-        return (y + self.linear(flow)) * UNIT.to(y)
+        views = torch.cat([flow, 0.7 * colour], 2)
+        y = self.da3(views, "first", heads=("camera",))["pose_enc"]  # translation, quaternion, field of view
+        turn = y[..., 3:6] / y[..., 6:7].clamp(min=0.1)               # half the rotation vector, for small angles
+        return torch.cat([turn, y[..., :3]], -1) * UNIT.to(y)
 
     @torch.inference_mode()
     def predict(self, flow: Tensor, colour: Tensor) -> Tensor:
@@ -259,11 +262,13 @@ class PoseNet(nn.Module):
 
 def start(model: PoseNet, g: torch.Generator) -> PoseNet:
     "Starting weights from an explicit generator; the model starts by saying that nothing moves."
+    init_weights(model.da3, g)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2: p.normal_(0, p.shape[1] ** -0.5, generator=g)
-            elif name.endswith("bias"): p.zero_()
-        for p in (model.linear.weight, model.decode[-1].weight): p.zero_()
+            elif p.dim() == 4: p.normal_(0, p[0].numel() ** -0.5, generator=g)
+            elif p.dim() == 3: p.normal_(0, 0.3, generator=g)
+        for layer in (model.da3.cam_dec.fc_t, model.da3.cam_dec.fc_qvec): layer.weight.zero_()
     return model
 
 # %% ../../nbs/depth/02_pose_train.ipynb #18d1b258
@@ -360,7 +365,8 @@ def evaluate(model: PoseNet,
 def save_pose(model: PoseNet, folder, notes: str = "", numbers: dict | None = None):
     "Writes config.json, model.safetensors (float16) and card.md."
     folder = Path(folder)
-    write_json(folder / "config.json", {"model": "PoseNet", "width": model.width, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)})
+    c = model.da3.config
+    write_json(folder / "config.json", {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)})
     state = {k: v.detach().to("cpu", torch.float16).contiguous().clone() for k, v in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as file: file.write(save(state))
     with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers))
@@ -374,14 +380,14 @@ def load_pose(folder=None) -> PoseNet:  # default: the tiny weights of this repo
         folder = tiny_path("pose")
     meta = read_json(Path(folder) / "config.json")
     if meta.get("model") != "PoseNet": raise InputError(f"{folder}/config.json describes {meta.get('model')!r}, not a PoseNet; give a folder that save_pose wrote")
-    model = PoseNet(meta["width"])
+    model = PoseNet(meta["width"], meta["depth"])
     return load_state(model, {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}, str(folder)).eval()
 
 # %% ../../nbs/depth/02_pose_train.ipynb #696d9ee5
 def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
     "The model card in markdown."
     count = sum(p.numel() for p in model.parameters())
-    lines = ["# Tiny camera estimator", "", f"{count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor).", "",
+    lines = ["# Tiny camera estimator", "", f"Depth Anything 3 (backbone with alternating attention, camera decoder) of {count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor).", "",
              "- Data: camflow.world only (procedural rooms with moving figures and things), degraded as in `camflow.depth.pose_train.degrade`.",
              "- Use: `load_pose(folder)`, `estimate_cameras(model, frames)`. Made for the tiny family of this project; not for real video.", "- Licence: Apache-2.0.", f"- Training: {notes}", ""]
     if numbers:
@@ -394,8 +400,8 @@ def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/depth/02_pose_train.ipynb #86819863
-DEFAULTS = dict(items=6000, vae=None, vae_items=3000, clips=300, bank=None, width=384, steps=2500, batch_size=128, lr=2e-3, weight_decay=0.05, betas=[0.9, 0.99], warmup=50, schedule="cosine", final_lr=0.01,
-                ema_decay=0.995, checkpoint_every=250, validate_every=250, log_every=10, seed=0, evaluate=True)
+DEFAULTS = dict(items=6000, vae=None, vae_items=3000, clips=300, bank=None, width=64, depth=4, steps=4000, batch_size=64, lr=3e-3, weight_decay=0.05, betas=[0.9, 0.99], muon=["*blocks*"], warmup=50, schedule="linear", final_lr=0.01,
+                ema_decay=0.998, checkpoint_every=250, validate_every=250, log_every=10, seed=0, evaluate=True)
 
 
 def vary(batch: dict, g: torch.Generator) -> tuple:
@@ -413,8 +419,8 @@ def main(config: dict,   # see DEFAULTS
     from camflow.training.loop import TrainConfig, at_least, configuration, fit, positions, shuffled
     from camflow.world.clips import HELD_OUT
     config, run_dir, started = configuration(config, DEFAULTS), Path(run_dir), time.time()
-    at_least(config, items=1, vae_items=1, clips=2, width=1)
-    model = start(PoseNet(config["width"]), generator(config["seed"], "init"))
+    at_least(config, items=1, vae_items=1, clips=2, width=32, depth=2)
+    model = start(PoseNet(config["width"], config["depth"]), generator(config["seed"], "init"))
     folder = config["bank"] or run_dir / "bank"
     bank, held = Bank(folder, 0, config["items"]), Bank(folder, HELD_OUT, config["clips"], clean=0.5)
     through = vae_round_trip(config["vae"]) if config["vae"] else None
@@ -441,7 +447,7 @@ def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True,
     "Writes the averaged weights of a run's newest checkpoint as a model folder with its card."
     from camflow.training.checkpoint import load_checkpoint
     config, ckpt = {**DEFAULTS, **config}, load_checkpoint(Path(run_dir) / "checkpoints")
-    model = load_state(PoseNet(config["width"]), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}").eval()
+    model = load_state(PoseNet(config["width"], config["depth"]), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}").eval()
     more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
     save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
     return model

@@ -402,6 +402,49 @@ def test_truth_filter_on_the_world():
     assert report[2].status != "ok" and cleaned.valid[2, :, :12].float().mean() < 0.7 and cleaned.valid[1].float().mean() > 0.97
 
 
+def test_world_clips_come_back_from_every_layout(tmp_path):
+    from camflow.data.dynamic_replica import WANTED
+    from camflow.data.stereo_sets import DynamicReplica, SceneFlow, Sintel, open_stereo
+    from camflow.data.stereo_truth import Checked
+    from camflow.world.clips import HELD_OUT
+    from camflow.world.stereo_clips import stereo_clip
+    from camflow.world.stereo_write import write_dynamic_replica, write_folders, write_sceneflow, write_sintel_stereo
+    world = stereo_clip(HELD_OUT + 3, "tiny", size=(32, 96), frames=3, both=True)
+    write_sceneflow(tmp_path / "sf", [world], split="test")
+    write_sintel_stereo(tmp_path / "si", [world])
+    write_dynamic_replica(tmp_path / "dr", [world])
+    write_folders(tmp_path / "own", world)
+    replica = DynamicReplica(tmp_path / "dr", want=WANTED)
+    for clip, tolerance in ((SceneFlow(tmp_path / "sf", split="test")[0], 0), (Sintel(tmp_path / "si")[0], 1 / 16384), (replica[0], 0.02)):
+        assert torch.equal(clip.left.data, world.left) and torch.equal(clip.right.data, world.right)
+        assert (clip.disparity - world.disparity)[clip.valid & world.valid].abs().max() <= tolerance
+    clip = replica[0]
+    assert clip.extras["flow"].shape[0] == 3 and abs(clip.rig.baseline - world.baseline) < 1e-5 and torch.allclose(clip.extras["c2w"], torch.as_tensor(world.c2w), atol=1e-6)
+    checked = Checked(replica)
+    assert len(list(checked)) == 1 and "0 broken" in checked.summary()
+    assert torch.equal(open_stereo(tmp_path / "own")[:].right.data, world.right) and replica.check() == []
+
+
+def test_videos(tmp_path):
+    from camflow.data.stereo_clip import open_stereo
+    from camflow.media.frames import Frames
+    from camflow.media.video import write_video
+    ramp = torch.linspace(0, 200, 5 * 32 * 64).reshape(5, 1, 32, 64)
+    left, right = (Frames((ramp * k).byte().expand(-1, 3, -1, -1), "byte", 10) for k in (0.5, 1.0))
+    for name, frames in (("l", left), ("r", right), ("short", right[:3]), ("small", right.resize((32, 32))), ("both", Frames(torch.cat([left.data, right.data], -1), "byte", 10))):
+        write_video(tmp_path / f"{name}.mp4", frames, lossless=True)
+    pair, packed = open_stereo(tmp_path / "l.mp4", tmp_path / "r.mp4"), open_stereo(tmp_path / "both.mp4", layout="side-by-side", swap=True)
+    assert len(pair) == len(packed) == 5 and pair.size == packed.size == (32, 64) and abs(pair.fps - 10) < 1e-6
+    assert (pair[1:4].left.data.int() - packed[1:4].right.data.int()).abs().max() <= 3  # the eyes are exchanged
+    lefts, rights = pair.eyes()
+    assert sum(len(a) for a, b in zip(lefts, rights)) == 5
+    with pytest.raises(InputError, match="left has 5 frames, right 3"): open_stereo(tmp_path / "l.mp4", tmp_path / "short.mp4")
+    with pytest.raises(InputError, match="one size"): open_stereo(tmp_path / "l.mp4", tmp_path / "small.mp4")
+    with pytest.raises(InputError, match="say layout"): open_stereo(tmp_path / "both.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match="bad.mp4"): open_stereo(tmp_path / "bad.mp4", layout="top-bottom")
+
+
 # ---- augmentation
 def test_augmentation_plans_and_ranges():
     from camflow.stereo.augment import Augment, draw_plan

@@ -164,7 +164,7 @@ def _finish(part: Path, target: Path) -> Path:
     target.with_name(f".{target.name}.lock").unlink(missing_ok=True)
     return target
 
-# %% ../../nbs/data/06_download.ipynb #0cb9db51
+# %% ../../nbs/data/06_download.ipynb #37c73e84
 UNPACKED = {"train": 1.8e12, "test": 328e9, "valid": 106e9, "real": 152e6} # bytes, as the authors state
 
 
@@ -191,7 +191,7 @@ def download_plan(links: dict, splits: list, folder, client) -> list: # of `pars
                      "largest": max((size or 0 for size in sizes), default=0), "unpacked": UNPACKED.get(split)})
     return rows
 
-
+# %% ../../nbs/data/06_download.ipynb #60f1c425
 def check_space(plan: list, folder,           # of `download_plan`; target
                 unpack: bool = True,          # archives are unpacked
                 remove: bool = False,         # and deleted one by one
@@ -213,7 +213,7 @@ def _size(n) -> str:
         if n < 1000 or unit == "TB": return f"{n:.3g} {unit}"
         n /= 1000
 
-# %% ../../nbs/data/06_download.ipynb #9def21bc
+# %% ../../nbs/data/06_download.ipynb #276503f6
 def _members(archive) -> list: return archive.namelist() if isinstance(archive, zipfile.ZipFile) else archive.getnames()
 
 
@@ -236,7 +236,7 @@ def unpack(path, root, split: str) -> Path: # .zip or .tar[.gz] archive, or a pl
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error: raise InputError(f"not a readable archive ({str(error)[:80]}); {path}; delete it and download it again") from None
     return target
 
-
+# %% ../../nbs/data/06_download.ipynb #2c150afe
 def download(links, folder,                # links.json (path or parsed links); target
              splits=("real",),             # of the list
              unpack_files: bool = True,    # False: archives only

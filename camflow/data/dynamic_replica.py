@@ -7,7 +7,7 @@ __all__ = ['WANTED', 'viewpoint_camera', 'camera_viewpoint', 'check_row', 'read_
            'file_of', 'disparity_scale', 'depth_to_disparity', 'chunks', 'training_starts', 'ReplicaSequence',
            'read_ids', 'DynamicReplica', 'locate_files']
 
-# %% ../../nbs/data/05_dynamic_replica.ipynb #959aa1a2
+# %% ../../nbs/data/05_dynamic_replica.ipynb #6a0b3485
 import gzip
 import json
 import math
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .stereo_clip import PictureSource, StereoClip, StereoSet, number_frames
 from .stereo_files import _open_image, read_mask, read_replica_depth, read_replica_flow
@@ -55,7 +56,7 @@ def camera_viewpoint(K_33, w2c_44, size,                        # pixels; OpenCV
     return {"R": (w2c[:3, :3].mT * _FLIP).tolist(), "T": (w2c[:3, 3] * _FLIP).tolist(), "focal_length": (K[[0, 1], [0, 1]] / scale).tolist(),
             "principal_point": ((middle - K[:2, 2]) / scale).tolist(), "intrinsics_format": kind}
 
-# %% ../../nbs/data/05_dynamic_replica.ipynb #2b384a18
+# %% ../../nbs/data/05_dynamic_replica.ipynb #42934b7f
 def check_row(row, where: str): # a parsed row; for the message
     "InputError for a row that cannot be used."
     if not isinstance(row, dict): raise InputError(f"corrupt row: a {type(row).__name__}, not an object; {where}; restore the annotation file")
@@ -88,7 +89,7 @@ def _exactly(values, count):
     if len(values) != count: raise ValueError(f"{len(values)} numbers where {count} are expected")
     return values
 
-
+# %% ../../nbs/data/05_dynamic_replica.ipynb #639ef47b
 def read_annotations(path, skip_bad: bool = False): # frame_annotations_<split>.jgz; True: leave corrupt rows out
     "(rows as dicts, messages of the rows left out)."
     raw = Path(path).read_bytes() if Path(path).is_file() else None
@@ -169,12 +170,12 @@ def training_starts(n: int, sample_len: int,     # frames of the sequence and of
         if start + (sample_len - 1) * step < n: out.append(list(range(start, start + sample_len * step, step)))
     return out
 
-# %% ../../nbs/data/05_dynamic_replica.ipynb #116f1565
+# %% ../../nbs/data/05_dynamic_replica.ipynb #f1ae78cf
 WANTED = ("disparity", "right", "mask", "flow", "ids")
 
 
 class ReplicaSequence(PictureSource):
-    "One sequence with both eyes."
+    "One sequence with both eyes: a `StereoSource` whose frames have rows."
     def __init__(self, base: Path, rows: list, want=("disparity",), compat=None, gaps: bool = False): # folder of the split; all rows of the sequence
         name = rows[0]["sequence_name"]
         self.base, self.want, self.compat = base, tuple(want), compat
@@ -199,57 +200,54 @@ class ReplicaSequence(PictureSource):
         gap = self.rows[1][0].get("frame_timestamp", 0) - self.rows[0][0].get("frame_timestamp", 0)
         return 1 / gap if gap > 0 else None
 
-    def disparity_of(self, i: int, eye: int, scale: float): # position; 0 left, 1 right; of `disparity_scale`
-        "(disparity [1,H,W], valid) of one file, NaN where the depth is NaN; None without one."
-        row = self.rows[i][eye]
-        if not file_of(row, "depth"): return None
-        depth = read_replica_depth(self.base / file_of(row, "depth"))
-        if self.compat is None and (adjust := (row["depth"] or {}).get("scale_adjustment") if isinstance(row["depth"], dict) else None): depth = depth * float(adjust)
-        return depth_to_disparity(depth, scale)
+# %% ../../nbs/data/05_dynamic_replica.ipynb #f1803755
+@patch
+def disparity_of(self: ReplicaSequence, i: int, eye: int, scale: float): # position; 0 left, 1 right; of `disparity_scale`
+    "(disparity [1,H,W], valid) of one file, NaN where the depth is NaN; None without one."
+    row = self.rows[i][eye]
+    if not file_of(row, "depth"): return None
+    depth = read_replica_depth(self.base / file_of(row, "depth"))
+    if self.compat is None and (adjust := (row["depth"] or {}).get("scale_adjustment") if isinstance(row["depth"], dict) else None): depth = depth * float(adjust)
+    return depth_to_disparity(depth, scale)
 
-    def _maps(self, indices, eye):
-        scales = [disparity_scale(*self.rows[indices[0] if self.compat else i]) for i in indices]
-        maps = [self.disparity_of(i, eye, scale) for i, scale in zip(indices, scales)]
-        return None if None in maps else tuple(torch.stack(m) for m in zip(*maps))
 
-    def truth(self, indices): return self._maps(indices, 0) if "disparity" in self.want else None
+@patch
+def _maps(self: ReplicaSequence, indices, eye):
+    scales = [disparity_scale(*self.rows[indices[0] if self.compat else i]) for i in indices]
+    maps = [self.disparity_of(i, eye, scale) for i, scale in zip(indices, scales)]
+    return None if None in maps else tuple(torch.stack(m) for m in zip(*maps))
 
-    def extra(self, indices):
-        out = {"c2w": torch.stack([inverse(viewpoint_camera(self.rows[i][0]["viewpoint"], self.size)[1]) for i in indices])}
-        if "right" in self.want and (maps := self._maps(indices, 1)):
-            out |= {"right_disparity": torch.where(maps[1], maps[0], 0.0), "right_valid": maps[1]}
-        if "mask" in self.want:
-            for eye, key in enumerate(("mask", "right_mask")): out |= self._stacked(indices, key, "mask", read_mask, eye)
-        if "flow" in self.want and all(b == a + 1 for a, b in zip(indices, indices[1:])): out |= self._flow(indices)
-        if "ids" in self.want: out |= self._stacked(indices, "ids", "instance_id_map", read_ids)
-        return out
 
-    def _stacked(self, indices, name, key, read, eye: int = 0) -> dict:
-        files = [file_of(self.rows[i][eye], key) for i in indices]
-        return {} if None in files else {name: torch.stack([read(self.base / f) for f in files])}
+@patch
+def truth(self: ReplicaSequence, indices): return self._maps(indices, 0) if "disparity" in self.want else None
 
-    def _flow(self, indices) -> dict:
-        "Forward flow [T,2,H,W] (NaN where there is none) and where it is visible."
-        files = [[file_of(self.rows[i][0], key) for key in ("flow_forward", "flow_forward_mask")] for i in indices]
-        if not any(flow for flow, _ in files): return {}
-        flow = torch.stack([read_replica_flow(self.base / f) if f else torch.full((2, *self.size), torch.nan) for f, _ in files])
-        visible = [read_mask(self.base / m) > 127 if m else torch.ones(1, *self.size, dtype=torch.bool) for _, m in files]
-        return {"flow": flow, "flow_visible": torch.stack(visible) & torch.isfinite(flow).all(1, keepdim=True)}
+# %% ../../nbs/data/05_dynamic_replica.ipynb #68514078
+@patch
+def extra(self: ReplicaSequence, indices):
+    out = {"c2w": torch.stack([inverse(viewpoint_camera(self.rows[i][0]["viewpoint"], self.size)[1]) for i in indices])}
+    if "right" in self.want and (maps := self._maps(indices, 1)):
+        out |= {"right_disparity": torch.where(maps[1], maps[0], 0.0), "right_valid": maps[1]}
+    if "mask" in self.want:
+        for eye, key in enumerate(("mask", "right_mask")): out |= self._stacked(indices, key, "mask", read_mask, eye)
+    if "flow" in self.want and all(b == a + 1 for a, b in zip(indices, indices[1:])): out |= self._flow(indices)
+    if "ids" in self.want: out |= self._stacked(indices, "ids", "instance_id_map", read_ids)
+    return out
 
-    def rig(self, indices):
-        "The calibration of the first frame asked for."
-        from camflow.geometry.stereo_rig import StereoRig
-        left, right = self.rows[indices[0]]
-        (K, _), (K_right, _) = (viewpoint_camera(row["viewpoint"], self.size) for row in (left, right))
-        return StereoRig(K, K_right, disparity_scale(left, right) / float(K[0, 0]), self.size, doffs=0.0, source=self.name)
 
-    def trajectories(self, i: int): # position
-        "The content of the left eye's track file (a dict of tensors), None without one."
-        path = file_of(self.rows[i][0], "trajectories")
-        if path is None: return None
-        if not (self.base / path).is_file(): raise InputError(f"{self.base / path} does not exist; sequence {self.name}, frame {self.numbers[i]}; unpack the trajectories")
-        try: return torch.load(self.base / path, map_location="cpu", weights_only=True)
-        except Exception as error: raise InputError(f"not a readable track file ({type(error).__name__}: {str(error)[:60]}); {self.base / path}; download it again") from None # torch.load fails in many ways
+@patch
+def _stacked(self: ReplicaSequence, indices, name, key, read, eye: int = 0) -> dict:
+    files = [file_of(self.rows[i][eye], key) for i in indices]
+    return {} if None in files else {name: torch.stack([read(self.base / f) for f in files])}
+
+
+@patch
+def _flow(self: ReplicaSequence, indices) -> dict:
+    "Forward flow [T,2,H,W] (NaN where there is none) and where it is visible."
+    files = [[file_of(self.rows[i][0], key) for key in ("flow_forward", "flow_forward_mask")] for i in indices]
+    if not any(flow for flow, _ in files): return {}
+    flow = torch.stack([read_replica_flow(self.base / f) if f else torch.full((2, *self.size), torch.nan) for f, _ in files])
+    visible = [read_mask(self.base / m) > 127 if m else torch.ones(1, *self.size, dtype=torch.bool) for _, m in files]
+    return {"flow": flow, "flow_visible": torch.stack(visible) & torch.isfinite(flow).all(1, keepdim=True)}
 
 
 def read_ids(path) -> torch.Tensor: # [1,H,W] int32
@@ -257,6 +255,25 @@ def read_ids(path) -> torch.Tensor: # [1,H,W] int32
     ids = np.array(_open_image(path))
     if ids.ndim != 2: raise InputError(f"a picture of {ids.shape}; {path}; instance ids are grey")
     return torch.from_numpy(ids.astype(np.int32))[None]
+
+# %% ../../nbs/data/05_dynamic_replica.ipynb #cd272081
+@patch
+def rig(self: ReplicaSequence, indices):
+    "The calibration of the first frame asked for."
+    from camflow.geometry.stereo_rig import StereoRig
+    left, right = self.rows[indices[0]]
+    (K, _), (K_right, _) = (viewpoint_camera(row["viewpoint"], self.size) for row in (left, right))
+    return StereoRig(K, K_right, disparity_scale(left, right) / float(K[0, 0]), self.size, doffs=0.0, source=self.name)
+
+
+@patch
+def trajectories(self: ReplicaSequence, i: int): # position
+    "The content of the left eye's track file (a dict of tensors), None without one."
+    path = file_of(self.rows[i][0], "trajectories")
+    if path is None: return None
+    if not (self.base / path).is_file(): raise InputError(f"{self.base / path} does not exist; sequence {self.name}, frame {self.numbers[i]}; unpack the trajectories")
+    try: return torch.load(self.base / path, map_location="cpu", weights_only=True)
+    except Exception as error: raise InputError(f"not a readable track file ({type(error).__name__}: {str(error)[:60]}); {self.base / path}; download it again") from None # torch.load fails in many ways
 
 # %% ../../nbs/data/05_dynamic_replica.ipynb #362e3872
 class DynamicReplica(StereoSet):

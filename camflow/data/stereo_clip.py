@@ -6,7 +6,7 @@
 __all__ = ['IMAGES', 'VIDEOS', 'StereoClip', 'list_images', 'number_frames', 'match_frames', 'StereoSource', 'PictureSource',
            'folder_pair', 'find_calibration', 'VideoPair', 'PackedVideo', 'open_stereo', 'StereoSet']
 
-# %% ../../nbs/data/04_stereo_clip.ipynb #70999d3a
+# %% ../../nbs/data/04_stereo_clip.ipynb #311f424c
 import itertools
 import re
 from collections import Counter
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 
 from .stereo_files import count_unusable, image_size, read_image, usable
 from ..files import InputError
@@ -123,7 +124,7 @@ def match_frames(left: list, right: list, # pictures of the two views, any order
     number_frames(left, where, gaps)
     return list(a), list(a.values()), [b[n] for n in a]
 
-# %% ../../nbs/data/04_stereo_clip.ipynb #c0ba4000
+# %% ../../nbs/data/04_stereo_clip.ipynb #945dd80a
 class StereoSource:
     "Where a stereo clip comes from. Subclasses set name, size, fps, total and read frames."
     name, size, fps, total, calibration = "", None, None, 0, None
@@ -162,16 +163,20 @@ class StereoSource:
 
     def __iter__(self): return self.pairs()
 
-    def pairs(self, chunk: int = 4): # frames decoded at a time
-        "Yields (left, right), one frame each."
-        for start in range(0, len(self), chunk):
-            left, right = self.read(list(range(start, min(start + chunk, len(self)))))
-            yield from zip(left, right)
+# %% ../../nbs/data/04_stereo_clip.ipynb #dd4715db
+@patch
+def pairs(self: StereoSource, chunk: int = 4): # frames decoded at a time
+    "Yields (left, right), one frame each."
+    for start in range(0, len(self), chunk):
+        left, right = self.read(list(range(start, min(start + chunk, len(self)))))
+        yield from zip(left, right)
 
-    def eyes(self, chunk: int = 4):
-        "Two iterators, left and right frames; walked in step they hold `chunk` frames."
-        a, b = itertools.tee(self.pairs(chunk))
-        return (left for left, _ in a), (right for _, right in b)
+
+@patch
+def eyes(self: StereoSource, chunk: int = 4):
+    "Two iterators, left and right frames; walked in step they hold `chunk` frames."
+    a, b = itertools.tee(self.pairs(chunk))
+    return (left for left, _ in a), (right for _, right in b)
 
 # %% ../../nbs/data/04_stereo_clip.ipynb #62d914d5
 class PictureSource(StereoSource):

@@ -54,7 +54,7 @@ def flow_breaks(disparity, valid,         # [T,1,H,W]
     slack = tolerance + relative * d
     return tested & ((d < low - slack) | (d > high + slack)), tested
 
-# %% ../../nbs/data/07_stereo_truth.ipynb #149e4f68
+# %% ../../nbs/data/07_stereo_truth.ipynb #9abbaf62
 def _difference(l, r, d, known) -> float: # [1,H,W] each
     "Median grey difference of the left view and the right one fetched at x - d."
     at = torch.arange(l.shape[-1], device=d.device) - d
@@ -68,8 +68,8 @@ def photometric(left, right, disparity, valid, # tensors [T,3,H,W] 0..255; of th
                 constants: int = 24) -> list:  # tried, up to a quarter of the width
     "Per frame: (median grey difference with the truth, with the best constant disparity); NaN without a tested pixel."
     every, W, out = max(1, disparity.shape[-2] // 90), disparity.shape[-1], []
-    l, r = (v[..., ::every, :].float().mean(1, keepdim=True) for v in (left, right))
-    for l, r, d, known in zip(l, r, disparity[..., ::every, :], valid[..., ::every, :]):
+    views = [v[..., ::every, :].float().mean(1, keepdim=True) for v in (left, right)]
+    for l, r, d, known in zip(*views, disparity[..., ::every, :], valid[..., ::every, :]):
         told = _difference(l, r, d, known)
         tries = torch.linspace(0, W / 4, constants).tolist() + ([float(d[known].median())] if known.any() else [])
         found = [_difference(l, r, torch.full_like(d, c), known) for c in tries]

@@ -180,7 +180,7 @@ def _window(plan, settings, old): # (H, W) before the resize
         out.append(slice(int(low[0]), int(high[-1]) + 1))
     return out
 
-# %% ../../nbs/stereo/05_augment.ipynb #1abc93ea
+# %% ../../nbs/stereo/05_augment.ipynb #fdfaac89
 def apply_plan(clip: dict,               # left, right 0..255, disparity, valid, and what else of flow, visible, right_disparity, right_valid
                plan: dict,               # of `draw_plan`
                settings: Augment) -> dict: # that it was drawn with
@@ -211,7 +211,7 @@ def apply_plan(clip: dict,               # left, right 0..255, disparity, valid,
     for axis in plan["flip"]: out = (mirror if axis == "h" else upside_down)(out)
     return out
 
-
+# %% ../../nbs/stereo/05_augment.ipynb #517ad259
 def upside_down(clip: dict) -> dict:
     "The clip flipped top to bottom."
     out = {name: value.flip(-2) if isinstance(value, torch.Tensor) else value for name, value in clip.items()}
@@ -221,7 +221,7 @@ def upside_down(clip: dict) -> dict:
 
 def mirror(clip: dict) -> dict:
     "The clip seen in a mirror: the eyes change places, so the right view's disparity is the truth; flow is not known any more."
-    if clip.get("right_disparity") is None: raise InputError(f"no right_disparity; horizontal flip; it exchanges the eyes and needs the right view's truth: use flip='v', or read the set with the right disparity")
+    if clip.get("right_disparity") is None: raise InputError("no right_disparity; horizontal flip; it exchanges the eyes and needs the right view's truth: use flip='v', or read the set with the right disparity")
     out = clip | {a: clip[b].flip(-1) for a, b in (("left", "right"), ("right", "left"), ("disparity", "right_disparity"), ("valid", "right_valid"), ("right_disparity", "disparity"), ("right_valid", "valid"))}
     return out | {name: None for name in ("flow", "visible") if name in clip}
 

@@ -107,7 +107,7 @@ def fit_rows(uv_left, uv_right,  # [N,2] positions of matches
     errors = spread * np.sqrt(np.diag(np.linalg.inv(normal)))
     return RowFit(*map(float, best), tuple(map(float, errors)), np.abs(y - A @ best) < 2 * tolerance)
 
-# %% ../../nbs/geometry/06_rectify.ipynb #72ed4931
+# %% ../../nbs/geometry/06_rectify.ipynb #e38686e3
 @dataclass
 class RectificationReport:
     "What the matches between two views say; pixels of the images looked at, positive = the right picture is lower, turned clockwise, larger."
@@ -130,7 +130,7 @@ class RectificationReport:
     def as_dict(self): # JSON-ready
         return {k: v for k, v in asdict(replace(self, fit=None)).items() if k != "fit"}
 
-
+# %% ../../nbs/geometry/06_rectify.ipynb #16ed7a9a
 def _judge(report: RectificationReport, tolerance: float, certain: bool) -> RectificationReport:
     "Fills in status and advice."
     low, high = report.disparity
@@ -168,7 +168,7 @@ def rectification_report(left: Frames,             # left video
     certain = any(abs(value) > 3 * error and abs(value) * r > tolerance / 2 for value, error, r in zip((fit.alpha - 1, fit.beta, fit.gamma), fit.errors, reach)) or report.residual_px > tolerance
     return _judge(report, tolerance, certain)
 
-# %% ../../nbs/geometry/06_rectify.ipynb #f068bd50
+# %% ../../nbs/geometry/06_rectify.ipynb #41b4d532
 CENTRE = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # positions counted from pixel 0's centre to ours
 
 
@@ -201,7 +201,7 @@ def _warped(frames: Frames, how):
     else: out = [cv2.warpPerspective(p, np.linalg.inv(CENTRE) @ how @ CENTRE, (W, H), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE) for p in pictures]
     return Frames(torch.from_numpy(np.stack(out).reshape(len(out), H, W, -1)).permute(0, 3, 1, 2).contiguous(), "byte", frames.fps)
 
-
+# %% ../../nbs/geometry/06_rectify.ipynb #57d93a14
 def rectifier_of(calibration: Calibration, # raw cameras
                  size: tuple) -> Rectifier: # (H, W) of the images: those of the calibration
     "Undistorts and rectifies by a calibration."
@@ -213,7 +213,7 @@ def rectifier_of(calibration: Calibration, # raw cameras
     return Rectifier(f"undistorted and rectified by {calibration.source or 'the calibration'}", left=tuple(maps(calibration.K_left, calibration.D_left, R1, P1)),
                      right=tuple(maps(calibration.K_right, calibration.D_right, R2, P2)), rig=calibration.rig())
 
-# %% ../../nbs/geometry/06_rectify.ipynb #d68c43b8
+# %% ../../nbs/geometry/06_rectify.ipynb #8aa30053
 def _projective(matches, size):
     "Rectifying matrices of both sides from the fundamental matrix, or None."
     import cv2
@@ -234,7 +234,7 @@ def _moved(uv, matrix):
     p = np.column_stack([uv, np.ones(len(uv))]) @ matrix.T
     return p[:, :2] / p[:, 2:]
 
-
+# %% ../../nbs/geometry/06_rectify.ipynb #75392365
 def estimate_rectifier(left: Frames,              # left video, or frames spread over it
                        right: Frames,             # right video
                        report: RectificationReport | None = None, # of them, if at hand

@@ -83,7 +83,7 @@ def disparity(self: StereoRig,
     z = self._of(depth)
     return torch.where(torch.isfinite(z) & (z > 0), self.fx * self.baseline / z.clamp_min(1e-12) - self.doffs, torch.nan)
 
-# %% ../../nbs/geometry/05_stereo_rig.ipynb #d4618e87
+# %% ../../nbs/geometry/05_stereo_rig.ipynb #1a7ea670
 @patch
 def resize(self: StereoRig,
            size: tuple) -> StereoRig: # (H, W) of the resized images
@@ -108,7 +108,7 @@ def of(self: StereoRig,
         raise InputError(f"images are {size[0]} x {size[1]}, the calibration is for {self.size[0]} x {self.size[1]}, another aspect ratio; {self.source or 'StereoRig'}; undo the crop, or give a calibration of the cropped images")
     return self.resize(size)
 
-
+# %% ../../nbs/geometry/05_stereo_rig.ipynb #29852196
 @patch
 def points(self: StereoRig,
            depth_T1HW):  # metres

@@ -158,7 +158,7 @@ def _names(source, indices):
 def _spread(indices, most: int = 6):
     return [indices[round(i * (len(indices) - 1) / max(1, min(most, len(indices)) - 1))] for i in range(min(most, len(indices)))]
 
-# %% ../../nbs/stereo/11_depth.ipynb #68c59abc
+# %% ../../nbs/stereo/11_depth.ipynb #51a333c3
 def look(config: dict, source: StereoSource, indices, calibration): # settings; frames; StereoRig, Calibration or None
     "(Rectifier, report before, report after, remarks)."
     plan, before, after, remarks = Rectifier(), None, None, []
@@ -174,7 +174,7 @@ def look(config: dict, source: StereoSource, indices, calibration): # settings; 
     if after and after.status in ("unrectified", "swapped"): remarks.append(f"still {after.status} after that: expect wrong depth, and calibrate the cameras" if not plan.nothing else "nothing was done about it (rectify=false): expect wrong depth")
     return plan, before, after, remarks
 
-
+# %% ../../nbs/stereo/11_depth.ipynb #904cfd57
 def prepare(config: dict) -> Job: # of `checked`
     "Opens, checks and plans; raises before anything is computed."
     source = open_stereo(config["left"], config["right"] or None, config["layout"] or None, config["squeezed"], config["swap"], config["calibration"] or None)
@@ -259,7 +259,7 @@ def _millimetres(depth_1HW):
     mm = np.nan_to_num(np.asarray(depth_1HW[0], np.float64), nan=0.0, posinf=0.0) * 1000
     return np.where((mm > 0) & (mm < 65535), np.round(mm), 0).astype(np.uint16)
 
-# %% ../../nbs/stereo/11_depth.ipynb #9c45c4b9
+# %% ../../nbs/stereo/11_depth.ipynb #2558b756
 class _Frame:
     "One frame with its maps."
     def __init__(self, job, index, left, file, right_file, rig):
@@ -278,6 +278,11 @@ def write_maps(frame: _Frame, run_dir, config: dict, scale: Scale, metric: bool)
         write_png16(run_dir/f"depth_png/{frame.name}.png", _millimetres(frame.depth))
 
 
+def _at_most(size, edge: int):
+    scale = min(1.0, edge / max(size))
+    return tuple(max(2, round(n * scale / 2) * 2) for n in size)
+
+# %% ../../nbs/stereo/11_depth.ipynb #5159fd44
 def finish(job: Job, config: dict, run_dir, files, right_files) -> dict: # settings; maps of both views, the second may be None
     "Writes everything that is made from the maps; returns statistics."
     rig, run_dir = shape_rig(job), Path(run_dir)
@@ -302,11 +307,6 @@ def finish(job: Job, config: dict, run_dir, files, right_files) -> dict: # setti
             sure += float((frame.confidence > math.exp(-1)).float().mean()) if frame.confidence is not None else math.nan
     write_image(run_dir/"colour_bar.png", colour_bar(scale))
     return dict(scale=asdict(scale), disparity_px=_ends(disparity), depth_m=_ends(depth) if job.rig else None, unknown=1 - known / len(files), confident=sure / len(files), max_depth=far, pivot=pivot)
-
-
-def _at_most(size, edge: int):
-    scale = min(1.0, edge / max(size))
-    return tuple(max(2, round(n * scale / 2) * 2) for n in size)
 
 # %% ../../nbs/stereo/11_depth.ipynb #1aed27b1
 RESULTS = ("disparity", "disparity_pfm", "depth", "depth_png", "confidence", "points", "visualisations", "depth_video.mp4", "orbit_angle_15.mp4", "orbit_angle_-15.mp4", "orbit_changing_angle.mp4", "colour_bar.png", "rig.json")
@@ -335,7 +335,7 @@ def check_disk(job: Job, config: dict, run_dir):
     free = shutil.disk_usage(where).free
     if need > 0.95 * free: raise InputError(f"{n} frames of {job.size[0]} x {job.size[1]} need about {need / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free in {where}; use precision=float16, ply=0, confidence=false, max_size, or fewer frames (limit)")
 
-# %% ../../nbs/stereo/11_depth.ipynb #43602a5a
+# %% ../../nbs/stereo/11_depth.ipynb #58299dbc
 def same_settings(config: dict, run_dir):
     "A folder continues only what it began with."
     mark = {k: config[k] for k in MATCHING}
@@ -345,7 +345,7 @@ def same_settings(config: dict, run_dir):
         raise InputError(f"{run_dir} holds maps made with other settings ({', '.join(differ)}); give another folder, or delete it")
     write_json(path, mark)
 
-
+# %% ../../nbs/stereo/11_depth.ipynb #1d1a7a0b
 def _rig_json(rig): return rig and dict(K_left=rig.K_left, K_right=rig.K_right, baseline_m=rig.baseline, doffs_px=rig.doffs, size=rig.size, pixel_centres=0.5)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'RADIUS', 'TAPS', 'Correlation', 'MotionEncoder', 'along_time', 'from_time', 'axis_conv', 'gate',
-           'SeparableGRU', 'FlowHead', 'scatter_conv', 'convex_upsample', 'UpdateBlock']
+           'put_state', 'SeparableGRU', 'FlowHead', 'side_by_side', 'scatter_conv', 'convex_upsample', 'UpdateBlock']
 
 # %% ../../nbs/stereo/02_update.ipynb #eac67990
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpaceAttention, TimeAttention, from_tokens
+from .features import conv3x3, conv_by_points, pays
 
 # %% ../../nbs/stereo/02_update.ipynb #056cba21
 LEVELS, RADIUS = 4, 4
@@ -65,9 +66,10 @@ class MotionEncoder(nn.Module):
         self.conv = nn.Conv2d(dim, dim // 2 - 2, 3, padding=1)
 
     def forward(self, flow_N2hw: Tensor, corr_NChw: Tensor) -> Tensor: # [N,dim/2,h,w]
-        matched = self.convc2(self.convc1(corr_NChw).relu_()).relu_()
-        moved = self.convf2(self.convf1(flow_N2hw).relu_()).relu_()
-        return torch.cat([self.conv(torch.cat([matched, moved], 1)).relu_(), flow_N2hw], 1)
+        flow_N2hw = flow_N2hw.contiguous(memory_format=torch.channels_last)  # or everything behind it is turned around in every convolution
+        matched = conv3x3(self.convc2, self.convc1(corr_NChw).relu_()).relu_()
+        moved = conv3x3(self.convf2, self.convf1(flow_N2hw).relu_()).relu_()
+        return torch.cat([conv3x3(self.conv, torch.cat([matched, moved], 1)).relu_(), flow_N2hw], 1)
 
 # %% ../../nbs/stereo/02_update.ipynb #e84d816e
 def along_time(x_NChw: Tensor, T: int) -> Tensor: # [B,C,T,h*w], a view when channels are last in memory
@@ -92,6 +94,15 @@ def gate(x, weight, constant, axis, T):
     "The convolution plus its constant: a bias per channel, or a map."
     if constant.dim() == 1: return axis_conv(x, weight, constant, axis, T)
     return axis_conv(x, weight, None, axis, T).add_(constant)
+
+
+def put_state(joint_NChw: Tensor, h: Tensor, r: Tensor | None = None) -> Tensor:
+    "[h, x] with its first channels replaced by h, or r*h: in place when no gradient is recorded."
+    H = h.shape[1]
+    if torch.is_grad_enabled(): return torch.cat([h if r is None else r * h, joint_NChw[:, H:]], 1)
+    if r is None: joint_NChw[:, :H].copy_(h)
+    else: torch.mul(h, r, out=joint_NChw[:, :H])
+    return joint_NChw
 
 
 class SeparableGRU(nn.Module):
@@ -123,10 +134,12 @@ class SeparableGRU(nn.Module):
 
     def forward(self, h_NChw: Tensor, x_NChw: Tensor, passes: list, T: int) -> Tensor: # the new state [N,hidden,h,w]
         h = h_NChw
-        for axis, w_zr, w_q, c_zr, c_q in passes:
-            z, r = gate(torch.cat([h, x_NChw], 1), w_zr, c_zr, axis, T).sigmoid_().chunk(2, 1)
-            q = gate(torch.cat([r * h, x_NChw], 1), w_q, c_q, axis, T).tanh_()
-            h = torch.lerp(h, q, z)
+        joint = torch.cat([h, x_NChw], 1)
+        for i, (axis, w_zr, w_q, c_zr, c_q) in enumerate(passes):
+            if i: joint = put_state(joint, h)
+            z, r = gate(joint, w_zr, c_zr, axis, T).sigmoid_().chunk(2, 1)
+            joint = put_state(joint, h, r)
+            h = torch.lerp(h, gate(joint, w_q, c_q, axis, T).tanh_(), z)
         return h
 
 # %% ../../nbs/stereo/02_update.ipynb #0a4172bc
@@ -138,10 +151,16 @@ class FlowHead(nn.Module):
         self.conv1, self.conv2, self.three_d = conv(hidden, width, 3, padding=1), conv(width, 2, 3, padding=1), three_d
 
     def forward(self, x_NChw: Tensor, T: int) -> Tensor:
-        if self.three_d: x_NChw = x_NChw.unflatten(0, (-1, T)).transpose(1, 2)
-        y = self.conv1(x_NChw).relu_()
-        if self.three_d: y = y.transpose(1, 2).flatten(0, 1)
-        return scatter_conv(y, self.conv2.weight, self.conv2.bias, T)
+        w, b = self.conv1.weight, self.conv1.bias
+        if pays(x_NChw, w): y = conv_by_points(x_NChw, w, b, T)
+        else: y = F.conv2d(side_by_side(x_NChw, T), w.transpose(1, 2).flatten(1, 2), b, padding=1) if self.three_d else self.conv1(x_NChw)
+        return scatter_conv(y.relu_(), self.conv2.weight, self.conv2.bias, T)
+
+
+def side_by_side(x_NChw: Tensor, T: int) -> Tensor: # [N,3C,h,w]
+    "Every frame's channels after those of the frame before it and before those of the next (zeros outside the clip): a 3-D convolution becomes a 2-D one."
+    x = F.pad(x_NChw.permute(0, 2, 3, 1).unflatten(0, (-1, T)), (0, 0) * 3 + (1, 1))
+    return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], -1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def scatter_conv(x_NChw: Tensor, weight: Tensor, bias: Tensor, T: int) -> Tensor: # [N,out,h,w]
@@ -200,4 +219,4 @@ class UpdateBlock(nn.Module):
 
     def upsample_mask(self, net: Tensor) -> Tensor: # [N,144,h,w]
         "The logits of `convex_upsample`; the factor balances gradients."
-        return 0.25 * self.mask(net)
+        return 0.25 * self.mask[2](conv3x3(self.mask[0], net).relu_())

@@ -245,6 +245,7 @@ class PoseNet(nn.Module):
     def __init__(self, width: int = 64, depth: int = 4):  # as in `pose_config`
         super().__init__()
         self.da3 = DepthAnything3(pose_config(width, depth))
+        for part in (self.da3.cam_dec.fc_fov, self.da3.backbone["pretrained"].norm): part.requires_grad_(False)  # one lens; nobody reads the maps
 
     def forward(self, flow: Tensor, colour: Tensor) -> Tensor:  # [B,N,2,6,10], [B,N,3,6,10]
         "Steps [B,N,6] in rad and metres."
@@ -447,7 +448,9 @@ def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True,
     "Writes the averaged weights of a run's newest checkpoint as a model folder with its card."
     from camflow.training.checkpoint import load_checkpoint
     config, ckpt = {**DEFAULTS, **config}, load_checkpoint(Path(run_dir) / "checkpoints")
-    model = load_state(PoseNet(config["width"], config["depth"]), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}").eval()
+    model = start(PoseNet(config["width"], config["depth"]), generator(config["seed"], "init")).eval()
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    load_state(model, {**frozen, **ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}")
     more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
     save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
     return model

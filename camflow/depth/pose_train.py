@@ -265,7 +265,7 @@ def start(model: PoseNet, g: torch.Generator) -> PoseNet:
     "Starting weights from an explicit generator; the model starts by saying that nothing moves."
     init_weights(model.da3, g)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 2: p.normal_(0, p.shape[1] ** -0.5, generator=g)
             elif p.dim() == 4: p.normal_(0, p[0].numel() ** -0.5, generator=g)
             elif p.dim() == 3: p.normal_(0, 0.3, generator=g)

@@ -54,7 +54,7 @@ class DynamicStereo(nn.Module):
     def __init__(self, config: StereoConfig = CONFIGS["published"]):
         super().__init__()
         self.config, dim, has = config, config.dim, config.has
-        if dim % 16 or dim < 16: raise InputError(f"dim {dim}: give a multiple of 16, for every width is a fraction of it")
+        if dim not in (16, 32, 48) and (dim % 32 or dim < 32): raise InputError(f"dim {dim}: give a multiple of 32 (or 16, 48), for every width is a fraction of it and heads have 32 channels")
         if has("temporal") or has("update_time"): self.time_embed = nn.Parameter(torch.zeros(1, config.num_frames, dim))
         self.fnet = FeatureEncoder(dim)
         make = lambda **kw: UpdateBlock(dim, config.head or dim, config.use_3d_update_block, dead=config.dead_weights, **kw)

@@ -95,7 +95,7 @@ def follow(maps_NCHW: Tensor,  # what is looked up
            flow_N2HW: Tensor): # pixels, where each pixel goes
     "Values at the landing points, bilinear, zero outside."
     N, _, H, W = maps_NCHW.shape
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(H, device=maps_NCHW.device), torch.arange(W, device=maps_NCHW.device), indexing="ij")
     to = torch.stack([(x + flow_N2HW[:, 0]) * (2 / max(W - 1, 1)) - 1, (y + flow_N2HW[:, 1]) * (2 / max(H - 1, 1)) - 1], -1)
     return F.grid_sample(maps_NCHW, to.to(maps_NCHW), align_corners=True)
 

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from camflow.data.stereo_files import write_image, write_kitti
 from camflow.files import InputError, read_json
 from camflow.stereo import evaluate
 from camflow.stereo.baselines import block_matching, fill, per_frame, search_range, sgbm
@@ -11,7 +12,7 @@ from camflow.stereo.network import CONFIGS, DynamicStereo, save_stereo
 from camflow.stereo.windows import stereo_video
 from camflow.world.clips import HELD_OUT
 from camflow.world.stereo_clips import stereo_clip
-from camflow.world.stereo_write import write_dynamic_replica, write_sintel_stereo
+from camflow.world.stereo_write import write_dynamic_replica, write_sceneflow, write_sintel_stereo
 
 torch.set_num_threads(1)
 SMALL = dict(preset="tiny", clips=2, frames=4, window=2, overlap=1, iters=2, weights="random", samples=50, methods=["sgbm_filled"])
@@ -57,7 +58,7 @@ def test_baselines_refuse(clips):
 # ---- one clip
 def test_the_truth_scores_zero(clips, monkeypatch):
     example = evaluate.world_example(HELD_OUT, "tiny")
-    monkeypatch.setitem(evaluate.METHODS, "sgbm", lambda left, right, c: example.disparity.clone())
+    monkeypatch.setitem(evaluate.METHODS, "sgbm", lambda e, c: example.disparity.clone())
     row, _ = evaluate.evaluate_clip("sgbm", example, evaluate.settled(SMALL | dict(methods=["sgbm"])))
     for name, value in row["numbers"].items(): assert value == 0 or math.isnan(value) or name.endswith((".share", "s_per_frame")) or name.startswith(("seam", "depth")), name
     assert row["numbers"]["depth.rtc"] == row["numbers"]["depth.rtc_truth"] > 30 and row["numbers"]["depth.opw"] == row["numbers"]["depth.opw_truth"] and row["numbers"]["depth.tcc"] > .9999
@@ -67,7 +68,7 @@ def test_the_truth_scores_zero(clips, monkeypatch):
 def test_the_worst_frame_is_found(clips, monkeypatch):
     example = evaluate.world_example(HELD_OUT, "tiny")
     off = torch.tensor([0., 1, 5, 2, 0]).view(5, 1, 1, 1)
-    monkeypatch.setitem(evaluate.METHODS, "sgbm", lambda left, right, c: example.disparity + off)
+    monkeypatch.setitem(evaluate.METHODS, "sgbm", lambda e, c: example.disparity + off)
     row, pred = evaluate.evaluate_clip("sgbm", example, evaluate.settled(SMALL | dict(methods=["sgbm"])))
     assert row["worst_frame"] == 2 and abs(row["numbers"]["epe_mean"] - 1.6) < 1e-5
     assert evaluate.strip(example, pred, 2).shape == (3, 32, 4 * 128) and evaluate.strip(example, pred, 2, width=64).shape == (3, 16, 4 * 64)
@@ -93,14 +94,14 @@ def test_a_world_run_and_its_schema(tmp_path):
 def test_a_killed_run_continues_and_settings_do_not_mix(tmp_path, monkeypatch):
     real, seen = evaluate.METHODS["sgbm_filled"], []
 
-    def dies(left, right, c):
+    def dies(e, c):
         if len(seen) == 1: raise KeyboardInterrupt
         seen.append(1)
-        return real(left, right, c)
+        return real(e, c)
     monkeypatch.setitem(evaluate.METHODS, "sgbm_filled", dies)
     with pytest.raises(KeyboardInterrupt): evaluate.main(SMALL, tmp_path)
     counted = []
-    monkeypatch.setitem(evaluate.METHODS, "sgbm_filled", lambda left, right, c: (counted.append(1), real(left, right, c))[1])
+    monkeypatch.setitem(evaluate.METHODS, "sgbm_filled", lambda e, c: (counted.append(1), real(e, c))[1])
     assert evaluate.main(SMALL, tmp_path)["clips"] == 2 and len(counted) == 1
     more = evaluate.main(SMALL | dict(clips=3), tmp_path)
     assert more["clips"] == 3 and len(counted) == 2, "more clips reuse the rows that are there"
@@ -131,6 +132,17 @@ def test_sintel_and_dynamic_replica_by_their_protocols(clips, tmp_path):
     assert result["sgbm_filled_epe"] == pytest.approx(expected, rel=5e-3) and {"flow_tepe_mean", "occluded.epe_mean", "foreground.epe_mean"} <= set(table)
     assert result["clips"] == 2 and result["reproduced"] is None and evaluate.REPRODUCED["table5-test150"]["epe_mean"] == .2387
     with pytest.raises(InputError, match="frame_annotations_test"): evaluate.main(dict(protocol="table5-test150", root=str(tmp_path / "replica"), methods=["sgbm"]), tmp_path / "c")
+
+
+def test_sceneflow_and_single_pictures(clips, tmp_path):
+    write_sceneflow(tmp_path / "things", clips, "test")
+    result = evaluate.main(dict(protocol="things-40", root=str(tmp_path / "things"), methods=["sgbm_filled"], samples=50), tmp_path / "a")
+    assert result["clips"] == 2 and result["frames"] == 10 and result["reproduced"]["epe_mean"] == .74
+    for side, view in (("image_2", clips[0].left), ("image_3", clips[0].right)): write_image(tmp_path / "kitti/training" / side / "000000_10.png", view[0])
+    write_kitti(tmp_path / "kitti/training/disp_occ_0/000000_10.png", clips[0].disparity[0])
+    result = evaluate.main(dict(protocol="kitti-2015", root=str(tmp_path / "kitti"), methods=["network", "sgbm_filled"], weights="random", iters=2, samples=50), tmp_path / "b")
+    error = (sgbm(clips[0].left[:1], clips[0].right[:1], filled=True)[0] - clips[0].disparity[:1]).abs().mean()
+    assert result["sgbm_filled_epe"] == pytest.approx(float(error), rel=5e-3) and math.isnan(result["sgbm_filled_tepe"]) and "TEPE px" not in evaluate.table(result["methods"])[1]
 
 
 def test_bad_clips_stop_the_run_or_are_listed(clips, tmp_path):

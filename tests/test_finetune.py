@@ -114,6 +114,19 @@ def test_export_loads_in_the_pipeline(base, tmp_path):
     assert json.loads((tmp_path/"out"/"scores.json").read_text())["step"] == base["steps"]
 
 
+@pytest.mark.slow
+def test_two_ranks_train_in_pieces_and_export(base, tmp_path):
+    "Sharded over two gloo ranks, one text encoder for both; the first rank writes what all have trained."
+    from camflow.lab.launch import launch
+    from camflow.wan.text import build_tiny_text
+    text = build_tiny_text(["a room with a box", "two spheres in a hall"])
+    text.model.save_pretrained(tmp_path/"text/text_encoder"), text.tokenizer.save_pretrained(tmp_path/"text/tokenizer")
+    config = {**base, "muon": [], "cache_folder": str(tmp_path/"cache"), "text_encoder": str(tmp_path/"text"), "shard": True, "export": str(tmp_path/"out")}
+    launch("camflow.wan.finetune", config, tmp_path/"run", num_processes=2)
+    assert ReCamTransformer3DModel.from_pretrained(tmp_path/"out"/"transformer").config.num_layers == 1 and (tmp_path/"out"/"scores.json").exists()
+    assert load_checkpoint(tmp_path/"run"/"checkpoints").meta["config"]["shard"]
+
+
 def test_another_vae_needs_another_cache(base, tmp_path):
     bank, text = WorldBank(base["clips_folder"], 0, 3, 3), build_tiny_text(["a room"])
     world_scenes(tmp_path, bank, tiny_vae(0), text)

@@ -243,7 +243,7 @@ for trained in ("recam", "lora"):
         chosen = prepare_trained(model, trained, 4)
         fit(folder, model, step_fn, batch_fn, TrainConfig(steps=4, batch_size=1, lr=1e-3, bf16=True, ema_decay=0.9, gradient_checkpointing=True, shard=shard, checkpoint_every=0), trainable=chosen)
         found[shard] = read_metrics(folder)[["loss", "grad_norm"]]
-    print(trained, float((found[True] - found[False]).abs().max().max()), found[True]["loss"].tolist())
+    if torch.distributed.get_rank() == 0: print(trained, float((found[True] - found[False]).abs().max().max()), found[True]["loss"].tolist())
 """
 
 
@@ -254,4 +254,4 @@ def test_recam_is_sharded_over_two_gloo_ranks(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path/"sharded.py"), str(tmp_path)], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith(("recam", "lora"))]
-    assert len(rows) == 4 and max(float(gap) for _, gap, _ in rows) < 1e-3, done.stdout
+    assert len(rows) == 2 and max(float(gap) for _, gap, _ in rows) < 1e-3, done.stdout

@@ -196,6 +196,19 @@ def test_two_machines_train_one_model(tmp_path):
     assert load_pipeline(done.path/"grpo/pipeline").transformer.config.num_layers == 4
 
 
+def test_a_run_can_keep_its_rollouts_and_clip_in_units_of_velocity(tmp_path):
+    "The second trainer of the same folder takes its samples from the disk and learns the same; the clip range reaches the loss."
+    config = TINY | {"loss": "ppo", "window": 1, "cache": True, "clip_unit": "velocity", "clip": 0.01}
+    steps, folder = [], tmp_path/"rollouts"
+    for _ in range(2):
+        trainer = build(config, tmp_path, brightness)[0]
+        steps.append(trainer.step())
+    assert trainer.cache.hits == len(list(folder.iterdir())) == 2 and steps[0]["policy_loss"] == steps[1]["policy_loss"] and steps[0]["grad_norm"] == steps[1]["grad_norm"] > 0
+    other = build(config | {"seed": 1}, tmp_path, brightness)[0]
+    other.step()
+    assert other.cache.hits == 0 and trainer.cfg.clip_unit == "velocity"
+
+
 def test_exploring_cameras_are_larger_and_smaller_alike():
     "The factors' mean is 1, rotation and translation are drawn apart, the first pose stays, and the draw is the generator's."
     from camflow.device import generator

@@ -159,7 +159,7 @@ def test_other_architecture_and_other_base(tmp_path):
     other = Net()
     with torch.no_grad(): other.layers[0].weight.add_(0.01)
     with pytest.raises(InputError, match="other frozen weights"): fit(tmp_path, other, step, lambda *_: None, config, trainable=chosen)
-    with pytest.raises(InputError, match="no parameter is trainable"): fit(tmp_path/"x", Net(), step, lambda *_: None, config, trainable=lambda name: False)
+    with pytest.raises(InputError, match="no parameter is trained"): fit(tmp_path/"x", Net(), step, lambda *_: None, config, trainable=lambda name: False)
 
 
 def test_shared_tensors_and_dtypes_round_trip(tmp_path):

@@ -11,18 +11,14 @@ from copy import deepcopy
 
 import torch
 
-from ..files import InputError
+from ..training import loop
 
 # %% ../../nbs/rl/07_policy.ipynb #366604a2
 def choose_trainable(model,          # nn.Module
                      patterns=None): # shell patterns of parameter names, e.g. ["*.attn1.*", "*lora_*"]; None: what requires grad already
     "Freezes everything else, makes the chosen parameters float32 and returns {name: parameter}."
-    for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad if patterns is None else any(fnmatch.fnmatch(name, one) for one in patterns))
-        if p.requires_grad: p.data = p.data.float()
-    chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not chosen: raise InputError(f"no parameter is trained by the patterns {patterns}; the first names are {[n for n, _ in model.named_parameters()][:3]}")
-    return chosen
+    loop.choose_trainable(model, None if patterns is None else lambda name: any(fnmatch.fnmatch(name, one) for one in patterns))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def reference(model,   # nn.Module, before training

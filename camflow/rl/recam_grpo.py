@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parts', 'load_parts', 'Conditions', 'make_fn', 'add_lora', 'explore_cameras', 'decoder', 'to_sample', 'Judge',
            'reward_from', 'forwards_per_rollout', 'finetune_step', 'judged', 'compare', 'save_clips', 'read_clips',
-           'build', 'main', 'mean', 'conclude']
+           'build', 'main', 'conclude']
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #2e46c9c1
 import functools
@@ -20,7 +20,7 @@ from ..device import collective_backend, compute_dtype, device, generator, memor
 from ..files import InputError, atomic_write, read_json, write_json
 from ..media.frames import Frames
 from .estimate import remembered
-from .health import collapse
+from .health import collapse, finite_mean
 from .recam_config import Settings, parse, reward_class
 from .recam_data import evaluation_clips, open_data
 from .recam_export import export_pipeline
@@ -281,7 +281,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
         if resumed: raise InputError(f"{run_dir}/before.json is missing, so before and after cannot be compared; start a new run folder")
         values, tensors = judged(trainer, s, held_conditions, held)
         scored = [name for name in (s.rewards if trainer.cfg.combine == "each" else ["reward"]) if name in values]
-        if dead := [name for name in scored if math.isnan(mean(values[name]))]: raise InputError(f"{dead[0]}: not one of {s.eval_conditions} held-out clips of the starting model could be judged; {trainer.reward_fn.why()}; mend the reward or its options (rewards, reward_options) and start again")
+        if dead := [name for name in scored if math.isnan(finite_mean(values[name]))]: raise InputError(f"{dead[0]}: not one of {s.eval_conditions} held-out clips of the starting model could be judged; {trainer.reward_fn.why()}; mend the reward or its options (rewards, reward_options) and start again")
         if lead:
             save_clips(run_dir / "before.safetensors", **tensors)
             write_json(run_dir / "before.json", values)
@@ -296,7 +296,7 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
             if lead: writer.log(trainer.done, **metrics, step_seconds=time.monotonic() - begun)
             if s.eval_every and trainer.done % s.eval_every == 0:
                 values, _ = judged(trainer, s, held_conditions, held)
-                if lead: writer.log(trainer.done, **{f"eval_{name}": mean(one) for name, one in values.items() if name != "kind"})
+                if lead: writer.log(trainer.done, **{f"eval_{name}": finite_mean(one) for name, one in values.items() if name != "kind"})
             late = bool(s.max_seconds) and time.monotonic() - started > s.max_seconds
             history.append(metrics)
             if s.stop_on_collapse and (reason := collapse(history)): print(f"rank {trainer.rank} gives up after {trainer.done} rollouts: {reason}", flush=True)
@@ -311,12 +311,6 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
     if status != "stopped": result |= conclude(trainer, s, held_conditions, held, run_dir)
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier()
     return result | {"seconds": time.monotonic() - started, "peak_memory_gb": memory_stats()["peak_bytes"] / 2**30}
-
-
-def mean(values):
-    "Mean of the finite values."
-    present = [v for v in values if v is not None and v == v]
-    return sum(present) / len(present) if present else float("nan")
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #47e1720f
 def conclude(trainer, s, conditions, held, run_dir):

@@ -29,7 +29,7 @@ from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load
 from .ema import EMA
 from .heartbeat import Heartbeat
 from .metric_writer import MetricWriter, read_metrics
-from .shard import gathered, number, pieces, refuse_plugin, shard, state_pieces
+from .shard import assembled, gathered, pieces, refuse_plugin, shard, state_pieces
 
 # %% ../../nbs/training/03_loop.ipynb #41ae5511
 @dataclass
@@ -225,7 +225,7 @@ def choose_trainable(model,           # any module
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad if trainable is None else bool(trainable(name)))
         if p.requires_grad: p.data = p.data.float()
-    if not any(p.requires_grad for p in model.parameters()): raise InputError("no parameter is trainable; check the pattern of trained names")
+    if not any(p.requires_grad for p in model.parameters()): raise InputError(f"no parameter is trained; check the patterns of trained names; the first names are {[name for name, _ in model.named_parameters()][:3]}")
 
 # %% ../../nbs/training/03_loop.ipynb #014390ba
 def _trained(self):
@@ -290,7 +290,7 @@ def one_step(self, step_fn, batches):
             self.accelerator.backward(loss / cfg.accumulation)
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.) + torch.as_tensor(value, dtype=torch.float32).detach().cpu() / cfg.accumulation
-    norm = number(torch.nn.utils.clip_grad_norm_(list(self.params.values()), cfg.grad_clip or math.inf))
+    norm = assembled(torch.nn.utils.clip_grad_norm_(list(self.params.values()), cfg.grad_clip or math.inf))
     self.beat("update", self.step)
     if finite := bool(torch.isfinite(norm)): self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)

@@ -203,6 +203,9 @@ def test_tiny_frames_nan_and_silence(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "_sgbm", holes)
     result = main(dict(PLAIN, left=str(root)), tmp_path/"b")
     assert result["unknown"] == pytest.approx(0.25) and result["disparity_px"]["median"] == 5
+    monkeypatch.setattr(depth, "_sgbm", lambda pairs: ((i, torch.full((1, *SIZE), 70.0)) for i, _ in enumerate(pairs)))  # a network outside of what it was trained for
+    result = main(dict(LOOKING, left=str(root)), tmp_path/"w")
+    assert "do not trust them; try max_size=96" in result["remarks"][0] and result["matches"]["median_px"] > 40
     monkeypatch.setattr(depth, "_sgbm", lambda pairs: ((i, torch.full((1, *SIZE), torch.nan)) for i, _ in enumerate(pairs)))
     with pytest.raises(InputError, match="no pixel"): main(dict(PLAIN, left=str(root)), tmp_path/"c")
     blank = torch.full((2, 3, *SIZE), 100, dtype=torch.uint8)
@@ -219,6 +222,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(data, weights, tmp_path, co
         assert [f.read_bytes() for f in depth.compute_maps(job, model, config, tmp_path/"a")] == whole
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(data, weights, tmp_path):
     config = dict(left=str(data), weights=weights, window=2, overlap=1, iters=4, orbit=False, ply=0, compare_sgbm=False)
     write_json(tmp_path/"run/config.json", config)

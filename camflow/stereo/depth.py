@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'MATCHING', 'BASE', 'RESULTS', 'MARK', 'checked', 'load_weights', 'first_to_run', 'match', 'need_bytes',
            'available_bytes', 'memory_plan', 'refuse_memory', 'Job', 'look', 'prepare', 'map_files', 'compute_maps',
-           'agreement', 'shape_rig', 'write_maps', 'finish', 'publish', 'check_disk', 'same_settings', 'main']
+           'agreement', 'against_matches', 'doubts', 'shape_rig', 'write_maps', 'finish', 'publish', 'check_disk',
+           'same_settings', 'main']
 
-# %% ../../nbs/stereo/11_depth.ipynb #c6100294
+# %% ../../nbs/stereo/11_depth.ipynb #11cbfb30
 import contextlib
 import itertools
 import math
@@ -24,7 +25,7 @@ from ..data.stereo_clip import StereoSource, open_stereo
 from ..data.stereo_files import read_npy, write_image, write_mask, write_npy, write_pfm, write_png16
 from ..device import device, memory_stats
 from ..files import InputError, content_hash, read_json, write_json
-from ..geometry.rectify import RectificationReport, Rectifier, estimate_rectifier, moved_rig, rectification_report, rectifier_of
+from ..geometry.rectify import RectificationReport, Rectifier, estimate_rectifier, match_pairs, moved_rig, rectification_report, rectifier_of
 from ..geometry.stereo_rig import Calibration, StereoRig, read_calibration
 from ..media.frames import Frames
 from .show import MODES, Scale, cloud, colour_bar, colours, consistency, feed_video, fit_scale, orbit_view, swing_angle, worth_showing, write_ply
@@ -234,6 +235,28 @@ def agreement(job: Job, files, most: int = 6) -> dict: # maps of `compute_maps`;
     return dict(correlation=float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if enough else math.nan, median_difference_px=float(off.median()) if len(a) else math.nan,
                 within_1px=float((off < 1).double().mean()) if len(a) else math.nan, pixels=len(a), covered=len(a) / max(1, job.size[0] * job.size[1] * min(most, len(files))))
 
+# %% ../../nbs/stereo/11_depth.ipynb #6b67d8dd
+def against_matches(job: Job, files, most: int = 3) -> dict: # maps of `compute_maps`; frames looked at
+    "Differences of the maps from matched features whose rows agree, px."
+    ours, theirs = [], []
+    for i in _spread(list(range(len(files))), most):
+        left, right = (Frames(view[None], "byte") for view in next(job.pairs(i, 1)))
+        a, b, _ = match_pairs(left, right)
+        a, b = (uv[np.abs(a[:, 1] - b[:, 1]) < 1.5] for uv in (a, b))
+        x, y = (a[:, k].astype(int).clip(0, n - 1) for k, n in ((0, job.size[1]), (1, job.size[0])))
+        ours.append(np.asarray(read_npy(files[i]))[0, y, x]), theirs.append(a[:, 0] - b[:, 0])
+    d, true = np.concatenate(ours).astype(float), np.concatenate(theirs)
+    off, known = np.abs(d - true), np.isfinite(d)
+    return dict(matches=len(d), answered=float(known.mean()) if len(d) else math.nan, median_px=float(np.median(off[known])) if known.any() else math.nan, within_3px=float((off[known] < 3).mean()) if known.any() else math.nan,
+                largest_px=float(np.percentile(true, 98)) if len(d) else math.nan)
+
+
+def doubts(found: dict, size) -> list: # of `against_matches`; (H, W)
+    "What to say when the maps contradict the matches."
+    if found["matches"] < 25 or not found["median_px"] > max(3.0, 0.3 * found["largest_px"]): return []
+    return [f"the maps differ from {found['matches']} matched features by {found['median_px']:.1f} px at the median (disparities reach {found['largest_px']:.0f} px in frames {size[1]} wide): "
+            f"do not trust them; try max_size={max(64, int(max(size) / 64 + 0.5) * 32)}, which halves disparities, other weights, or weights=sgbm"]
+
 # %% ../../nbs/stereo/11_depth.ipynb #c4739ec9
 def _values(maps, count: int): # how many maps there are
     "A sample of the known values of many maps, four million at most."
@@ -282,7 +305,7 @@ def _at_most(size, edge: int):
     scale = min(1.0, edge / max(size))
     return tuple(max(2, round(n * scale / 2) * 2) for n in size)
 
-# %% ../../nbs/stereo/11_depth.ipynb #5159fd44
+# %% ../../nbs/stereo/11_depth.ipynb #16fcb68e
 def finish(job: Job, config: dict, run_dir, files, right_files) -> dict: # settings; maps of both views, the second may be None
     "Writes everything that is made from the maps; returns statistics."
     rig, run_dir = shape_rig(job), Path(run_dir)
@@ -290,8 +313,8 @@ def finish(job: Job, config: dict, run_dir, files, right_files) -> dict: # setti
     disparity, depth = _values(read(), len(files)), _values((rig.depth(d) for d in read()), len(files))
     scale = fit_scale(disparity, "px")
     if not len(depth): raise InputError(f"no pixel of {len(files)} frames has a usable disparity; {job.source.name}; look at the rectification report: are the views exchanged, or not of one scene?")
-    far = config["max_depth"] or 1.5 * float(np.percentile(depth, 98))
     pivot, small = float(np.median(depth)), _at_most(job.size, 640)
+    far = config["max_depth"] or min(1.5 * float(np.percentile(depth, 98)), 20 * pivot)
     known = sure = 0.0
     with contextlib.ExitStack() as stack:
         video = stack.enter_context(feed_video(run_dir/"depth_video.mp4", job.fps))
@@ -345,7 +368,7 @@ def same_settings(config: dict, run_dir):
         raise InputError(f"{run_dir} holds maps made with other settings ({', '.join(differ)}); give another folder, or delete it")
     write_json(path, mark)
 
-# %% ../../nbs/stereo/11_depth.ipynb #1d1a7a0b
+# %% ../../nbs/stereo/11_depth.ipynb #777064ac
 def _rig_json(rig): return rig and dict(K_left=rig.K_left, K_right=rig.K_right, baseline_m=rig.baseline, doffs_px=rig.doffs, size=rig.size, pixel_centres=0.5)
 
 
@@ -371,10 +394,11 @@ def main(config: dict, # keys of DEFAULTS
     seconds = time.perf_counter() - begin
     result = finish(job, config, run_dir, maps["disparity"], maps.get("disparity_right"))
     if config["compare_sgbm"] and model is not None: result["sgbm"] = agreement(job, maps["disparity"])
+    if config["check_rectification"]: result["matches"] = against_matches(job, maps["disparity"])
     if config["out"]: publish(run_dir, config["out"])
     return {**result, "frames": len(job.indices), "input_size": job.input_size, "size": job.size, "fps": job.fps, "source": job.source.name, "weights": config["weights"], "calibrated": job.rig is not None,
             "calibration": job.calibration, "rig": _rig_json(job.rig), "rectification": dict(before=job.before and job.before.as_dict(), after=job.after and job.after.as_dict(), how=job.rectifier.how),
-            "remarks": job.remarks, "memory": {**memory, "peak_bytes": memory_stats()["peak_bytes"]}, "seconds": seconds, "seconds_per_frame": seconds / len(made) if made else math.nan, "names": job.names}
+            "remarks": (doubts(result["matches"], job.size) if "matches" in result else []) + job.remarks, "memory": {**memory, "peak_bytes": memory_stats()["peak_bytes"]}, "seconds": seconds, "seconds_per_frame": seconds / len(made) if made else math.nan, "names": job.names}
 
 # %% ../../nbs/stereo/11_depth.ipynb #2cc94d13
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_every_live_tensor_learns():
 
 
 def test_gradients_or_none_the_same_numbers(monkeypatch):
-    model, (left, right) = busy(replace(SMALL, dim=224)), clip(T=2, H=128, W=256)    # wide enough that the fast forms without gradients are taken
+    model, (left, right) = busy(replace(SMALL, dim=224)), clip(T=2, H=64, W=256)    # wide enough that the fast forms without gradients are taken
     taken, original = [], features.conv_by_points
     counted = lambda x, weight, *a: (taken.append(weight.dim()), original(x, weight, *a))[1]
     for module in (features, update): monkeypatch.setattr(module, "conv_by_points", counted)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'RADIUS', 'TAPS', 'Correlation', 'MotionEncoder', 'along_time', 'from_time', 'axis_conv', 'gate',
-           'put_state', 'SeparableGRU', 'FlowHead', 'side_by_side', 'scatter_conv', 'convex_upsample', 'UpdateBlock']
+           'put_state', 'mix_channels', 'gates_by_points', 'SeparableGRU', 'FlowHead', 'side_by_side', 'scatter_conv',
+           'convex_upsample', 'UpdateBlock']
 
 # %% ../../nbs/stereo/02_update.ipynb #eac67990
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpaceAttention, TimeAttention, from_tokens
-from .features import conv3x3, conv_by_points, pays
+from .features import at_points, conv3x3, conv_by_points, from_points, pays, to_points, under_four
 
 # %% ../../nbs/stereo/02_update.ipynb #056cba21
 LEVELS, RADIUS = 4, 4
@@ -105,6 +106,36 @@ def put_state(joint_NChw: Tensor, h: Tensor, r: Tensor | None = None) -> Tensor:
     return joint_NChw
 
 
+def mix_channels(x: Tensor, weight: Tensor) -> Tensor: # [...,C] -> [...,out]
+    "A 1x1 convolution over many pixels, as a batch that the fast routine takes even on one thread."
+    n = x.numel() // x.shape[-1]
+    batch = next((b for b in (16, 20, 24, 28, 36, 44) if n % b == 0), 1)
+    y = F.conv2d(x.reshape(batch, n // batch, 1, -1).permute(0, 3, 1, 2), weight[:, :, None, None])
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def gates_by_points(joint_NChw: Tensor, h_NChw: Tensor, gates: tuple, axis: int) -> Tensor: # the new state
+    "One gated pass along columns (axis 1) or rows (axis 2) with 8 instead of 20 multiplications, a few frames at a time."
+    _, w_zr, w_q, c_zr, c_q = gates
+    f_zr, f_q, H = at_points(w_zr), at_points(w_q), h_NChw.shape[1]
+    maps = [t.permute(0, 2, 3, 1) if t.dim() == 4 else t for t in (joint_NChw, h_NChw, c_zr, c_q)]
+    out, border = torch.empty_like(maps[1]), (0, 0, 2, 2) if axis == 2 else (0, 0, 0, 0, 2, 2)
+    for i in range(0, len(out), step := max(1, 5120 // (out.shape[1] * out.shape[2]))):
+        x, h, c_zr, c_q = (t[i:i + step] if t.dim() == 4 else t for t in maps)
+        tiles = list(x.shape)
+        tiles[axis] //= 4
+        values = x.new_empty(8, *tiles)
+        def convolved(filters):
+            y = x.new_empty(*x.shape[:3], len(filters[0])).unflatten(axis, (-1, 4))
+            from_points([mix_channels(v, f) for v, f in zip(values, filters)], 5, list(y.unbind(axis + 1)))
+            return y.flatten(axis, axis + 1)
+        to_points(under_four(F.pad(x, border), axis, 5), 5, values)
+        z, r = convolved(f_zr).add_(c_zr).sigmoid_().chunk(2, -1)
+        to_points(under_four(F.pad(r * h, border), axis, 5), 5, values[..., :H])
+        torch.lerp(h, convolved(f_q).add_(c_q).tanh_(), z, out=out[i:i + step])
+    return out.permute(0, 3, 1, 2)
+
+
 class SeparableGRU(nn.Module):
     "Gated passes along rows, columns and (three_d) time; the tensors' names and shapes are the published ones."
     def __init__(self, hidden: int, inputs: int, three_d: bool = True):
@@ -137,6 +168,9 @@ class SeparableGRU(nn.Module):
         joint = torch.cat([h, x_NChw], 1)
         for i, (axis, w_zr, w_q, c_zr, c_q) in enumerate(passes):
             if i: joint = put_state(joint, h)
+            if axis in "wh" and pays(joint, w_zr, (3 if axis == "w" else 2,)):
+                h = gates_by_points(joint, h, passes[i], 2 if axis == "w" else 1)
+                continue
             z, r = gate(joint, w_zr, c_zr, axis, T).sigmoid_().chunk(2, 1)
             joint = put_state(joint, h, r)
             h = torch.lerp(h, gate(joint, w_q, c_q, axis, T).tanh_(), z)

@@ -127,7 +127,7 @@ def test_every_live_tensor_learns():
 
 
 def test_gradients_or_none_the_same_numbers(monkeypatch):
-    model, (left, right) = busy(replace(SMALL, dim=224)), clip(T=2, H=64, W=256)    # wide enough that the fast forms without gradients are taken
+    model, (left, right) = busy(replace(SMALL, dim=192)), clip(T=2, H=64, W=256)    # wide enough that the fast forms without gradients are taken
     taken, original = [], features.conv_by_points
     counted = lambda x, weight, *a: (taken.append(weight.dim()), original(x, weight, *a))[1]
     for module in (features, update): monkeypatch.setattr(module, "conv_by_points", counted)
@@ -135,6 +135,16 @@ def test_gradients_or_none_the_same_numbers(monkeypatch):
     count = len(taken)
     slow = model(left, right, iters=1).detach()
     assert {4, 5} <= set(taken) and len(taken) == count and (fast - slow).abs().max() < 1e-4 * max(1, slow.abs().max())
+
+
+def test_lower_precision_runs_and_learns():
+    model, (left, right) = busy(SMALL), clip(T=2)
+    with torch.no_grad(): exact = model(left, right, iters=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(): coarse = model(left, right, iters=2)
+        loss = model.train()(left, right, iters=2, every=True).float().abs().mean()
+    loss.backward()
+    assert (coarse.float() - exact).abs().mean() < 0.1 * exact.abs().mean() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_bad_input_is_refused_early():

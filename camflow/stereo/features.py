@@ -105,7 +105,7 @@ PORTION = 20480                     # pixels at a time
 
 def pays(x_NChw: Tensor, weight: Tensor, axes=(3,)) -> bool:
     "Whether fewer multiplications are worth their additions here."
-    return (not torch.is_grad_enabled() and x_NChw.device.type == "cpu" and x_NChw.dtype == torch.float32 and all(x_NChw.shape[a] % 4 == 0 for a in axes)
+    return (not torch.is_grad_enabled() and x_NChw.device.type == "cpu" and x_NChw.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and all(x_NChw.shape[a] % 4 == 0 for a in axes)
             and weight.shape[1] >= MIN_CHANNELS and x_NChw.numel() >= MIN_PIXELS * x_NChw.shape[1])
 
 

@@ -54,7 +54,7 @@ class Correlation:
         whole = centre.floor()
         first = torch.minimum((whole.long() - RADIUS).clamp_min(-_GAP), self.widths) + self.starts
         taken = self.volume.gather(1, (first[..., None] + self.tap).flatten(1)).unflatten(1, (LEVELS, -1))          # [P,4,10]
-        out = torch.lerp(taken[..., :-1], taken[..., 1:], (centre - whole)[..., None])
+        out = torch.lerp(taken[..., :-1], taken[..., 1:], (centre - whole)[..., None].to(taken.dtype))
         return out.view(N, h, w, TAPS).permute(0, 3, 1, 2)
 
 # %% ../../nbs/stereo/02_update.ipynb #88494cb5
@@ -173,7 +173,7 @@ class SeparableGRU(nn.Module):
                 continue
             z, r = gate(joint, w_zr, c_zr, axis, T).sigmoid_().chunk(2, 1)
             joint = put_state(joint, h, r)
-            h = torch.lerp(h, gate(joint, w_q, c_q, axis, T).tanh_(), z)
+            h = torch.lerp(h, gate(joint, w_q, c_q, axis, T).tanh_().to(h.dtype), z.to(h.dtype))
         return h
 
 # %% ../../nbs/stereo/02_update.ipynb #0a4172bc

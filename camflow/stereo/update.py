@@ -8,6 +8,8 @@ __all__ = ['LEVELS', 'RADIUS', 'TAPS', 'Correlation', 'MotionEncoder', 'along_ti
            'convex_upsample', 'UpdateBlock']
 
 # %% ../../nbs/stereo/02_update.ipynb #eac67990
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,6 +108,9 @@ def put_state(joint_NChw: Tensor, h: Tensor, r: Tensor | None = None) -> Tensor:
     return joint_NChw
 
 
+_PORTION = 5120 # pixels
+
+
 def mix_channels(x: Tensor, weight: Tensor) -> Tensor: # [...,C] -> [...,out]
     "A 1x1 convolution over many pixels, as a batch that the fast routine takes even on one thread."
     n = x.numel() // x.shape[-1]
@@ -114,25 +119,27 @@ def mix_channels(x: Tensor, weight: Tensor) -> Tensor: # [...,C] -> [...,out]
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-def gates_by_points(joint_NChw: Tensor, h_NChw: Tensor, gates: tuple, axis: int) -> Tensor: # the new state
-    "One gated pass along columns (axis 1) or rows (axis 2) with 8 instead of 20 multiplications, a few frames at a time."
-    _, w_zr, w_q, c_zr, c_q = gates
+def gates_by_points(joint_NChw: Tensor, h_NChw: Tensor, w_zr: Tensor, w_q: Tensor, c_zr: Tensor, c_q: Tensor, axis: int) -> Tensor: # the new state
+    "One gated pass along columns (axis 1) or rows (axis 2) with 8 instead of 20 multiplications, in portions that stay in the cache."
     f_zr, f_q, H = at_points(w_zr), at_points(w_q), h_NChw.shape[1]
     maps = [t.permute(0, 2, 3, 1) if t.dim() == 4 else t for t in (joint_NChw, h_NChw, c_zr, c_q)]
     out, border = torch.empty_like(maps[1]), (0, 0, 2, 2) if axis == 2 else (0, 0, 0, 0, 2, 2)
-    for i in range(0, len(out), step := max(1, 5120 // (out.shape[1] * out.shape[2]))):
-        x, h, c_zr, c_q = (t[i:i + step] if t.dim() == 4 else t for t in maps)
+    N, rows, columns, _ = out.shape
+    images, width = max(1, _PORTION // (rows * columns)), columns if axis == 2 else max(16, _PORTION // rows)
+    for i, j in product(range(0, N, images), range(0, columns, width)):
+        cut = slice(i, i + images), slice(None), slice(j, j + width)
+        x, h, c_zr, c_q = (t[cut] if t.dim() == 4 else t for t in maps)
         tiles = list(x.shape)
         tiles[axis] //= 4
         values = x.new_empty(8, *tiles)
         def convolved(filters):
-            y = x.new_empty(*x.shape[:3], len(filters[0])).unflatten(axis, (-1, 4))
+            y = values.new_empty(*tiles[:axis + 1], 4, *tiles[axis + 1:3], len(filters[0]))
             from_points([mix_channels(v, f) for v, f in zip(values, filters)], 5, list(y.unbind(axis + 1)))
             return y.flatten(axis, axis + 1)
         to_points(under_four(F.pad(x, border), axis, 5), 5, values)
         z, r = convolved(f_zr).add_(c_zr).sigmoid_().chunk(2, -1)
         to_points(under_four(F.pad(r * h, border), axis, 5), 5, values[..., :H])
-        torch.lerp(h, convolved(f_q).add_(c_q).tanh_(), z, out=out[i:i + step])
+        out[cut] = torch.lerp(h, convolved(f_q).add_(c_q).tanh_(), z)
     return out.permute(0, 3, 1, 2)
 
 
@@ -168,8 +175,10 @@ class SeparableGRU(nn.Module):
         joint = torch.cat([h, x_NChw], 1)
         for i, (axis, w_zr, w_q, c_zr, c_q) in enumerate(passes):
             if i: joint = put_state(joint, h)
-            if axis in "wh" and pays(joint, w_zr, (3 if axis == "w" else 2,)):
-                h = gates_by_points(joint, h, passes[i], 2 if axis == "w" else 1)
+            view = (lambda x: along_time(x, T) if x.dim() == 4 else x) if axis == "t" else (lambda x: x)
+            if (axis != "t" or T > 4) and pays(view(joint), w_zr, (3 if axis == "w" else 2,)):  # with 4 frames the plain convolution skips its zeros
+                h = gates_by_points(view(joint), view(h), w_zr, w_q, view(c_zr), view(c_q), 2 if axis == "w" else 1)
+                if axis == "t": h = from_time(h, x_NChw.shape[-2:])
                 continue
             z, r = gate(joint, w_zr, c_zr, axis, T).sigmoid_().chunk(2, 1)
             joint = put_state(joint, h, r)

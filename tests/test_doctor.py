@@ -35,7 +35,7 @@ def test_it_is_fast_and_leaves_torch_alone():
     ("recam_grpo", "npu32", ([2**36], 2**40, 64), "not here", "asks for 8 devices on each of 4 machines; here are 1 accelerators"),
     ("recam_finetune", "npu8", SERVER, "not here", "data=multicam needs -p root=FOLDER"),
     ("recam_finetune", "gpu", ([2**36], 2**38, 16), "runs", "GiB"),
-    ("recam_generate", "wan", SERVER, "not here", "weights=weights/recam-wan2.1-1.3b is not there; give it with -p weights=FOLDER"),
+    ("recam_generate", "wan", SERVER, "not here", "weights=weights/recam-wan2.1-1.3b is not there; give it with -p weights=PATH"),
 ])
 def test_verdicts(name, profile, machine, status, words):
     found = verdict(name, profile, *machine)

@@ -82,8 +82,8 @@ def machine():
     yield "reports", "ok" if writable else "missing", str(root) + ("" if writable else ": not writable; set CAMFLOW_REPORTS")
 
 # %% ../../nbs/lab/09_doctor.ipynb #29da6cde
-FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "trajectory") # parameters that name something on disk
-WORDS = ("", "tiny", "random", None)
+FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "trajectory", "left", "right", "calibration") # parameters that name something on disk
+WORDS = ("", "tiny", "random", "sgbm", None)
 
 
 def absent(values: dict) -> str: # all parameters of a run
@@ -92,7 +92,7 @@ def absent(values: dict) -> str: # all parameters of a run
     for name in FOLDERS:
         value = values.get(name)
         if value in WORDS or not isinstance(value, str): continue
-        if not Path(user_path(value)).exists(): return f"{name}={value} is not there; give it with -p {name}=FOLDER"
+        if not Path(user_path(value)).exists(): return f"{name}={value} is not there; give it with -p {name}=PATH"
     if values.get("data") in ("multicam", "videos") and values.get("root") in WORDS: return f"data={values['data']} needs -p root=FOLDER"
     return ""
 

@@ -148,7 +148,7 @@ def find_profile(notebook,       # path of the run notebook
                  profile: str) -> Path: # "smoke", or a path of a YAML file
     "The profile's file: `<name>.<profile>.yaml` beside the notebook, or any file."
     notebook = Path(notebook)
-    beside = notebook.with_name(f"{notebook.stem}.{profile}.yaml")
+    beside = notebook.parent/f"{notebook.stem}.{profile}.yaml"   # a path as profile makes a name that is not there
     if beside.exists(): return beside
     if Path(profile).is_file(): return Path(profile)
     there = sorted(p.name.split(".")[-2] for p in notebook.parent.glob(f"{notebook.stem}.*.yaml"))

@@ -2086,6 +2086,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'camflow.stereo.train._visible': ('stereo/train.html#_visible', 'camflow/stereo/train.py'),
                                       'camflow.stereo.train.clip_tensors': ('stereo/train.html#clip_tensors', 'camflow/stereo/train.py'),
                                       'camflow.stereo.train.crop_clip': ('stereo/train.html#crop_clip', 'camflow/stereo/train.py'),
+                                      'camflow.stereo.train.crop_length': ('stereo/train.html#crop_length', 'camflow/stereo/train.py'),
                                       'camflow.stereo.train.export': ('stereo/train.html#export', 'camflow/stereo/train.py'),
                                       'camflow.stereo.train.judge': ('stereo/train.html#judge', 'camflow/stereo/train.py'),
                                       'camflow.stereo.train.main': ('stereo/train.html#main', 'camflow/stereo/train.py'),

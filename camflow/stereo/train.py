@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'DEFAULTS', 'CARD', 'clip_tensors', 'crop_clip', 'some_frames', 'recolor', 'stack', 'predict', 'judge',
-           'Joined', 'open_sets', 'open_data', 'start_model', 'step_loss', 'write_model', 'main', 'export']
+           'Joined', 'open_sets', 'open_data', 'crop_length', 'start_model', 'step_loss', 'write_model', 'main',
+           'export']
 
 # %% ../../nbs/stereo/08_train.ipynb #28bc69e2
 import time
@@ -167,10 +168,17 @@ def open_data(config: dict, run_dir): # of `main`
 DEFAULTS = dict(model="tiny", start=None,                                                                # name in CONFIGS or fields of StereoConfig; folder to start from
                 data="world", clips=400, render_size=[64, 256], render_frames=5, hard=["none"], bank=None, # training clips
                 held_out_data=None, held_out=8, validate_iters=8,                                        # held-out clips
-                frames=4, size=[48, 128], iters=4, recolor=True, augment=None,                         # crops; `augment`: a mapping of Augment's fields instead of crop and recolor
+                frames=4, size=[48, 128], iters=4, recolor=True, augment=None,                         # crops; frames: a number, or a list from which every step draws; `augment`: a mapping of Augment's fields instead of crop and recolor
                 gamma=0.9, temporal=0.0, edge_low=1.0, max_flow=700.0,                                   # loss
                 steps=4000, batch_size=1, lr=1e-3, weight_decay=1e-5, schedule="onecycle", grad_clip=1.0, ema_decay=0.995,
                 checkpoint_every=0, checkpoint_seconds=60.0, validate_every=500, log_every=10, seed=0, card="")
+
+
+def crop_length(frames,   # T, or a list of lengths
+                seed: int, step: int): # of the run; done
+    "T of a step's crops, the same on all ranks."
+    if isinstance(frames, int): return frames
+    return frames[int(torch.randint(len(frames), (), generator=generator(seed, "crop length", step)))]
 
 
 def start_model(config: dict): # of `main`
@@ -226,7 +234,7 @@ def main(config: dict, # overrides of DEFAULTS and the fields of TrainConfig
          run_dir):     # metrics.jsonl, checkpoints/, bank/ and model/ live here
     "Trains, validates on held-out clips, writes run_dir/model."
     config, run_dir, started = configuration(config, DEFAULTS), Path(run_dir), time.process_time()
-    at_least(config, clips=1, held_out=1, frames=1, iters=2)
+    at_least(config | {"frames": config["frames"] if isinstance(config["frames"], int) else min(config["frames"], default=0)}, clips=1, held_out=1, frames=1, iters=2)
     settings = None
     if config["augment"] is not None:
         from camflow.stereo.augment import Augment, augment
@@ -235,14 +243,14 @@ def main(config: dict, # overrides of DEFAULTS and the fields of TrainConfig
     model = start_model(config)
     train, held = open_data(config, run_dir)
 
-    def item(i):
+    def item(i, T):
         g = generator(cfg.seed, "crop", i)
         clip = clip_tensors(train[shuffled(i, len(train), cfg.seed)])
-        if settings: return augment(some_frames(clip, config["frames"], g), settings, g)
-        clip = crop_clip(clip, config["frames"], tuple(config["size"]), g)
+        if settings: return augment(some_frames(clip, T, g), settings, g)
+        clip = crop_clip(clip, T, tuple(config["size"]), g)
         return recolor(clip, g) if config["recolor"] else clip
 
-    def batch_fn(step, rank, world, micro): return stack([item(i) for i in positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)])
+    def batch_fn(step, rank, world, micro): return stack([item(i, crop_length(config["frames"], cfg.seed, step)) for i in positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)])
     def step_fn(net, batch, g): return step_loss(net, batch, config)
     def validate(net, step): return {f"held_{k}": v for k, v in judge(net, held, config["validate_iters"], min(len(held), config["held_out"])).items()}
 

@@ -22,7 +22,8 @@ def weights(run): return load_stereo(run/"model").state_dict()
 
 
 def test_continues_exactly(tmp_path, bank):
-    config = SMALL | {"bank": bank, "steps": 6, "checkpoint_every": 3}
+    config = SMALL | {"bank": bank, "steps": 6, "checkpoint_every": 3, "frames": [2, 3]}
+    assert {train.crop_length([2, 3], 0, step) for step in range(6)} == {2, 3}
     whole = train.main(config, tmp_path/"whole")
     assert whole.status == "done" and whole.metrics["held_epe"] > 0
     (tmp_path/"cut").mkdir()
@@ -44,7 +45,7 @@ def test_learns(tmp_path, bank):
     assert sum(epe[-8:]) < 0.6 * sum(epe[:8]), epe
 
 
-@pytest.mark.parametrize("change, words", [({"widht": 3}, "widht"), ({"iters": 1}, "iters"), ({"size": [64, 48]}, "smaller than the crop"), ({"model": "huge"}, "huge"), ({"data": [["Nothing", "x"]]}, "Nothing"),
+@pytest.mark.parametrize("change, words", [({"widht": 3}, "widht"), ({"iters": 1}, "iters"), ({"frames": []}, "frames"), ({"frames": [2, 0]}, "frames"), ({"size": [64, 48]}, "smaller than the crop"), ({"model": "huge"}, "huge"), ({"data": [["Nothing", "x"]]}, "Nothing"),
                                            ({"data": [["Sintel", "absent"]]}, "absent"), ({"steps": 0}, "steps")])
 def test_refusals(change, words, tmp_path, bank):
     with pytest.raises(InputError, match=words): train.main(SMALL | {"bank": bank, "steps": 1, **change}, tmp_path)

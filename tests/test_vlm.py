@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from camflow.files import InputError
+from camflow.vlm.endpoint import Endpoint
 from camflow.vlm.prompt import VIDEO, chat, expand, plain, tokenize
 from camflow.vlm.qwen import QwenVL, build_tiny, check_folder, tiny_tokenizer
 from camflow.vlm.video_inputs import FAMILIES, Clip, at_rate, image_inputs, sample_indices, smart_resize, video_inputs
+from tests.fake_openai import FakeOpenAI, completion
 from tests.parity import qwen3vl as parity
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen3vl"
@@ -203,3 +205,78 @@ def test_the_tiny_tokenizer_reads_anything():
     assert tok.decode(tok(text).input_ids) == text
     made = tokenize(tok, ["ab", "abc"])
     assert made["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]] and replace(FAMILIES["qwen3_vl"], patch=14).factor == 28
+
+
+def endpoint(server, **more): return Endpoint(server.url, **({"frames": 2, "pause": 0.01, "deadline": 20.0} | more))
+
+
+def test_an_endpoint_is_asked_like_a_model():
+    with FakeOpenAI(answer=lambda body: body["messages"][0]["content"][-1]["text"].upper()) as server:
+        remote = endpoint(server)
+        assert remote.ask([clip(0), clip(1)], ["one", "two"]) == ["ONE", "TWO"]
+        body = server.seen[0]
+        assert body["model"] == "fake-vl" and body["temperature"] == 0 and body["seed"] == 0 and [p["type"] for p in body["messages"][0]["content"]] == ["image_url"] * 2 + ["text"]
+        shown = torch.from_numpy(_picture(body["messages"][0]["content"][0]["image_url"]["url"]))
+        assert torch.equal(shown.permute(2, 0, 1), clip(["one", "two"].index(body["messages"][0]["content"][-1]["text"])).frames[0])  # bit for bit
+        video = endpoint(server, send="video").replies([clip()], "hm")[0]
+        assert video.text == "HM" and server.seen[-1]["messages"][0]["content"][0]["type"] == "video_url" and video.record["codec"] == "h264"
+
+
+def _picture(uri):
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+@pytest.mark.parametrize("script", [[(429, {}), (503, {})], [(500, b"oops")], ["half", "half"], [b"<html>", b'{"choices": [{}]}'], [(429, b"")] * 4, ["hang"]])
+def test_trouble_that_passes_is_waited_out(script):
+    with FakeOpenAI(script) as server:
+        reply = endpoint(server, timeout=1.0).replies([clip()], "?")[0]
+        assert (reply.text, reply.status, reply.record["attempts"]) == ("4", "ok", len(script) + 1)
+
+
+@pytest.mark.parametrize("script, status, why", [([(400, {"error": "too long"})], "failed", "too long"), ([(401, {})], "failed", "401"), ([(404, {})], "failed", "404"), ([b"garbage"] * 9, "failed", "not a chat completion"),
+                                                 ([{"choices": [{"message": {"content": None}}]}] * 9, "failed", "no text"), (["huge"] * 9, "failed", "bytes"), ([(500, {})] * 99, "timeout", "500"), (["drip"] * 99, "timeout", "still answering"),
+                                                 (["hang"] * 9, "timeout", "ReadTimeout")])
+def test_trouble_that_stays_is_named(script, status, why):
+    with FakeOpenAI(script) as server:
+        remote = endpoint(server, timeout=0.4, deadline=1.5, max_bytes=2**18)
+        reply = remote.replies([clip()], "?")[0]
+        assert reply.status == status and why in reply.reason and reply.text == "" and not reply.finished
+        server.script = list(script)
+        with pytest.raises(TimeoutError if status == "timeout" else ConnectionError, match="1 of 1"): remote.ask([clip()], "?")
+
+
+def test_nobody_there():
+    reply = Endpoint("http://127.0.0.1:9/v1", deadline=0.5, pause=0.05).replies([clip()], "?")[0]
+    assert reply.status == "timeout" and "ConnectError" in reply.reason
+
+
+def test_one_bad_answer_among_good_ones():
+    with FakeOpenAI(answer=lambda body: (400, {}) if body["messages"][0]["content"][-1]["text"] == "bad" else completion("ok", "length")) as server:
+        replies = endpoint(server).replies([clip()] * 4, ["a", "bad", "c", "d"])
+        assert [r.status for r in replies] == ["ok", "failed", "ok", "ok"] and not replies[0].finished
+
+
+def test_patterns_fall_back_and_keys_are_sent(tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    def answer(body): return (400, {"error": "extra field"}) if "structured_outputs" in body or "guided_regex" in body else "4"
+    with FakeOpenAI(answer=answer) as server:
+        remote = endpoint(server, key_file=tmp_path / "key")
+        assert remote.replies([clip()], "?", pattern="[1-5]")[0].text == "4" and remote.info()["structured"] == "none" and server.headers[0]["authorization"] == "Bearer secret"
+        assert len(server.seen) == 3
+        remote.park(), remote.unpark()
+        with pytest.raises(InputError, match="key"): endpoint(server, key_file=tmp_path / "none")
+
+
+def test_digits_of_a_server():
+    tokens = [("Style Score (1-5):", {}), (" ", {}), ("3", {"3": -0.5, "4": -1.2, "x": -3.0}), (".", {}), ("2", {"2": 0.0})]
+    with FakeOpenAI([completion("Style Score (1-5): 3.2", tokens=tokens), completion("no", tokens=[("no", {})]), completion("Style Score (1-5): 3.2"), (404, {})]) as server:
+        remote = endpoint(server, parallel=1)
+        seen = remote.digit_probabilities([clip()] * 4, "?", ["Style Score (1-5): "])
+        assert [r.status for r in seen.replies] == ["ok", "invalid", "failed", "failed"] and seen.expected[1:].isnan().all()
+        p3, p4 = (torch.tensor(v).exp().item() for v in (-0.5, -1.2))
+        assert abs(seen.expected[0, 0] - (p3 * 3.2 + p4 * 4) / (p3 + p4)) < 1e-5 and server.seen[0]["top_logprobs"] == 20 and "structured_outputs" in server.seen[0]

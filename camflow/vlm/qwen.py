@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'NEEDED', 'tiny_tokenizer', 'tiny_config', 'build_tiny', 'check_folder', 'model_revision', 'load_folder',
-           'QwenVL', 'DigitScores']
+           'QwenVL']
 
-# %% ../../nbs/vlm/02_qwen.ipynb #001800eb
+# %% ../../nbs/vlm/02_qwen.ipynb #9cfef2b3
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..device import compute_dtype, device
 from ..files import InputError, content_hash, read_json
-from .prompt import FORMS, Reply, chat, expand, plain, texts_of, tokenize
+from .prompt import FORMS, DigitScores, Reply, chat, expand, plain, texts_of, tokenize
 from .video_inputs import FAMILIES, Clip, VideoSettings, at_rate, image_inputs, settings_from_files, video_inputs
 
 # shape suffixes: B questions, L tokens, A axes of a judgement, K digits
@@ -208,18 +207,7 @@ def _greedy(given, tokenizer):
     ends = given.eos_token_id if given is not None and given.eos_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(do_sample=False, eos_token_id=[ends] if isinstance(ends, int) else list(ends), pad_token_id=tokenizer.pad_token_id)
 
-# %% ../../nbs/vlm/02_qwen.ipynb #5c865675
-@dataclass
-class DigitScores:
-    "Probabilities of the digits of a judgement."
-    probabilities: Tensor  # [B,A,K] of the leading digits, not normalised
-    expected: Tensor       # [B,A]
-    record: list           # per clip, what the model was shown
-
-    @property
-    def mass(self) -> Tensor: return self.probabilities.sum(-1)  # [B,A]: how much of the model's belief is on digits at all
-
-
+# %% ../../nbs/vlm/02_qwen.ipynb #9f3d5cec
 @patch
 @torch.inference_mode()
 def digit_probabilities(self: QwenVL,
@@ -236,7 +224,7 @@ def digit_probabilities(self: QwenVL,
         inputs, record = self.prepare(clips[k:k + self.batch], prompts[k:k + self.batch], lines[0])
         found.append(_Reading(self.net, inputs, ids).scores(lines[1:], digits, decimals))
         records += record
-    return DigitScores(*(torch.cat(part).cpu() for part in zip(*found)), records)
+    return DigitScores(*(torch.cat(part).cpu() for part in zip(*found)), [Reply("", record=r) for r in records])
 
 # %% ../../nbs/vlm/02_qwen.ipynb #b482a34f
 class _Reading:

@@ -10,6 +10,7 @@ SYSTEMS = {
     "rl": ["rl", "cameras", "rewards"],
     "da3": ["da3", "cameras"],
     "qwen3vl": ["qwen3vl"],
+    "metrics": ["metrics"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
 }

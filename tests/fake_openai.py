@@ -10,11 +10,13 @@ import uvicorn
 def completion(text: str, finish: str = "stop", tokens: list | None = None) -> dict:
     "A chat completion; `tokens`: (token, {alternative: log probability}) per token."
     rows = [{"token": t, "logprob": alts.get(t, -0.1), "top_logprobs": [{"token": a, "logprob": p} for a, p in alts.items()]} for t, alts in tokens or []]
-    return {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish, "logprobs": {"content": rows} if rows else None}]}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish, "logprobs": {"content": rows} if rows else None}
+    return {"id": "x", "object": "chat.completion", "choices": [choice]}
 
 
 class FakeOpenAI:
-    "Context manager. `script` is consumed one entry per question, then `answer(body)` is asked: a text, a dict, bytes, a (status, body), or one of the words hang, drip, half, huge."
+    """Context manager. `script` is consumed one entry per question, then `answer(body)` is asked: a text, a dict, bytes, a (status, body), or one of the words
+    hang, drip, half, huge."""
     def __init__(self, script=(), answer=lambda body: "4"):
         self.script, self.answer, self.seen, self.headers = list(script), answer, [], []
 

@@ -54,15 +54,16 @@ def test_strict_reading_of_the_recorded_replies():
     assert valid == [GOOD, "Alignment Score (1-5): 4\nPhysics Score (1-5): 5\nStyle Score (1-5): 1"]
 
 
-@pytest.mark.parametrize("broken, why", [("7.8", "within"), ("-1", "plain"), ("0.99", "within"), ("nan", "plain"), ("inf", "plain"), ("1e0", "plain"), ("1_0", "plain"), ("3,4", "plain"), ("3.", "plain"), (".5", "plain"),
-                                         ("3/5", "plain"), ("", "plain"), ("5.0000001", "within"), ("X", "plain"), ("12", "within"), ("٣", "plain")])
-def test_scores_that_are_none(broken, why):
-    said = read_reply(GOOD.replace("3.0987", broken), APS)
-    assert not said.valid and said.axes == {} and (why in said.reason or "physics" in said.reason)
+@pytest.mark.parametrize("word", ["-1", "nan", "inf", "1e0", "1_0", "3,4", "3.", ".5", "3/5", "", "X", "٣", "7.8", "0.99", "12", "5.0000001"])
+def test_scores_that_are_none(word):
+    said = read_reply(GOOD.replace("3.0987", word), APS)
+    assert not said.valid and said.axes == {} and "physics" in said.reason
+    assert ("not within" if word in ("7.8", "0.99", "12", "5.0000001") else "not a plain number") in said.reason
 
 
 def test_more_replies():
-    assert read_reply(GOOD + "\n\nText Caption: [a room]", APS).valid and read_reply("**Alignment Score (1-5):** 3.2\n**Physics Score (1-5): 3**\nStyle Score (1-5): 4.5", APS).axes["physics"] == 3
+    assert read_reply(GOOD + "\n\nText Caption: [a room]", APS).valid
+    assert read_reply("**Alignment Score (1-5):** 3.2\n**Physics Score (1-5): 3**\nStyle Score (1-5): 4.5", APS).axes["physics"] == 3
     assert read_reply(GOOD + "\n" + GOOD, APS).valid and "two different" in read_reply(GOOD + "\nStyle Score (1-5): 1", APS).reason
     assert not read_reply(GOOD, APS, finished=False).valid and read_reply(GOOD + "\n", APS, finished=False).valid
     assert read_reply(FOUR, CAMFLOW4).axes == {"consistency": 3.3, "quality": 3.33, "alignment": 4.12, "coherence": 2.85}
@@ -71,8 +72,9 @@ def test_more_replies():
 
 
 def test_invalid_is_never_a_number():
-    judge = VideoJudge(Scripted(lambda p: GOOD if "fine" in p else "Sorry, I cannot." if "no" in p else Reply("", status="timeout", reason="600 s")), score="text")
-    scores = judge([sample(0, prompt="fine"), sample(1, prompt="no"), sample(2, prompt="late"), sample(3, prompt=" "), Sample(torch.zeros(3, 3, 4, 4), prompt="fine"), sample(4, prompt="fine")])
+    answers = {"fine": GOOD, "refused": "Sorry, I cannot.", "late": Reply("", status="timeout", reason="600 s")}
+    judge = VideoJudge(Scripted(lambda p: answers[p.split("[")[-1].rstrip("]")]), score="text")
+    scores = judge([*(sample(k, prompt=p) for k, p in enumerate(("fine", "refused", "late", " "))), Sample(torch.zeros(3, 3, 4, 4), prompt="fine"), sample(4, prompt="fine")])
     assert scores.status == ["ok", "invalid", "timeout", "invalid", "invalid", "ok"] and scores.values[1:5].isnan().all()
     assert all(d["reason"] for d in scores.details[1:5]) and scores.details[1]["reply"] == "Sorry, I cannot."
     assert abs(float(scores.values[0]) - (2.4036 + 3.0987 + 3.3889) / 3) < 1e-5 and scores.component("physics")[0] == pytest.approx(3.0987)
@@ -96,7 +98,7 @@ def test_good_judgements_are_remembered_bad_ones_are_not():
     judge = VideoJudge(model, score="text", cache=2)
     for _ in range(2): judge([sample(0, prompt="fine"), sample(1, prompt="bad")])
     assert len(model.asked) == 3
-    judge([sample(0, prompt="fine two"), sample(2, prompt="fine"), sample(0, prompt="fine")])  # another prompt or clip is another question; the oldest is forgotten
+    judge([sample(0, prompt="fine two"), sample(2, prompt="fine"), sample(0, prompt="fine")])  # another prompt or clip is another question
     assert len(model.asked) == 5 and len(judge.known) == 2
     other = sample(0, prompt="fine")
     other.frames = other.frames.clone()
@@ -120,7 +122,8 @@ def test_a_real_network_judges(profile, family):
     judge = VideoJudge("random", device="cpu", profile=profile, frames=4, family=family)
     samples = [sample(k) for k in range(2)]
     scores = judge(samples)
-    assert isinstance(judge, Reward) and scores.status == ["ok", "ok"] and scores.values[0] != scores.values[1] and (scores.values >= 1).all() and (scores.values <= 5).all()
+    assert isinstance(judge, Reward) and scores.status == ["ok", "ok"] and scores.values[0] != scores.values[1]
+    assert (scores.values >= 1).all() and (scores.values <= 5).all()
     again = VideoJudge("random", device="cpu", profile=profile, frames=4, family=family)(samples)
     assert torch.equal(scores.values, again.values)  # greedy: the same judge says the same
     info = judge.info()
@@ -158,7 +161,7 @@ def test_a_judge_behind_a_server():
         judge = VideoJudge(endpoint={"url": server.url, "deadline": 10.0, "pause": 0.01})
         scores = judge([sample(0), sample(1)])
         assert scores.status == ["ok", "ok"] and scores.values[0] == pytest.approx((3.2 + 4.0 + 2.5) / 3, abs=1e-4)
-        assert len([p for p in server.seen[0]["messages"][0]["content"] if p["type"] == "image_url"]) == 9 and judge.info()["model_rev"].startswith("fake-vl@")
+        assert [p["type"] for p in server.seen[0]["messages"][0]["content"]].count("image_url") == 9 and judge.info()["model_rev"].startswith("fake-vl@")
         words = VideoJudge(endpoint=judge.vlm, score="text")
         server.script = [(429, {}), (200, b"garbage"), (400, {"error": "no"})]
         found = words([sample(2)])

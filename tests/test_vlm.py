@@ -59,7 +59,8 @@ def test_clips_come_in_several_forms():
     from camflow.media.frames import Frames
     frames = clip().frames
     pictures = [f.permute(1, 2, 0).numpy() for f in frames]
-    same = [Clip(frames, 8), Clip(Frames(frames, "byte", 8)), Clip(pictures, 8), Clip([Image.fromarray(p) for p in pictures], 8), Clip(Clip(frames, 8)), Clip(np.asarray(frames), 8)]
+    same = [Clip(frames, 8), Clip(Frames(frames, "byte", 8)), Clip(pictures, 8), Clip([Image.fromarray(p) for p in pictures], 8), Clip(Clip(frames, 8)),
+            Clip(np.asarray(frames), 8)]
     assert all(torch.equal(c.frames, frames) and c.fps == 8 for c in same)
     for bad in (frames.float(), frames[:, :1], frames[:0], [], [pictures[0], pictures[1][:20]]):
         with pytest.raises(InputError): Clip(bad, 8)
@@ -139,7 +140,8 @@ def folder(tmp_path_factory):
     model, tokenizer = build_tiny(seed=3)
     model.save_pretrained(where, max_shard_size="300KB")
     tokenizer.save_pretrained(where)
-    (where / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}))
+    image = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    (where / "preprocessor_config.json").write_text(json.dumps(image))
     (where / "video_preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 2048, "longest_edge": 16384}, "fps": 4}))
     return where
 
@@ -184,7 +186,8 @@ def test_missing_or_broken_weights_are_refused(folder, tmp_path):
 
 def test_a_checkpoints_sampling_is_ignored(folder, tmp_path):
     copy(folder, tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.9, "eos_token_id": [2, 0], "pad_token_id": 0}))
+    config = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.9, "eos_token_id": [2, 0], "pad_token_id": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
     wild, calm = QwenVL(tmp_path, device="cpu"), QwenVL(folder, device="cpu")
     assert wild.ask([clip()], "Hm?", max_new_tokens=12) == calm.ask([clip()], "Hm?", max_new_tokens=12)
     assert wild.net.generation_config.eos_token_id == [2, 0]
@@ -215,9 +218,10 @@ def test_an_endpoint_is_asked_like_a_model():
         remote = endpoint(server)
         assert remote.ask([clip(0), clip(1)], ["one", "two"]) == ["ONE", "TWO"]
         body = server.seen[0]
-        assert body["model"] == "fake-vl" and body["temperature"] == 0 and body["seed"] == 0 and [p["type"] for p in body["messages"][0]["content"]] == ["image_url"] * 2 + ["text"]
-        shown = torch.from_numpy(_picture(body["messages"][0]["content"][0]["image_url"]["url"]))
-        assert torch.equal(shown.permute(2, 0, 1), clip(["one", "two"].index(body["messages"][0]["content"][-1]["text"])).frames[0])  # bit for bit
+        content = body["messages"][0]["content"]
+        assert body["model"] == "fake-vl" and body["temperature"] == 0 and body["seed"] == 0 and [p["type"] for p in content] == ["image_url"] * 2 + ["text"]
+        shown = torch.from_numpy(_picture(content[0]["image_url"]["url"]))
+        assert torch.equal(shown.permute(2, 0, 1), clip(["one", "two"].index(content[-1]["text"])).frames[0])  # bit for bit
         video = endpoint(server, send="video").replies([clip()], "hm")[0]
         assert video.text == "HM" and server.seen[-1]["messages"][0]["content"][0]["type"] == "video_url" and video.record["codec"] == "h264"
 
@@ -238,9 +242,10 @@ def test_trouble_that_passes_is_waited_out(script):
         assert (reply.text, reply.status, reply.record["attempts"]) == ("4", "ok", len(script) + 1)
 
 
-@pytest.mark.parametrize("script, status, why", [([(400, {"error": "too long"})], "failed", "too long"), ([(401, {})], "failed", "401"), ([(404, {})], "failed", "404"), ([b"garbage"] * 9, "failed", "not a chat completion"),
-                                                 ([{"choices": [{"message": {"content": None}}]}] * 9, "failed", "no text"), (["huge"] * 9, "failed", "bytes"), ([(500, {})] * 99, "timeout", "500"), (["drip"] * 99, "timeout", "still answering"),
-                                                 (["hang"] * 9, "timeout", "ReadTimeout")])
+@pytest.mark.parametrize("script, status, why", [
+    ([(400, {"error": "too long"})], "failed", "too long"), ([(401, {})], "failed", "401"), ([(404, {})], "failed", "404"), (["huge"] * 9, "failed", "bytes"),
+    ([b"garbage"] * 9, "failed", "not a chat completion"), ([{"choices": [{"message": {"content": None}}]}] * 9, "failed", "no text"),
+    ([(500, {})] * 99, "timeout", "500"), (["drip"] * 99, "timeout", "still answering"), (["hang"] * 9, "timeout", "ReadTimeout")])
 def test_trouble_that_stays_is_named(script, status, why):
     with FakeOpenAI(script) as server:
         remote = endpoint(server, timeout=0.4, deadline=1.5, max_bytes=2**18)
@@ -256,7 +261,8 @@ def test_nobody_there():
 
 
 def test_one_bad_answer_among_good_ones():
-    with FakeOpenAI(answer=lambda body: (400, {}) if body["messages"][0]["content"][-1]["text"] == "bad" else completion("ok", "length")) as server:
+    def answer(body): return (400, {}) if body["messages"][0]["content"][-1]["text"] == "bad" else completion("ok", "length")
+    with FakeOpenAI(answer=answer) as server:
         replies = endpoint(server).replies([clip()] * 4, ["a", "bad", "c", "d"])
         assert [r.status for r in replies] == ["ok", "failed", "ok", "ok"] and not replies[0].finished
 
@@ -266,7 +272,8 @@ def test_patterns_fall_back_and_keys_are_sent(tmp_path):
     def answer(body): return (400, {"error": "extra field"}) if "structured_outputs" in body or "guided_regex" in body else "4"
     with FakeOpenAI(answer=answer) as server:
         remote = endpoint(server, key_file=tmp_path / "key")
-        assert remote.replies([clip()], "?", pattern="[1-5]")[0].text == "4" and remote.info()["structured"] == "none" and server.headers[0]["authorization"] == "Bearer secret"
+        assert remote.replies([clip()], "?", pattern="[1-5]")[0].text == "4" and remote.info()["structured"] == "none"
+        assert server.headers[0]["authorization"] == "Bearer secret"
         assert len(server.seen) == 3
         remote.park(), remote.unpark()
         with pytest.raises(InputError, match="key"): endpoint(server, key_file=tmp_path / "none")
@@ -274,9 +281,11 @@ def test_patterns_fall_back_and_keys_are_sent(tmp_path):
 
 def test_digits_of_a_server():
     tokens = [("Style Score (1-5):", {}), (" ", {}), ("3", {"3": -0.5, "4": -1.2, "x": -3.0}), (".", {}), ("2", {"2": 0.0})]
-    with FakeOpenAI([completion("Style Score (1-5): 3.2", tokens=tokens), completion("no", tokens=[("no", {})]), completion("Style Score (1-5): 3.2"), (404, {})]) as server:
+    script = [completion("Style Score (1-5): 3.2", tokens=tokens), completion("no", tokens=[("no", {})]), completion("Style Score (1-5): 3.2"), (404, {})]
+    with FakeOpenAI(script) as server:
         remote = endpoint(server, parallel=1)
         seen = remote.digit_probabilities([clip()] * 4, "?", ["Style Score (1-5): "])
         assert [r.status for r in seen.replies] == ["ok", "invalid", "failed", "failed"] and seen.expected[1:].isnan().all()
         p3, p4 = (torch.tensor(v).exp().item() for v in (-0.5, -1.2))
-        assert abs(seen.expected[0, 0] - (p3 * 3.2 + p4 * 4) / (p3 + p4)) < 1e-5 and server.seen[0]["top_logprobs"] == 20 and "structured_outputs" in server.seen[0]
+        assert abs(seen.expected[0, 0] - (p3 * 3.2 + p4 * 4) / (p3 + p4)) < 1e-5
+        assert server.seen[0]["top_logprobs"] == 20 and "structured_outputs" in server.seen[0]

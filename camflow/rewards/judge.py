@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['APS', 'CAMFLOW4', 'PROFILES', 'Profile', 'Judgement', 'read_reply', 'VideoJudge', 'read_as']
 
-# %% ../../nbs/rewards/07_judge.ipynb #3b6b9dc8
+# %% ../../nbs/rewards/07_judge.ipynb #25ae172b
 import hashlib
 import math
 import re
@@ -13,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 
 import torch
+from fastcore.basics import patch
 
 from ..files import InputError, content_hash
 from .camera import answer_text, parse_answer
@@ -22,7 +23,7 @@ from ..vlm.prompt import Reply
 from ..vlm.qwen import QwenVL
 from ..vlm.video_inputs import Clip
 
-# %% ../../nbs/rewards/07_judge.ipynb #34cc41d8
+# %% ../../nbs/rewards/07_judge.ipynb #7749d065
 @dataclass(frozen=True)
 class Profile:
     "A question to a judge, and the form of its answer."
@@ -39,8 +40,9 @@ class Profile:
     @property
     def written(self) -> list: return [line if k == 0 else "\n" + line for k, line in enumerate(self.lines)]  # as the model writes them, one after the other
 
-
-APS = Profile("aps", """You are shown frames of a generated video, in their order in time. Judge the video as a whole on three axes, each on a scale from 1 (very bad) to 5 (excellent); fractions such as 3.4 are welcome.
+# %% ../../nbs/rewards/07_judge.ipynb #01bc01b6
+APS = Profile("aps", """You are shown frames of a generated video, in their order in time. Judge the video as a whole on three axes,
+each on a scale from 1 (very bad) to 5 (excellent); fractions such as 3.4 are welcome.
 Alignment: does it show what its caption says, with every object, attribute and action?
 Physics: do things move, touch, deform and persist as they would in reality?
 Style: is it sharp, clean, well lit and pleasing, without flicker or artefacts?
@@ -52,6 +54,7 @@ Style Score (1-5): Z
 
 Text Caption: [{prompt}]""", ("alignment", "physics", "style"), ("Alignment Score (1-5): ", "Physics Score (1-5): ", "Style Score (1-5): "), "images", 16)
 
+# %% ../../nbs/rewards/07_judge.ipynb #0b3c9d17
 CAMFLOW4 = Profile("camflow4", """Judge this generated video on four dimensions, each with two decimals from 1.00 (very bad) to 5.00 (excellent).
 Dimension 1, Frame-to-Frame Consistency: do objects, people and background stay the same from frame to frame, without flicker or jumps?
 Dimension 2, Visual Quality & Artifacts: is it sharp and natural, free of noise, blur and distortions?
@@ -101,7 +104,7 @@ def read_reply(text: str,               # of the model
     if stated is not None and not math.isfinite(stated): stated = None
     return Judgement(scores, stated=stated, inconsistent=stated is not None and abs(stated - sum(scores.values()) / len(scores)) > slack)
 
-# %% ../../nbs/rewards/07_judge.ipynb #d5aeb0d1
+# %% ../../nbs/rewards/07_judge.ipynb #9fac9d96
 class VideoJudge:
     "A vision-language model as a reward: the mean of its axes, on the scale of the profile."
     def __init__(self,
@@ -112,15 +115,16 @@ class VideoJudge:
                  weights: dict | None = None,  # {axis: weight}; None: all axes alike
                  min_mass: float | None = None, # belief that must be on digits, 0..1; None: 0.5, and 0 for a random model
                  max_new_tokens: int = 512,    # longest reply, for "text"
-                 cache: int = 4096,            # judgements that are remembered, by clip, question and weights
+                 cache: int = 4096,            # judgements that are remembered, by clip and prompt
                  send: str | None = None,      # "images" or "video"; None: the profile's
                  frames: int | None = None,    # frames shown; None: the profile's
                  name: str = "judge",
                  **options):                   # further arguments of QwenVL: device, dtype, attention, form, batch, family, seed, fps
-        if profile not in PROFILES and not isinstance(profile, Profile): raise InputError(f"profile {profile!r}; judge; one of {', '.join(PROFILES)}, or a Profile")
+        if isinstance(profile, str) and profile not in PROFILES: raise InputError(f"profile {profile!r}; judge; one of {', '.join(PROFILES)}, or a Profile")
         if score not in ("expected", "text"): raise InputError(f"score {score!r}; judge; 'expected' or 'text'")
-        self.profile = p = PROFILES.get(profile, profile) if isinstance(profile, str) else profile
-        if weights and set(weights) - set(p.axes): raise InputError(f"weights of {sorted(set(weights) - set(p.axes))}; judge; the axes of {p.name} are {', '.join(p.axes)}")
+        self.profile = p = PROFILES[profile] if isinstance(profile, str) else profile
+        strange = sorted(set(weights or {}) - set(p.axes))
+        if strange: raise InputError(f"weights of {', '.join(strange)}; judge; the axes of {p.name} are {', '.join(p.axes)}")
         show = {"send": send or p.send, "frames": frames or p.frames}
         if endpoint is None: self.vlm = model if hasattr(model, "replies") else QwenVL(model, **show, **options)
         else: self.vlm = endpoint if hasattr(endpoint, "replies") else Endpoint(**show | ({"url": endpoint} if isinstance(endpoint, str) else endpoint))
@@ -132,78 +136,102 @@ class VideoJudge:
         "One score per sample; a sample that cannot be judged is invalid and says why."
         rows, todo = [None] * len(samples), []
         for k, sample in enumerate(samples):
-            try: clip = Clip(byte_frames(sample.frames), getattr(sample.frames, "fps", None) or sample.meta.get("fps"))
+            try: key, clip = _looked_at(sample)
             except InputError as error: rows[k] = ("invalid", {"reason": str(error)})
-            if not sample.prompt.strip(): rows[k] = ("invalid", {"reason": f"sample {sample.id!r} has no prompt; the question needs one"})
-            if rows[k]: continue
-            key = (hashlib.sha256(clip.frames.numpy().tobytes()).hexdigest(), tuple(clip.frames.shape), clip.fps, sample.prompt)
-            if key in self.known: rows[k] = ("ok", self.known[key] | {"cached": True})
-            else: todo.append((k, key, clip, self.profile.question.replace("{prompt}", sample.prompt.strip())))
-        for (k, key, _, _), (status, details) in zip(todo, self._judge([c for _, _, c, _ in todo], [q for _, _, _, q in todo])):
-            rows[k] = (status, details)
-            if status == "ok": self._remember(key, details)
+            else:
+                if key in self.known: rows[k] = ("ok", self.known[key] | {"cached": True})
+                else: todo.append((k, key, clip, self.profile.question.replace("{prompt}", sample.prompt.strip())))
+        for (k, key, _, _), row in zip(todo, self._judge([t[2] for t in todo], [t[3] for t in todo])):
+            rows[k] = row
+            if row[0] == "ok": self.known[key] = row[1]
+        while len(self.known) > self.most: self.known.popitem(last=False)
         return Scores([d["score"] if s == "ok" else math.nan for s, d in rows], [s for s, _ in rows], [d for _, d in rows])
 
-    def _judge(self, clips: list, questions: list) -> list: # of (status, details)
-        "New judgements; a clip that the model cannot take does not take the others with it."
-        if not clips: return []
-        try: return self._expected(clips, questions) if self.score == "expected" else self._text(clips, questions)
-        except InputError as error:
-            if len(clips) == 1: return [("invalid", {"reason": str(error)})]
-            return [self._judge([c], [q])[0] for c, q in zip(clips, questions)]
+# %% ../../nbs/rewards/07_judge.ipynb #dd0fe9e6
+def _looked_at(sample) -> tuple: # (key, Clip)
+    "The clip of a sample, or an InputError that says why it cannot be judged."
+    clip = Clip(byte_frames(sample.frames), getattr(sample.frames, "fps", None) or sample.meta.get("fps"))
+    if not sample.prompt.strip(): raise InputError(f"sample {sample.id!r} has no prompt; judge; the question needs one")
+    return (hashlib.sha256(clip.frames.numpy().tobytes()).hexdigest(), tuple(clip.frames.shape), clip.fps, sample.prompt), clip
 
-    def _expected(self, clips, questions):
-        seen, out = self.vlm.digit_probabilities(clips, questions, self.profile.written), []
-        for p, e, mass, reply in zip(seen.probabilities.tolist(), seen.expected.tolist(), seen.mass.tolist(), seen.replies):
-            axes = dict(zip(self.profile.axes, e))
-            thin = {a: m for a, m in zip(self.profile.axes, mass) if not m >= self.min_mass}
-            if reply.status != "ok": out.append(self._lost(reply))
-            elif thin or not all(map(math.isfinite, e)): out.append(("invalid", {"reason": f"only {min(thin.values(), default=math.nan):.1%} of the belief is on digits at the score of {min(thin, key=thin.get, default='?')}", "record": reply.record}))
-            else: out.append(self._mean(axes, {"mass": min(mass), "probabilities": dict(zip(self.profile.axes, p)), "record": reply.record}))
-        return out
 
-    def _text(self, clips, questions):
-        out = []
-        for reply in self.vlm.replies(clips, questions, self.max_new_tokens):
-            said = read_reply(reply.text, self.profile, reply.finished)
-            shown = {"reply": reply.text, "record": reply.record}
-            if reply.status != "ok": out.append(self._lost(reply))
-            elif not said.valid: out.append(("invalid", shown | {"reason": said.reason}))
-            else: out.append(self._mean(said.axes, shown | {"stated": said.stated, "inconsistent": said.inconsistent}))
-        return out
+@patch
+def _judge(self: VideoJudge, clips: list, questions: list) -> list: # of (status, details)
+    "New judgements; a clip that the model cannot take does not take the others with it."
+    if not clips: return []
+    try: return self._expected(clips, questions) if self.score == "expected" else self._text(clips, questions)
+    except InputError as error:
+        if len(clips) == 1: return [("invalid", {"reason": str(error)})]
+        return [self._judge([c], [q])[0] for c, q in zip(clips, questions)]
 
-    def _mean(self, axes, more): return "ok", axes | {"score": sum(self.weights.get(a, 0.0) * v for a, v in axes.items()) / sum(self.weights.values())} | more
 
-    def _lost(self, reply: Reply): return reply.status, {"reason": reply.reason, "record": reply.record}
+@patch
+def _mean(self: VideoJudge, axes: dict, more: dict) -> tuple:
+    "A valid judgement."
+    return "ok", axes | {"score": sum(self.weights.get(a, 0.0) * v for a, v in axes.items()) / sum(self.weights.values())} | more
 
-    def _remember(self, key, details):
-        self.known[key] = details
-        while len(self.known) > self.most: self.known.popitem(last=False)
+# %% ../../nbs/rewards/07_judge.ipynb #89eb8d64
+@patch
+def _expected(self: VideoJudge, clips: list, questions: list) -> list:
+    "Judgements from the probabilities of digits."
+    seen, out = self.vlm.digit_probabilities(clips, questions, self.profile.written), []
+    for p, e, mass, reply in zip(seen.probabilities.tolist(), seen.expected.tolist(), seen.mass.tolist(), seen.replies):
+        axis, least = min(zip(self.profile.axes, mass), key=lambda pair: pair[1])
+        more = {"mass": least, "probabilities": dict(zip(self.profile.axes, p)), "record": reply.record}
+        if reply.status != "ok": out.append((reply.status, {"reason": reply.reason, "record": reply.record}))
+        elif not all(map(math.isfinite, [*mass, *e])): out.append(("invalid", more | {"reason": "the model's probabilities are not finite"}))
+        elif least < self.min_mass: out.append(("invalid", more | {"reason": f"only {least:.1%} of the belief is on digits at the score of {axis}"}))
+        else: out.append(self._mean(dict(zip(self.profile.axes, e)), more))
+    return out
 
-    def info(self) -> dict:
-        "What must be recorded with a score: model, question, form of the prompt, meaning of the number."
-        p = self.profile
-        return self.vlm.info() | {"name": self.name, "profile": p.name, "score": self.score, "prompt_hash": content_hash([asdict(p), self.score]), "weights": self.weights, "min_mass": self.min_mass,
-                                  "score_schema": [{"name": n, "lo": p.low, "hi": p.high, "higher_better": True} for n in ("score", *p.axes)]}
 
-    def park(self): self.vlm.park()
-    def unpark(self): self.vlm.unpark()
+@patch
+def _text(self: VideoJudge, clips: list, questions: list) -> list:
+    "Judgements from written replies."
+    out = []
+    for reply in self.vlm.replies(clips, questions, self.max_new_tokens):
+        said, shown = read_reply(reply.text, self.profile, reply.finished), {"reply": reply.text, "record": reply.record}
+        if reply.status != "ok": out.append((reply.status, {"reason": reply.reason, "record": reply.record}))
+        elif not said.valid: out.append(("invalid", shown | {"reason": said.reason}))
+        else: out.append(self._mean(said.axes, shown | {"stated": said.stated, "inconsistent": said.inconsistent}))
+    return out
 
-# %% ../../nbs/rewards/07_judge.ipynb #2b115cb8
+# %% ../../nbs/rewards/07_judge.ipynb #c1979130
+@patch
+def info(self: VideoJudge) -> dict:
+    "What must be recorded with a score: model, question, form of the prompt, meaning of the number."
+    p = self.profile
+    return self.vlm.info() | {"name": self.name, "profile": p.name, "score": self.score, "prompt_hash": content_hash([asdict(p), self.score]),
+                              "weights": self.weights, "min_mass": self.min_mass,
+                              "score_schema": [{"name": n, "lo": p.low, "hi": p.high, "higher_better": True} for n in ("score", *p.axes)]}
+
+
+@patch
+def park(self: VideoJudge):
+    "Gives the model's memory back."
+    self.vlm.park()
+
+
+@patch
+def unpark(self: VideoJudge):
+    "Takes the model back onto the device."
+    self.vlm.unpark()
+
+# %% ../../nbs/rewards/07_judge.ipynb #79c031da
 def read_as(text: str,
             who: str   # "documented", "mixgrpo", "mixgrpo_final", "verl_omni", "flow_grpo", "think"
            ):
     "What the published readers make of a reply."
-    def axes(names, pattern, flags=0): return {n: m for n in names if (m := re.findall(pattern.replace("AXIS", n.capitalize()), text, flags))}
+    def axes(names, pattern, flags=0): return {n: re.findall(pattern.replace("AXIS", n.capitalize()), text, flags) for n in names}
     if who in ("documented", "mixgrpo"):
-        found = axes(APS.axes, r"AXIS Score \(1-5\):\s*([0-5](?:\.\d*)?)")
-        return {n: float(found[n][0]) if n in found else None for n in APS.axes} if who == "documented" else float(found["alignment"][0]) if "alignment" in found else None
+        found = {n: float(v[0]) if v else None for n, v in axes(APS.axes, r"AXIS Score \(1-5\):\s*([0-5](?:\.\d*)?)").items()}
+        return found if who == "documented" else found["alignment"]
     if who == "mixgrpo_final": return float(m[1]) if (m := re.search(r"Final Score:\s*([0-5](?:\.\d*)?)", text)) else None
     if who == "flow_grpo": return float(m[1]) if (m := re.search(r"Final Score:\s*([1-5](?:\.\d*)?)", text)) else 0.0
     if who == "think": return text.strip() if (inside := answer_text(text)) is None else inside
     if who != "verl_omni": raise InputError(f"reader {who!r}; judge; documented, mixgrpo, mixgrpo_final, verl_omni, flow_grpo or think")
     names = ("alignment", "coherence", "style")
-    found = {n: float(v[-1]) for n, v in axes(names, r"AXIS Score(?: \(1-5\))?:\s*(\d*\.?\d+)", re.IGNORECASE).items()}
+    found = {n: float(v[-1]) for n, v in axes(names, r"AXIS Score(?: \(1-5\))?:\s*(\d*\.?\d+)", re.IGNORECASE).items() if v}
     numbers = re.findall(r"\d+\.?\d*", text)
     if not found and len(numbers) == 3: found = dict(zip(names, map(float, numbers)))
     raw = sum(found.values()) / len(found) if found else 0.0

@@ -27,7 +27,7 @@ def timestamps(indices: list,      # frame numbers of the clip
     times = [i / (fps or 24) for i in indices]
     return [(times[k] + times[k + pair - 1]) / 2 for k in range(0, len(times), pair)]
 
-# %% ../../nbs/vlm/01_prompt.ipynb #a9a1b513
+# %% ../../nbs/vlm/01_prompt.ipynb #677f7978
 FORMS = ("inner", "whole")
 START, END, VIDEO, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"
 
@@ -45,8 +45,8 @@ def expand(text: str,            # with one placeholder per video or image
     blocks = [(k, seen.grids[before[k] + i]) for k in clips for i in range(seen.counts[k])]
     mark = VIDEO if seen.kind == "video" else IMAGE
     pattern = f"{re.escape(START + mark + END)}|{re.escape(mark)}" if form == "whole" and seen.kind == "video" and s.timestamps else re.escape(mark)
-    found = re.findall(pattern, text)
-    if len(found) != len(blocks): raise InputError(f"{len(found)} placeholders {mark} for {len(blocks)} {seen.kind}s; prompt; the chat template must write one for each")
+    found = len(re.findall(pattern, text))
+    if found != len(blocks): raise InputError(f"{found} placeholders {mark} for {len(blocks)} {seen.kind}s; prompt; the chat template must write one for each")
     return re.sub(pattern, lambda _, todo=iter(blocks): _tokens(*next(todo), seen, s, mark), text)
 
 

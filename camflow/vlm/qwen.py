@@ -22,7 +22,7 @@ from .video_inputs import FAMILIES, Clip, VideoSettings, at_rate, image_inputs, 
 
 # shape suffixes: B questions, L tokens, A axes of a judgement, K digits
 
-# %% ../../nbs/vlm/02_qwen.ipynb #eb5ec437
+# %% ../../nbs/vlm/02_qwen.ipynb #6faf1b53
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -31,17 +31,18 @@ def tiny_tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: k + len(SPECIAL) for k, c in enumerate(alphabet)} | {w: k for k, w in enumerate(SPECIAL)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
 
-
+# %% ../../nbs/vlm/02_qwen.ipynb #8f798237
 def tiny_config(family: str = "qwen3_vl", # or "qwen2_5_vl"
                 vocab: int = 263):
     "The configuration of a model of about 200 thousand weights."
     from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
-    text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768)
+    text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=32768)
     vision = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=64)
     ids = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=False)
     if family == "qwen3_vl":
@@ -49,22 +50,23 @@ def tiny_config(family: str = "qwen3_vl", # or "qwen2_5_vl"
         vision |= dict(patch_size=16, num_position_embeddings=36, deepstack_visual_indexes=[0, 2])
         return Qwen3VLConfig(text_config=text | {"head_dim": 16, "rope_parameters": rope}, vision_config=vision, **ids)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
-    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision | dict(patch_size=14, window_size=56, fullatt_block_indexes=[1, 3]), **ids)
+    vision |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1, 3])
+    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **ids)
 
-
+# %% ../../nbs/vlm/02_qwen.ipynb #827ad0dd
 def build_tiny(family: str = "qwen3_vl", seed: int = 0) -> tuple: # (model, tokenizer)
     "A random model of the real class, and its tokenizer."
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
     if family not in FAMILIES: raise InputError(f"model type {family!r}; tiny model; one of {', '.join(FAMILIES)}")
-    tokenizer = tiny_tokenizer()
+    tokenizer, kind = tiny_tokenizer(), Qwen3VLForConditionalGeneration if family == "qwen3_vl" else Qwen2_5_VLForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}[family](tiny_config(family, len(tokenizer)))
+        model = kind(tiny_config(family, len(tokenizer)))
         for p in model.parameters():  # the library's start is so small that a random model would be deaf to its input
             if p.dim() > 1: torch.nn.init.normal_(p, std=p[0].numel()**-0.5)
     return model, tokenizer
 
-# %% ../../nbs/vlm/02_qwen.ipynb #ace9c729
+# %% ../../nbs/vlm/02_qwen.ipynb #cd608e58
 NEEDED = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -81,10 +83,11 @@ def check_folder(folder) -> dict: # its config.json
     for name in parts:
         if not (folder / name).exists(): raise InputError(f"{name} is missing in {folder}; copy all files of the checkpoint")
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in FAMILIES: raise InputError(f"model type {config.get('model_type')!r} in {folder / 'config.json'}; known are {', '.join(FAMILIES)}")
+    kind = config.get("model_type")
+    if kind not in FAMILIES: raise InputError(f"model type {kind!r} in {folder / 'config.json'}; known are {', '.join(FAMILIES)}")
     return config
 
-
+# %% ../../nbs/vlm/02_qwen.ipynb #77988857
 def model_revision(folder) -> str:
     "A name for the weights: a hash of the configuration and of size, head and tail of every weight file."
     def sample(path):
@@ -93,24 +96,29 @@ def model_revision(folder) -> str:
             head = file.read(2**20)
             file.seek(max(0, size - 2**20))
             return [path.name, size, hashlib.sha256(head + file.read()).hexdigest()]
-    return f"{Path(folder).name}@{content_hash([read_json(Path(folder) / 'config.json'), *map(sample, sorted(Path(folder).glob('*.safetensors')))], 12)}"
+    folder = Path(folder)
+    return f"{folder.name}@{content_hash([read_json(folder / 'config.json'), *map(sample, sorted(folder.glob('*.safetensors')))], 12)}"
 
-
+# %% ../../nbs/vlm/02_qwen.ipynb #85799d36
 def load_folder(folder, dtype: torch.dtype, attention: str) -> tuple: # (model, tokenizer, VideoSettings)
     "Model, tokenizer and video settings of a checkpoint."
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     config, folder = check_folder(folder), Path(folder)
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True)
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True,
+                                                                   output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {error}); check the files, the dtype and the attention kernel {attention!r}") from error
-    if lost := sorted(found["missing_keys"]): raise InputError(f"{len(lost)} weights are missing in {folder}, first {lost[0]}; copy all files of the checkpoint")
+        what = f"{folder} cannot be loaded ({type(error).__name__}: {error})"
+        raise InputError(f"{what}; check the files, the dtype and the attention kernel {attention!r}") from error
+    lost = sorted(found["missing_keys"])
+    if lost: raise InputError(f"{len(lost)} weights are missing in {folder}, first {lost[0]}; copy all files of the checkpoint")
     video = folder / "video_preprocessor_config.json"
-    return model, tokenizer, settings_from_files(config["model_type"], read_json(folder / "preprocessor_config.json"), read_json(video) if video.exists() else None)
+    settings = settings_from_files(config["model_type"], read_json(folder / "preprocessor_config.json"), read_json(video) if video.exists() else None)
+    return model, tokenizer, settings
 
-# %% ../../nbs/vlm/02_qwen.ipynb #abceb9ab
+# %% ../../nbs/vlm/02_qwen.ipynb #d04b0596
 class QwenVL:
     "A vision-language model of the Qwen family that answers questions about clips."
     def __init__(self,
@@ -126,78 +134,24 @@ class QwenVL:
                  batch: int = 4,                    # questions at a time
                  family: str = "qwen3_vl",          # of a random model; a checkpoint says it itself
                  seed: int = 0):                    # of a random model's weights
-        if form not in FORMS or send not in ("video", "images"): raise InputError(f"form {form!r}, send {send!r}; QwenVL; form is inner or whole, send is video or images")
+        if form not in FORMS or send not in ("video", "images"):
+            raise InputError(f"form {form!r}, send {send!r}; QwenVL; form is inner or whole, send is video or images")
         self.where = _device(device)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(self.where)
-        self.attention, self.form, self.send, self.frames, self.batch, self.name = attention, form, send, frames, batch, str(model)
+        self.attention, self.form, self.send, self.frames, self.batch, self.name, self.parked = attention, form, send, frames, batch, str(model), False
         if model == "random":
             net, self.tokenizer = build_tiny(family, seed)
             net.set_attn_implementation(attention)
-            self.settings, self.revision = FAMILIES[family], f"random-{family}-{seed}"
+            settings, self.revision = FAMILIES[family], f"random-{family}-{seed}"
         else:
-            net, self.tokenizer, self.settings = load_folder(model, self.dtype, attention)
+            net, self.tokenizer, settings = load_folder(model, self.dtype, attention)
             self.revision = model_revision(model)
-        self.settings = at_rate(self.settings, fps, frames if send == "video" else None)
-        if max_pixels: self.settings = replace(self.settings, max_pixels=max_pixels, min_pixels=min(self.settings.min_pixels, max_pixels))
+        if max_pixels: settings = replace(settings, max_pixels=max_pixels, min_pixels=min(settings.min_pixels, max_pixels))
+        self.settings = at_rate(settings, fps, frames if send == "video" else None)
         self.net = net.to(self.where, self.dtype).eval().requires_grad_(False)
         self.net.generation_config = _greedy(net.generation_config, self.tokenizer)
-        self.parked = False
 
-    def prepare(self, clips: list, prompts: list, answer: str = "") -> tuple: # (inputs of the network, one record per clip)
-        "Tokens, patches and positions of a batch."
-        clips = [c if isinstance(c, Clip) else Clip(c) for c in clips]
-        seen = video_inputs(clips, self.settings) if self.send == "video" else image_inputs(clips, self.settings, self.frames)
-        texts = [expand(chat(self.tokenizer, plain(p), seen.kind, seen.counts[k], answer=answer), seen, self.settings, self.form, [k]) for k, p in enumerate(prompts)]
-        grids = torch.tensor(seen.grids)
-        inputs = tokenize(self.tokenizer, texts)
-        inputs |= {"pixel_values_videos": seen.pixels_ND, "video_grid_thw": grids} if seen.kind == "video" else {"pixel_values": seen.pixels_ND, "image_grid_thw": grids}
-        if seen.kind == "video" and not self.settings.timestamps:  # Qwen2.5-VL is told the seconds per pair in numbers
-            inputs["second_per_grid_ts"] = torch.tensor([self.settings.pair * (max(i[-1] - i[0], 1) / max(len(i) - 1, 1)) / (r or 24) for i, r in zip(seen.indices, seen.rates)])
-        record = [r | {"tokens": int(m.sum()), "form": self.form, "send": self.send} for r, m in zip(seen.record(), inputs["attention_mask"])]
-        return {k: v.to(self.where, self.dtype if v.is_floating_point() and k.startswith("pixel") else v.dtype) for k, v in inputs.items()}, record
-
-    @torch.inference_mode()
-    def replies(self, clips: list, prompts, max_new_tokens: int = 256, answer: str = "") -> list: # of Reply
-        "Greedy answers."
-        prompts, out = self._check(clips, prompts), []
-        for k in range(0, len(clips), self.batch):
-            inputs, record = self.prepare(clips[k:k + self.batch], prompts[k:k + self.batch], answer)
-            made = self.net.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
-            stops = torch.tensor(self.net.generation_config.eos_token_id, device=made.device)
-            out += [Reply(self.tokenizer.decode(row, skip_special_tokens=True), bool(torch.isin(row, stops).any()), record=r) for row, r in zip(made, record)]
-        return out
-
-    def ask(self,
-            clips: list,               # of Clip, Frames or uint8 [T,3,H,W]
-            prompts,                   # one question for all, or one per clip
-            max_new_tokens: int = 256  # longest answer
-           ) -> list:                  # of str
-        "Greedy answers as text."
-        return texts_of(self.replies(clips, prompts, max_new_tokens), self.name)
-
-    def _check(self, clips, prompts):
-        if self.parked: raise InputError(f"{self.name} is parked; QwenVL; call unpark() first")
-        prompts = [prompts] * len(clips) if isinstance(prompts, str) else list(prompts)
-        if len(prompts) != len(clips): raise InputError(f"{len(clips)} clips, {len(prompts)} prompts; QwenVL; give one prompt, or one per clip")
-        return prompts
-
-    def park(self):
-        "Moves the weights to the host and gives the accelerator's memory back."
-        self.net.to("cpu")
-        self.parked = True
-        if self.where.type != "cpu": torch.get_device_module(self.where).empty_cache()
-
-    def unpark(self):
-        "Back onto the device."
-        self.net.to(self.where)
-        self.parked = False
-
-    def info(self) -> dict:
-        "What a record of a score must say about the model."
-        return {"model": self.name, "model_rev": self.revision, "device": str(self.where), "dtype": str(self.dtype).removeprefix("torch."), "attention": self.attention, "form": self.form, "send": self.send,
-                "frames": self.frames, "settings": asdict(self.settings), "decoding": "greedy", "parked": self.parked}
-
-
+# %% ../../nbs/vlm/02_qwen.ipynb #b443d105
 _device = device  # the argument `device` is a name
 
 
@@ -206,6 +160,79 @@ def _greedy(given, tokenizer):
     from transformers import GenerationConfig
     ends = given.eos_token_id if given is not None and given.eos_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(do_sample=False, eos_token_id=[ends] if isinstance(ends, int) else list(ends), pad_token_id=tokenizer.pad_token_id)
+
+# %% ../../nbs/vlm/02_qwen.ipynb #0c5cf4fd
+@patch
+def prepare(self: QwenVL, clips: list, prompts: list, answer: str = "") -> tuple: # (inputs of the network, one record per clip)
+    "Tokens, patches and positions of a batch."
+    clips = [c if isinstance(c, Clip) else Clip(c) for c in clips]
+    video = self.send == "video"
+    seen = video_inputs(clips, self.settings) if video else image_inputs(clips, self.settings, self.frames)
+    texts = [chat(self.tokenizer, plain(p), seen.kind, seen.counts[k], answer=answer) for k, p in enumerate(prompts)]
+    inputs = tokenize(self.tokenizer, [expand(text, seen, self.settings, self.form, [k]) for k, text in enumerate(texts)])
+    pixels, grid = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    inputs |= {pixels: seen.pixels_ND.to(self.dtype), grid: torch.tensor(seen.grids)}
+    if video and not self.settings.timestamps:
+        steps = [max(i[-1] - i[0], 1) / max(len(i) - 1, 1) / (rate or 24) for i, rate in zip(seen.indices, seen.rates)]
+        inputs["second_per_grid_ts"] = self.settings.pair * torch.tensor(steps)
+    record = [r | {"tokens": int(m.sum()), "form": self.form, "send": self.send} for r, m in zip(seen.record(), inputs["attention_mask"])]
+    return {k: v.to(self.where) for k, v in inputs.items()}, record
+
+# %% ../../nbs/vlm/02_qwen.ipynb #8f120a88
+@patch
+def _check(self: QwenVL, clips, prompts) -> list:
+    "One prompt per clip, of a model that is there."
+    if self.parked: raise InputError(f"{self.name} is parked; QwenVL; call unpark() first")
+    prompts = [prompts] * len(clips) if isinstance(prompts, str) else list(prompts)
+    if len(prompts) != len(clips): raise InputError(f"{len(clips)} clips, {len(prompts)} prompts; QwenVL; give one prompt, or one per clip")
+    return prompts
+
+
+@patch
+@torch.inference_mode()
+def replies(self: QwenVL, clips: list, prompts, max_new_tokens: int = 256, answer: str = "") -> list: # of Reply
+    "Greedy answers; `answer` is how they begin."
+    prompts, out = self._check(clips, prompts), []
+    stops = torch.tensor(self.net.generation_config.eos_token_id, device=self.where)
+    for k in range(0, len(clips), self.batch):
+        inputs, record = self.prepare(clips[k:k + self.batch], prompts[k:k + self.batch], answer)
+        made = self.net.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        out += [Reply(text, bool(torch.isin(row, stops).any()), record=r) for text, row, r in zip(texts, made, record)]
+    return out
+
+
+@patch
+def ask(self: QwenVL,
+        clips: list,               # of Clip, Frames or uint8 [T,3,H,W]
+        prompts,                   # one question for all, or one per clip
+        max_new_tokens: int = 256  # longest answer
+       ) -> list:                  # of str
+    "Greedy answers as text."
+    return texts_of(self.replies(clips, prompts, max_new_tokens), self.name)
+
+# %% ../../nbs/vlm/02_qwen.ipynb #e8a3fd51
+@patch
+def park(self: QwenVL):
+    "Moves the weights to the host and gives the accelerator's memory back."
+    self.net.to("cpu")
+    self.parked = True
+    if self.where.type != "cpu": torch.get_device_module(self.where).empty_cache()
+
+
+@patch
+def unpark(self: QwenVL):
+    "Moves the weights back onto the device."
+    self.net.to(self.where)
+    self.parked = False
+
+
+@patch
+def info(self: QwenVL) -> dict:
+    "What a record of a score must say about the model."
+    return {"model": self.name, "model_rev": self.revision, "device": str(self.where), "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.attention, "form": self.form, "send": self.send, "frames": self.frames, "settings": asdict(self.settings),
+            "decoding": "greedy", "parked": self.parked}
 
 # %% ../../nbs/vlm/02_qwen.ipynb #9f3d5cec
 @patch
@@ -226,7 +253,7 @@ def digit_probabilities(self: QwenVL,
         records += record
     return DigitScores(*(torch.cat(part).cpu() for part in zip(*found)), [Reply("", record=r) for r in records])
 
-# %% ../../nbs/vlm/02_qwen.ipynb #b482a34f
+# %% ../../nbs/vlm/02_qwen.ipynb #31ba01f8
 class _Reading:
     "One batch of prompts that has been read, and its cache."
     def __init__(self, net, inputs, ids):
@@ -240,7 +267,8 @@ class _Reading:
         n = tokens.shape[1]
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
         at = (self.mask.cumsum(1)[:, -n:] - 1 + self.deltas)[None].expand(3, -1, -1)
-        return self.net(input_ids=tokens, attention_mask=self.mask, position_ids=at, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        out = self.net(input_ids=tokens, attention_mask=self.mask, position_ids=at, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
 
     def aside(self, tokens: Tensor) -> Tensor:
         "Reads on and forgets it again."

@@ -1,4 +1,4 @@
-"""Evaluators and the reading of judges' replies against recorded outputs; so far only `unifiedreward_parse`, the other files of the folder are reported as not covered yet."""
+"""Evaluators and the reading of judges' replies against recorded outputs; so far `unifiedreward_parse`, other files are reported as not covered yet."""
 import json
 import math
 from pathlib import Path
@@ -13,8 +13,8 @@ NEVER = (math.nan, 0.0, 0.0, None)
 def point_scores(text: str) -> dict:
     "The published readers of point scores, under the names of the record."
     axes, mean = read_as(text, "verl_omni")
-    return {"axes_by_documented_line (derived)": read_as(text, "documented"), "mixgrpo_alignment": read_as(text, "mixgrpo"), "mixgrpo_final": read_as(text, "mixgrpo_final"), "verl_omni_axes": axes,
-            "verl_omni_normalised_raw": mean, "flow_grpo_final_score": read_as(text, "flow_grpo")}
+    return {"axes_by_documented_line (derived)": read_as(text, "documented"), "mixgrpo_alignment": read_as(text, "mixgrpo"),
+            "mixgrpo_final": read_as(text, "mixgrpo_final"), "verl_omni_axes": axes, "verl_omni_normalised_raw": mean, "flow_grpo_final_score": read_as(text, "flow_grpo")}
 
 
 def answer_tag(text: str) -> dict:
@@ -29,7 +29,8 @@ PARSERS = {f.__name__: f for f in (point_scores, answer_tag)}
 
 def difference(got, want) -> float:
     "Largest difference of the numbers; inf where anything else differs. The strings nan and inf stand for numbers where a number was given."
-    if isinstance(want, dict): return max((difference(got[k], v) for k, v in want.items()), default=0.0) if isinstance(got, dict) and set(got) == set(want) else math.inf
+    if isinstance(want, dict):
+        return max((difference(got[k], v) for k, v in want.items()), default=0.0) if isinstance(got, dict) and set(got) == set(want) else math.inf
     if isinstance(want, list): return max(map(difference, got, want), default=0.0) if isinstance(got, list) and len(got) == len(want) else math.inf
     if isinstance(got, float) and want is not None:
         want = float(want)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from camflow.files import InputError
 from camflow.vlm.prompt import expand, timestamps, tokenize
-from camflow.vlm.video_inputs import FAMILIES, Clip, VideoSettings, VisionInputs, at_rate, pixel_limit, resize_bytes, sample_indices, smart_resize, target_size, video_inputs
+from camflow.vlm.video_inputs import (FAMILIES, NAMES, Clip, VideoSettings, VisionInputs, at_rate, pixel_limit, resize_bytes, sample_indices, smart_resize,
+                                      target_size, video_inputs)
 from tests.parity.seeded import seeded_state_dict
 
 PIXELS, MODEL = 1e-6, 1e-4  # pass lines of the goldens' README; bytes, numbers of frames, tokens and positions are equal or not
@@ -53,8 +54,7 @@ class Folder:
 def settings(processor: dict, base: VideoSettings = FAMILIES["qwen3_vl"]) -> VideoSettings:
     "Our settings for the words that a case uses."
     size = processor.get("size", {})
-    names = {"patch_size": "patch", "merge_size": "merge", "temporal_patch_size": "pair", "cap_pixels_per_frame": "cap_per_frame", "max_video_tokens": "max_video_tokens", "min_frames": "min_frames", "max_frames": "max_frames"}
-    found = {ours: processor[theirs] for theirs, ours in names.items() if theirs in processor}
+    found = {ours: processor[theirs] for theirs, ours in NAMES.items() if theirs in processor}
     return replace(base, min_pixels=size.get("shortest_edge", base.min_pixels), max_pixels=size.get("longest_edge", base.max_pixels), **found)
 
 
@@ -93,8 +93,8 @@ def model(folder, case, x):
     positions, deltas = net.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], video_grid_thw=x["video_grid_thw"], attention_mask=x["attention_mask"])
     vision = net.model.get_video_features(x["pixel_values_videos"], x["video_grid_thw"], return_dict=True)
     logits = net(**x).logits
-    out = {"position_ids": positions, "rope_deltas": deltas, "video_embeds": torch.cat(list(vision.pooler_output)), "vision_last_hidden": vision.last_hidden_state, "logits_last": logits[:, -1],
-           "logits_stride7": logits[:, ::7]}
+    out = {"position_ids": positions, "rope_deltas": deltas, "video_embeds": torch.cat(list(vision.pooler_output)), "vision_last_hidden": vision.last_hidden_state,
+           "logits_last": logits[:, -1], "logits_stride7": logits[:, ::7]}
     out |= {f"deepstack{k}": d if torch.is_tensor(d) else torch.cat(list(d)) for k, d in enumerate(vision.deepstack_features)}
     if n := case["params"].get("generate"):
         net.generation_config.eos_token_id = None

@@ -21,7 +21,8 @@ FOUR = "Score1: 3.30 - steady\nScore2: 3.33 - soft\nScore3: 4.12 - all there\nSc
 
 
 def sample(seed=0, T=9, h=44, w=60, prompt="a room", **more):
-    return Sample(torch.randint(0, 256, (T, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), prompt=prompt, id=str(seed), meta={"fps": 8.0} | more)
+    frames = torch.randint(0, 256, (T, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Sample(frames, prompt=prompt, id=str(seed), meta={"fps": 8.0} | more)
 
 
 class Scripted:
@@ -74,7 +75,9 @@ def test_more_replies():
 def test_invalid_is_never_a_number():
     answers = {"fine": GOOD, "refused": "Sorry, I cannot.", "late": Reply("", status="timeout", reason="600 s")}
     judge = VideoJudge(Scripted(lambda p: answers[p.split("[")[-1].rstrip("]")]), score="text")
-    scores = judge([*(sample(k, prompt=p) for k, p in enumerate(("fine", "refused", "late", " "))), Sample(torch.zeros(3, 3, 4, 4), prompt="fine"), sample(4, prompt="fine")])
+    samples = [sample(k, prompt=p) for k, p in enumerate(("fine", "refused", "late", " ", "fine", "fine"))]
+    samples[4].frames = torch.zeros(3, 3, 4, 4)  # not bytes
+    scores = judge(samples)
     assert scores.status == ["ok", "invalid", "timeout", "invalid", "invalid", "ok"] and scores.values[1:5].isnan().all()
     assert all(d["reason"] for d in scores.details[1:5]) and scores.details[1]["reply"] == "Sorry, I cannot."
     assert abs(float(scores.values[0]) - (2.4036 + 3.0987 + 3.3889) / 3) < 1e-5 and scores.component("physics")[0] == pytest.approx(3.0987)
@@ -127,7 +130,8 @@ def test_a_real_network_judges(profile, family):
     again = VideoJudge("random", device="cpu", profile=profile, frames=4, family=family)(samples)
     assert torch.equal(scores.values, again.values)  # greedy: the same judge says the same
     info = judge.info()
-    assert info["send"] == judge.profile.send and len(info["score_schema"]) == 1 + len(judge.profile.axes) and {"device", "model_rev", "prompt_hash", "form"} <= set(info)
+    assert info["send"] == judge.profile.send and len(info["score_schema"]) == 1 + len(judge.profile.axes)
+    assert {"device", "model_rev", "prompt_hash", "form"} <= set(info)
     json.dumps(info)
 
 
@@ -161,6 +165,7 @@ def test_a_judge_behind_a_server():
         judge = VideoJudge(endpoint={"url": server.url, "deadline": 10.0, "pause": 0.01})
         scores = judge([sample(0), sample(1)])
         assert scores.status == ["ok", "ok"] and scores.values[0] == pytest.approx((3.2 + 4.0 + 2.5) / 3, abs=1e-4)
+        assert VideoJudge("fake-vl", server.url).vlm.model == "fake-vl" and VideoJudge(None, server.url).vlm.model is None
         assert [p["type"] for p in server.seen[0]["messages"][0]["content"]].count("image_url") == 9 and judge.info()["model_rev"].startswith("fake-vl@")
         words = VideoJudge(endpoint=judge.vlm, score="text")
         server.script = [(429, {}), (200, b"garbage"), (400, {"error": "no"})]

@@ -17,7 +17,8 @@ from tests.parity import qwen3vl as parity
 GOLDENS = Path(__file__).parent / "goldens" / "qwen3vl"
 
 
-def clip(seed=0, T=9, h=44, w=60, fps=8.0): return Clip(torch.randint(0, 256, (T, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), fps)
+def clip(seed=0, T=9, h=44, w=60, fps=8.0):
+    return Clip(torch.randint(0, 256, (T, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), fps)
 
 
 @pytest.fixture(scope="module")

@@ -104,11 +104,11 @@ def read_reply(text: str,               # of the model
     if stated is not None and not math.isfinite(stated): stated = None
     return Judgement(scores, stated=stated, inconsistent=stated is not None and abs(stated - sum(scores.values()) / len(scores)) > slack)
 
-# %% ../../nbs/rewards/07_judge.ipynb #9fac9d96
+# %% ../../nbs/rewards/07_judge.ipynb #afd45233
 class VideoJudge:
     "A vision-language model as a reward: the mean of its axes, on the scale of the profile."
     def __init__(self,
-                 model="random",               # "random", the folder of a checkpoint, or a QwenVL; unused with an endpoint
+                 model="random",               # "random", the folder of a checkpoint, or a QwenVL; with a URL: the model's name on the server
                  endpoint=None,                # URL of an OpenAI-compatible server, a dict of `Endpoint`'s arguments, or an Endpoint
                  profile="aps",                # "aps", "camflow4", or a Profile
                  score: str = "expected",      # or "text"
@@ -126,8 +126,9 @@ class VideoJudge:
         strange = sorted(set(weights or {}) - set(p.axes))
         if strange: raise InputError(f"weights of {', '.join(strange)}; judge; the axes of {p.name} are {', '.join(p.axes)}")
         show = {"send": send or p.send, "frames": frames or p.frames}
-        if endpoint is None: self.vlm = model if hasattr(model, "replies") else QwenVL(model, **show, **options)
-        else: self.vlm = endpoint if hasattr(endpoint, "replies") else Endpoint(**show | ({"url": endpoint} if isinstance(endpoint, str) else endpoint))
+        if isinstance(endpoint, str): endpoint = {"url": endpoint, "model": None if model == "random" else model}
+        if endpoint is None: self.vlm = model if hasattr(model, "replies") else QwenVL(model or "random", **show, **options)
+        else: self.vlm = endpoint if hasattr(endpoint, "replies") else Endpoint(**show | endpoint)
         self.name, self.score, self.weights, self.max_new_tokens = name, score, weights or dict.fromkeys(p.axes, 1.0), max_new_tokens
         self.min_mass = min_mass if min_mass is not None else 0.0 if getattr(self.vlm, "name", "") == "random" else 0.5
         self.known, self.most = OrderedDict(), cache

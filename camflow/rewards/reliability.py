@@ -87,7 +87,7 @@ def draw_reliability(ax,            # matplotlib axes
     for at, i in enumerate(order): ax.plot([at + 0.6 * names[i]] * x.shape[1], x[i], ".-", ms=4, lw=1, color=f"C{names[i] % 10}")
     ax.set(xticks=[], xlabel="clip, by group", title=title)
 
-# %% ../../nbs/rewards/08_reliability.ipynb #caf207df
+# %% ../../nbs/rewards/08_reliability.ipynb #34d27d70
 def retest(reward,              # a Reward that reads frames and prompt
            samples: list,       # of Sample; meta["group"] says which belong together
            repeats: int = 4,    # windows per clip
@@ -97,7 +97,7 @@ def retest(reward,              # a Reward that reads frames and prompt
     cut, out = shift * (repeats - 1), []
     short = [s.id for s in samples if len(s.frames) <= cut + 1]
     if repeats < 2 or shift < 1 or short:
-        raise InputError(f"{repeats} windows {shift} frames apart, too short are {short[:3]}; retest; give 2 windows or more, and clips of over {cut + 1} frames")
+        raise InputError(f"{repeats} windows {shift} frames apart, too short are {short[:3]}; retest; give 2 windows or more, clips of over {cut + 1} frames")
     for r in range(repeats):
         window = lambda s, r=r: byte_frames(s.frames)[r * shift:len(s.frames) - cut + r * shift]
         seen = [replace(s, frames=window(s), target=None, meta={"fps": getattr(s.frames, "fps", None)} | s.meta) for s in samples]

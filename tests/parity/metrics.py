@@ -14,7 +14,8 @@ def point_scores(text: str) -> dict:
     "The published readers of point scores, under the names of the record."
     axes, mean = read_as(text, "verl_omni")
     return {"axes_by_documented_line (derived)": read_as(text, "documented"), "mixgrpo_alignment": read_as(text, "mixgrpo"),
-            "mixgrpo_final": read_as(text, "mixgrpo_final"), "verl_omni_axes": axes, "verl_omni_normalised_raw": mean, "flow_grpo_final_score": read_as(text, "flow_grpo")}
+            "mixgrpo_final": read_as(text, "mixgrpo_final"), "verl_omni_axes": axes, "verl_omni_normalised_raw": mean,
+            "flow_grpo_final_score": read_as(text, "flow_grpo")}
 
 
 def answer_tag(text: str) -> dict:

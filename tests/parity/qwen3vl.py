@@ -93,8 +93,8 @@ def model(folder, case, x):
     positions, deltas = net.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], video_grid_thw=x["video_grid_thw"], attention_mask=x["attention_mask"])
     vision = net.model.get_video_features(x["pixel_values_videos"], x["video_grid_thw"], return_dict=True)
     logits = net(**x).logits
-    out = {"position_ids": positions, "rope_deltas": deltas, "video_embeds": torch.cat(list(vision.pooler_output)), "vision_last_hidden": vision.last_hidden_state,
-           "logits_last": logits[:, -1], "logits_stride7": logits[:, ::7]}
+    out = {"position_ids": positions, "rope_deltas": deltas, "video_embeds": torch.cat(list(vision.pooler_output)),
+           "vision_last_hidden": vision.last_hidden_state, "logits_last": logits[:, -1], "logits_stride7": logits[:, ::7]}
     out |= {f"deepstack{k}": d if torch.is_tensor(d) else torch.cat(list(d)) for k, d in enumerate(vision.deepstack_features)}
     if n := case["params"].get("generate"):
         net.generation_config.eos_token_id = None

@@ -80,6 +80,18 @@ def test_image_sizes_are_the_librarys(h, w):
     assert smart_resize(1, h, w, 28, 1, s.image_min_pixels, s.image_max_pixels) == tuple(theirs(h, w, 28, s.image_min_pixels, s.image_max_pixels))
 
 
+@pytest.mark.parametrize("family, h, w", [("qwen2_5_vl", 84, 112), ("qwen3_vl", 96, 128)])
+def test_image_patches_are_the_librarys(family, h, w):
+    from PIL import Image
+    s = replace(FAMILIES[family], image_min_pixels=3136)
+    theirs = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl").Qwen2VLImageProcessorPil(
+        patch_size=s.patch, image_mean=list(s.mean), image_std=list(s.std), size={"shortest_edge": s.image_min_pixels, "longest_edge": s.image_max_pixels})
+    frames = clip(T=2, h=h, w=w).frames  # of a size that stays: Pillow's filter is another one
+    want = theirs([Image.fromarray(f.permute(1, 2, 0).numpy()) for f in frames], return_tensors="pt")
+    seen = image_inputs([Clip(frames)], s, n=2)
+    assert want.image_grid_thw.tolist() == [list(g) for g in seen.grids] and (want.pixel_values - seen.pixels_ND).abs().max() < 1e-6
+
+
 def test_one_frame_is_shown_twice():
     seen = video_inputs([Clip(clip().frames[:1], 8)])
     assert seen.grids[0][0] == 1 and seen.indices == [[0, 0]]
@@ -121,6 +133,15 @@ def test_digits_by_cache_and_by_reading_again(family, send):
     inputs, _ = vlm.prepare(clips[1:], ["Rate the clip."], f"{lines[0]}{best[0]}{lines[1]}{best[1]}{lines[2]}")
     with torch.inference_mode(): again = vlm.net(**inputs).logits[0, -1].softmax(-1)[digit]
     assert (again - seen.probabilities[1, 2]).abs().max() < 1e-5
+
+    def after(text):
+        inputs, _ = vlm.prepare(clips[1:], ["Rate the clip."], text)
+        with torch.inference_mode(): return vlm.net(**inputs).logits[0, -1].softmax(-1)
+    tens, value = [vlm.tokenizer(d).input_ids[0] for d in "0123456789"], torch.arange(1.0, 6.0)
+    for k in range(4):
+        q = after(f"{lines[0]}{k + 1}.")[tens]
+        value[k] += after(f"{lines[0]}{k + 1}")[vlm.tokenizer(".").input_ids[0]] * (q / q.sum() * torch.arange(10.0)).sum() / 10
+    assert abs(seen.expected[1, 0] - (after(lines[0])[digit] * value).sum() / after(lines[0])[digit].sum()) < 1e-5
     whole = (seen.probabilities / seen.mass[..., None] * torch.arange(1.0, 6.0)).sum(-1)
     assert (seen.expected >= whole - 1e-6).all() and (seen.expected <= whole + 0.9).all()
     plainly = vlm.digit_probabilities(clips, ["Rate.", "Rate the clip."], lines, decimals=False)

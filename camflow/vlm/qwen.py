@@ -253,7 +253,7 @@ def digit_probabilities(self: QwenVL,
         records += record
     return DigitScores(*(torch.cat(part).cpu() for part in zip(*found)), [Reply("", record=r) for r in records])
 
-# %% ../../nbs/vlm/02_qwen.ipynb #31ba01f8
+# %% ../../nbs/vlm/02_qwen.ipynb #a0cc46e3
 class _Reading:
     "One batch of prompts that has been read, and its cache."
     def __init__(self, net, inputs, ids):
@@ -262,13 +262,13 @@ class _Reading:
         self.ids = lambda text: torch.tensor([ids(text)], device=self.mask.device).expand(len(self.mask), -1)
         self.deltas = net.model.rope_deltas.to(self.mask.device).view(-1, 1)
 
-    def read(self, tokens: Tensor) -> Tensor: # int64 [B,n] -> logits after the last [B,V]
+    def read(self, tokens: Tensor) -> Tensor: # int64 [B,n] -> logits after each of the last two [B,2,V] (one, if only one is read)
         "Reads on."
         n = tokens.shape[1]
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
         at = (self.mask.cumsum(1)[:, -n:] - 1 + self.deltas)[None].expand(3, -1, -1)
-        out = self.net(input_ids=tokens, attention_mask=self.mask, position_ids=at, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float()
+        out = self.net(input_ids=tokens, attention_mask=self.mask, position_ids=at, past_key_values=self.cache, use_cache=True, logits_to_keep=2)
+        return out.logits.float()
 
     def aside(self, tokens: Tensor) -> Tensor:
         "Reads on and forgets it again."
@@ -279,15 +279,16 @@ class _Reading:
 
     def scores(self, lines, digits, decimals) -> tuple: # probabilities [B,A,K], expected [B,A]
         "Leading digits and expected scores: where it stands, then after every further line."
-        leads, ten, all_p, all_e = torch.cat([self.ids(d)[0] for d in digits]), torch.cat([self.ids(str(d))[0] for d in range(10)]), [], []
+        leads, ten = torch.cat([self.ids(d)[0] for d in digits]), torch.cat([self.ids(d)[0] for d in "0123456789"])
+        point, all_p, all_e = int(self.ids(".")[0]), [], []
         for line in [None, *lines]:
-            if line is not None: self.logits = self.read(torch.cat([leads[all_p[-1].argmax(-1)].view(-1, 1), self.ids(line)], 1))
+            if line is not None: self.logits = self.read(torch.cat([leads[all_p[-1].argmax(-1)].view(-1, 1), self.ids(line)], 1))[:, -1]
             p = self.logits.softmax(-1)[:, leads]
             value = torch.tensor([float(d) for d in digits], device=p.device).expand_as(p).clone()
             for c, lead in enumerate(digits[:-1] if decimals else ""):  # nothing comes after the top of the scale
-                point = self.aside(self.ids(lead)).softmax(-1)[:, self.ids(".")[0]]
-                q = self.aside(self.ids(lead + ".")).softmax(-1)[:, ten]
-                value[:, c] += point[:, 0] * (q / q.sum(-1, keepdim=True) @ torch.arange(10.0, device=q.device)) / 10
+                after = self.aside(torch.cat([self.ids(lead), self.ids(".")], 1)).softmax(-1)  # after the digit, and after the point
+                q = after[:, 1, ten]
+                value[:, c] += after[:, 0, point] * (q / q.sum(-1, keepdim=True) @ torch.arange(10.0, device=q.device)) / 10
             all_p.append(p)
             all_e.append((p / p.sum(-1, keepdim=True) * value).sum(-1))
         return torch.stack(all_p, 1), torch.stack(all_e, 1)

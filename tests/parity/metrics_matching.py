@@ -1,0 +1,123 @@
+"""Matching networks and formulas of the evaluation suite against recorded outputs: `check(folder)` replays RAFT, AMT-S, DKMv3, GIM and pose cases."""
+import json
+import math
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from camflow.media.frames import Frames
+from camflow.metrics import raft
+from camflow.metrics.weights import load_strict
+from tests.parity.seeded import seeded_state_dict
+
+RELATIVE, DKM = 2e-4, 1e-3  # of a tensor's standard deviation: the pass lines of the goldens' README
+FLOAT32, FLOAT64 = 1e-6, 1e-9
+
+
+class Case:
+    "One safetensors file: its inputs, outputs and configuration."
+    def __init__(self, path):
+        both = load_file(path)
+        pick = lambda head: {k.removeprefix(head): v for k, v in both.items() if k.startswith(head)}
+        self.x, self.want, self.folder = pick("input."), pick("output."), path.parent
+        with safe_open(path, "pt") as file: self.config = json.loads((file.metadata() or {}).get("config", "{}"))
+
+    def model(self, build, **options):
+        "The network of a case under its seeded weights."
+        state = seeded_state_dict(json.loads((self.folder / self.config["shapes"]).read_text()), self.config["gain"])
+        return load_strict(build(**options), {k: torch.from_numpy(v) for k, v in state.items()})
+
+
+def summary(x, want) -> dict:
+    "What the goldens keep of a big tensor: shape, head, every step-th value, mean, std, min and max."
+    flat = x.detach().reshape(-1)
+    out = {"shape": torch.tensor(x.shape), "head": flat[:len(want["head"])], "step": want["step"]}
+    out["strided"] = flat[::int(want["step"])][:len(want["strided"])]
+    out["stats"] = torch.stack([flat.mean(), flat.std(), flat.min(), flat.max()])
+    return out
+
+
+class Score:
+    "Worst difference in units of the pass line `line`, over the tensors of a case."
+    def __init__(self, line): self.line, self.worst = line, 0.0
+
+    def add(self, got, want, scale=1.0):
+        got, want = torch.as_tensor(got).detach(), torch.as_tensor(want)
+        if got.shape != want.shape: self.worst = math.inf; return self
+        if not want.is_floating_point(): bad = not torch.equal(got.long(), want.long()); self.worst = max(self.worst, math.inf if bad else 0.0); return self
+        got, want = got.double(), want.double()
+        diff = torch.where(got.isnan() & want.isnan(), 0.0, (got - want).abs() / scale)
+        self.worst = max(self.worst, math.inf if diff.isnan().any() else float(diff.max()) if diff.numel() else 0.0)
+        return self
+
+    def formula(self, got, want):
+        "A number of a formula: relative above 1, absolute below."
+        want = torch.as_tensor(want)
+        return self.add(got, want, want.double().abs().clamp_min(1.0) if want.is_floating_point() else 1.0)
+
+    @property
+    def row(self): return (self.worst, self.line, self.line, self.worst <= self.line)
+
+
+def networks(case: Case, ours: dict, line=RELATIVE):
+    "Compares tensors, or their summaries, on the scale of each tensor's standard deviation."
+    score, groups = Score(line), {}
+    for name, value in case.want.items():
+        head, _, part = name.rpartition(".")
+        if part in ("shape", "head", "step", "strided", "stats"): groups.setdefault(head, {})[part] = value
+        else: score.add(ours[name] if name in ours else math.inf, value, float(value.double().std()) or 1.0)
+    for name, want in groups.items():
+        if name not in ours: score.worst = math.inf; continue
+        std = float(want["stats"][1]) or 1.0
+        if list(ours[name].shape) != want["shape"].tolist(): score.worst = math.inf; continue
+        for part, got in summary(ours[name], want).items(): score.add(got, want[part], std)
+    return score.row
+
+
+def raft_flow(path):
+    case = Case(path)
+    model, x = case.model(raft.RAFT), {k: v.float() for k, v in case.x.items()}
+    pad = raft.Padder(x["image1"].shape[-2:])
+    features, context = model.encode(torch.cat([pad(x["image1"]), pad(x["image2"])]))
+    low, up = model.walk(features[:1], features[1:], context[:1], case.config["iters"])
+    grid = raft.cell_grid(1, *features.shape[-2:], features) + torch.tensor([1.3, -0.6])[:, None, None]
+    corr = raft.lookup(raft.correlation_pyramid(features[:1], features[1:]), grid)
+    return networks(case, {"flow_low": low, "flow_up": pad.undo(up), "flow_low_iter1": model.walk(features[:1], features[1:], context[:1], 1)[0],
+                           "fmap1": features[:1], "cnet": context[:1], "corr_at_grid_plus_1p3_m0p6": corr})
+
+
+def dynamic_flow(path):
+    case, score = Case(path), Score(FLOAT32)
+    for name in sorted({k.split(".")[0] for k in case.x}):
+        score.formula(raft.top_motion(case.x[f"{name}.flow"][0]), case.want[f"{name}.top5_mean"][0])
+    return score.row
+
+
+def dynamic_decision(path):
+    score = Score(0.0)
+    for entry in json.loads(path.read_text()):
+        x, want = entry["input"], entry["output"]
+        keep, got = raft.kept_frames(x["n_frames"], x["fps"]), raft.dynamic_decision(x["scores"], (x["h"], x["w"]))
+        same = keep == want["frame_indices"] and all(got[k] == want[k] for k in ("threshold", "count_needed", "dynamic"))
+        score.worst = max(score.worst, 0.0 if same else math.inf)
+    return score.row
+
+
+CASES = {"raft": raft_flow, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
+
+
+def check(folder) -> dict:
+    "{case: (worst difference in the case's unit, atol, rtol, ok)} of the cases that are replayed here."
+    rows = {}
+    with torch.inference_mode():
+        for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")):
+            if (job := next((CASES[k] for k in sorted(CASES, key=len, reverse=True) if path.stem.startswith(k)), None)) is None: continue
+            try: rows[path.stem] = job(path)
+            except Exception:  # one broken case fails alone, with its traceback, and the table goes on
+                traceback.print_exc()
+                rows[path.stem] = (math.inf, 0.0, 0.0, False)
+    return rows

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from camflow.media.frames import Frames
-from camflow.metrics import raft
+from camflow.metrics import amt, raft
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_state_dict
 
@@ -46,7 +46,7 @@ class Score:
     def __init__(self, line): self.line, self.worst = line, 0.0
 
     def add(self, got, want, scale=1.0):
-        got, want = torch.as_tensor(got).detach(), torch.as_tensor(want)
+        got, want = (torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else torch.as_tensor(v).detach() for v in (got, want))
         if got.shape != want.shape: self.worst = math.inf; return self
         if not want.is_floating_point(): bad = not torch.equal(got.long(), want.long()); self.worst = max(self.worst, math.inf if bad else 0.0); return self
         got, want = got.double(), want.double()
@@ -56,7 +56,7 @@ class Score:
 
     def formula(self, got, want):
         "A number of a formula: relative above 1, absolute below."
-        want = torch.as_tensor(want)
+        want = torch.tensor(want, dtype=torch.float64) if isinstance(want, float) else torch.as_tensor(want)
         return self.add(got, want, want.double().abs().clamp_min(1.0) if want.is_floating_point() else 1.0)
 
     @property
@@ -90,6 +90,26 @@ def raft_flow(path):
                            "fmap1": features[:1], "cnet": context[:1], "corr_at_grid_plus_1p3_m0p6": corr})
 
 
+def amt_frame(path):
+    case = Case(path)
+    model, x = case.model(amt.AMT), {k: v.float() / 255 for k, v in case.x.items()}
+    pad = raft.Padder(x["img0"].shape[-2:], 16)
+    out = model(pad(x["img0"]), pad(x["img1"]), case.config["t"])
+    names = {"features": "ft_pred", "flow0": "flow0_pred", "flow1": "flow1_pred"}
+    return networks(case, {"imgt_pred": pad.undo(out["image"])} | {f"{names[k]}.{i}": v for k in names for i, v in enumerate(out[k])})
+
+
+def motion_smoothness(path):
+    case, score = Case(path), Score(FLOAT64)
+    for name in sorted({k.split(".")[0] for k in case.x}):
+        frames, want = case.x[f"{name}.frames"].permute(0, 3, 1, 2), {k: case.want[f"{name}.{k}"] for k in ("pred_u8", "score", "diff")}
+        predicted = amt.to_bytes(case.x[f"{name}.pred"])
+        score.add(predicted, want["pred_u8"].permute(0, 3, 1, 2))
+        value = amt.smoothness(frames[1:2 * len(predicted):2], predicted)
+        score.formula(value, want["score"][0]).formula(255 * (1 - value), want["diff"][0])
+    return score.row
+
+
 def dynamic_flow(path):
     case, score = Case(path), Score(FLOAT32)
     for name in sorted({k.split(".")[0] for k in case.x}):
@@ -107,7 +127,7 @@ def dynamic_decision(path):
     return score.row
 
 
-CASES = {"raft": raft_flow, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
+CASES = {"raft": raft_flow, "amt_s": amt_frame, "vbench_motion_smoothness": motion_smoothness, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
 
 
 def check(folder) -> dict:

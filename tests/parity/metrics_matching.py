@@ -2,15 +2,13 @@
 import json
 import math
 import traceback
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from camflow.media.frames import Frames
-from camflow.metrics import amt, raft
+from camflow.metrics import amt, dkm, raft
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_state_dict
 
@@ -110,6 +108,17 @@ def motion_smoothness(path):
     return score.row
 
 
+def dkm_match(path):
+    case = Case(path)
+    c, x = case.config, {k: v.float() / 255 for k, v in case.x.items()}
+    model = case.model(dkm.DKM, size=(c["h"], c["w"]), upsample_size=tuple(c["upsample_res"]))
+    pyramids = model.features(x["image0"], x["image1"], model.size)
+    ours = {f"encoder_s{s}": f for s, f in pyramids[0].items()}
+    for s, (warp, logit) in model.decoder(*pyramids).items(): ours |= {f"stage1_flow_s{s}": warp, f"stage1_logit_s{s}": logit}
+    warp, certainty = model(x["image0"], x["image1"])
+    return networks(case, ours | {"warp": warp[0], "certainty": certainty[0]}, DKM)
+
+
 def dynamic_flow(path):
     case, score = Case(path), Score(FLOAT32)
     for name in sorted({k.split(".")[0] for k in case.x}):
@@ -127,7 +136,7 @@ def dynamic_decision(path):
     return score.row
 
 
-CASES = {"raft": raft_flow, "amt_s": amt_frame, "vbench_motion_smoothness": motion_smoothness, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
+CASES = {"raft": raft_flow, "amt_s": amt_frame, "dkmv3": dkm_match, "vbench_motion_smoothness": motion_smoothness, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
 
 
 def check(folder) -> dict:

@@ -237,7 +237,7 @@ class DKM(nn.Module):
         both = torch.cat([torch.cat([own, warp[:B]], -1), torch.cat([warp[B:], own], -1)], 2)
         return both, torch.cat([certainty[:B], certainty[B:]], 2)
 
-# %% ../../nbs/metrics/12_dkm.ipynb #44972fe1
+# %% ../../nbs/metrics/12_dkm.ipynb #58cdfb56
 def kernel_density(points_Nd: Tensor, std: float = 0.1, piece: int = 2 ** 24) -> Tensor: # [N]; piece: numbers at once
     "Sum over all points of exp(-d^2 / (2 std^2))."
     x, step = points_Nd.float(), max(1, piece // max(1, len(points_Nd)))
@@ -254,13 +254,13 @@ def sample_matches(warp_N4: Tensor,                          # [...,4]
                    count: int = 11000,                       # pairs wanted
                    generator: torch.Generator | None = None, # of the draws, on the CPU; None: torch's own state, as the original
                    sure: float = 0.05                        # certainty that counts as 1
-                  ) -> tuple:                                # pairs [n,4], certainties [n] (1 above `sure`); n <= count
+                  ) -> tuple:                                # pairs [n,4] and their certainties [n]; n <= count
     "Pairs spread over the images."
-    pairs, p = warp_N4.reshape(-1, 4), certainty_N.reshape(-1)
-    p = torch.where(p > sure, 1.0, p).float()
-    weight = (p if p.sum() > 0 else p + 1e-8).cpu()
+    pairs, certainty = warp_N4.reshape(-1, 4), certainty_N.reshape(-1)
+    weight = torch.where(certainty > sure, 1.0, certainty).float().cpu()
+    weight = weight if weight.sum() > 0 else weight + 1e-8
     pick = torch.multinomial(weight, min(4 * count, len(weight)), generator=generator).to(pairs.device)
-    pairs, p = pairs[pick], p[pick]
+    pairs, certainty = pairs[pick], certainty[pick]
     weight = balance_weight(kernel_density(pairs)).cpu()
     pick = torch.multinomial(weight, min(count, len(weight)), generator=generator).to(pairs.device)
-    return pairs[pick], p[pick]
+    return pairs[pick], certainty[pick]

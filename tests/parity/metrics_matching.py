@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from camflow.metrics import amt, dkm, raft
+from camflow.files import InputError
+from camflow.metrics import amt, dkm, gim, pose, raft
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_state_dict
 
@@ -136,7 +137,88 @@ def dynamic_decision(path):
     return score.row
 
 
-CASES = {"raft": raft_flow, "amt_s": amt_frame, "dkmv3": dkm_match, "vbench_motion_smoothness": motion_smoothness, "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
+def fit_sizes(path):
+    score = Score(0.0)
+    for entry in json.loads(path.read_text()):
+        size, want = (entry["input"]["h"], entry["input"]["w"]), entry["output"]
+        try: fit = gim.fit_size(size)
+        except InputError: score.worst = max(score.worst, 0.0 if "error" in want else math.inf); continue
+        got = {"resized_hw": list(fit.size), "scale_wh": list(fit.scale), "orig_w": fit.size[1], "orig_h": fit.size[0],
+               "pad_left": fit.pad[0], "pad_right": fit.pad[1], "pad_top": fit.pad[2], "pad_bottom": fit.pad[3]}
+        score.worst = max(score.worst, 0.0 if got == want else math.inf)
+    return score.row
+
+
+def keypoints(path):
+    case, score = Case(path), Score(FLOAT32)
+    x, want = case.x, case.want
+    fit = gim.fit_size(tuple(x["frames_thwc"].shape[1:3]))
+    score.add(torch.tensor([1, 3, *fit.padded]), want["padded_shape"])
+    a, b, inside = gim.unpadded(x["sparse_matches"], fit, fit)
+    for got, name in ((a[inside], "kpts0"), (b[inside], "kpts1"), (x["conf"][inside], "mconf")): score.formula(got, want[name])
+    pairs, certainty = x["dense_matches"].reshape(-1, 4), x["dense_certainty"]
+    score.formula(torch.where(certainty > 0.05, 1.0, certainty), want["thresholded_certainty"])
+    density = dkm.kernel_density(pairs)
+    score.formula(density, want["kde_density"]).formula(dkm.balance_weight(density), want["balance_weight"])
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    drawn = dkm.sample_matches(x["dense_matches"], certainty, len(want["torch_seed0_sample_matches"]))
+    torch.random.set_rng_state(state)
+    return score.formula(drawn[0], want["torch_seed0_sample_matches"]).formula(drawn[1], want["torch_seed0_sample_certainty"]).row
+
+
+def matched_pixels(path):
+    "Inlier counts; where a tenth of the pairs or more are outliers another OpenCV may differ by 3 %, and pure noise is not asserted."
+    case, counts, worst = Case(path), {}, 0.0
+    for name in sorted({k.split(".")[0] for k in case.x}):
+        a, b, want = case.x[f"{name}.kpts0"], case.x[f"{name}.kpts1"], int(case.want[f"{name}.inliers"])
+        counts[name] = int(gim.fundamental(a, b)[1].sum())
+        if len(a) >= 8 and want < 0.5 * len(a): continue
+        worst = max(worst, abs(counts[name] - want) / max(want, 1))
+    total = gim.total_in_thousands([*counts.values(), None])
+    score = Score(0.03)
+    score.worst = worst
+    score.add(total, float(case.want["video_score_thousands"]), max(total, 1e-9))
+    return score.add(gim.total_in_thousands([None], "cameraflow"), float(case.want["video_score_no_valid_pair"])).row
+
+
+def relative_pose(path):
+    score = Score(FLOAT64)
+    for entry in json.loads(path.read_text()):  # near 0 an arccos turns the last bit of a cosine into 1e-6 degrees
+        want, got = entry["output"], pose.relative_pose_error(**{"true_0to1" if k == "T_0to1" else k: v for k, v in entry["input"].items()})
+        for ours, theirs in (("rotation_deg", "R_err_deg"), ("translation_deg", "t_err_deg"), ("translation_gap", "t_err_scaled_norm")): score.add(got[ours], float(want[theirs]), 1.0 if want[theirs] > 1e-3 else 2e3)
+    return score.row
+
+
+def recall_areas(path):
+    score = Score(FLOAT64)
+    for entry in json.loads(path.read_text()):
+        x, want = entry["input"], entry["output"]
+        if not isinstance(x, dict) or "errors_deg" not in x: return (math.nan, 0.0, 0.0, None)  # another table of the same name
+        areas, ratios = pose.recall_auc(x["errors_deg"], x["thresholds"]), pose.pass_ratio(x["errors_deg"], x["thresholds"])
+        for i, T in enumerate(x["thresholds"]):
+            score.formula(areas[T], float(want["auc_dkm_utils"][i])).formula(areas[T], float(want["auc_analysis_script"][f"AUC@ {float(T)}d"]))
+            score.formula(ratios[T], float(want["pass_ratio_tools_metrics"][f"AUC@{T}"]))
+    return score.row
+
+
+def pair_auc(path):
+    "Depth Anything 3's benchmark; a set given in float32 is compared at float32's accuracy of an arccos."
+    case, worst = Case(path), 0.0
+    for name in sorted({k.split(".")[0] for k in case.x}):
+        single = case.x[f"{name}.gt_w2c"].dtype == torch.float32
+        got = pose.pose_auc(case.x[f"{name}.gt_w2c"], case.x[f"{name}.pred_w2c"], (30, 15, 5, 3))
+        score = Score(2e-2 if single else 2e-6)
+        score.formula(torch.tensor(list(got["auc"].values()), dtype=torch.float64), case.want[f"{name}.auc_30_15_5_3"])
+        score.formula(got["rotation_deg"], case.want[f"{name}.pair_rot_deg"].double()).formula(got["translation_deg"], case.want[f"{name}.pair_trans_deg"].double())
+        worst = max(worst, score.worst / score.line)
+    return (worst * 2e-6, 2e-6, 2e-6, worst <= 1)
+
+
+CASES = {"raft": raft_flow, "amt_s": amt_frame, "dkmv3": dkm_match, "gim_preprocess_padding": fit_sizes, "gim_keypoints_and_sampling": keypoints,
+         "gim_matched_pixels": matched_pixels, "relative_pose_error": relative_pose, "pose_auc": recall_areas, "da3_pose_auc": pair_auc,
+         "vbench_motion_smoothness": motion_smoothness,
+         "vbench_dynamic_degree_flow": dynamic_flow, "vbench_dynamic_degree_decision": dynamic_decision}
 
 
 def check(folder) -> dict:

@@ -182,7 +182,7 @@ def convex_upsample(flow_B2hw: Tensor,  # in cells
     near = F.unfold(8 * flow_B2hw, 3, padding=1).reshape(B, 2, 9, 1, 1, h, w)
     return (weight * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(B, 2, 8 * h, 8 * w)
 
-# %% ../../nbs/metrics/10_raft.ipynb #36285c4b
+# %% ../../nbs/metrics/10_raft.ipynb #0c675333
 SMALLEST = 128  # pixels: below, the original's last pyramid level is one cell wide and it answers NaN
 
 
@@ -198,7 +198,7 @@ class RAFT(nn.Module):
               ) -> tuple:              # features, context: [B,256,h,w] each
         "What the network wants to know of an image."
         if images.shape[-1] % 8 or images.shape[-2] % 8 or min(images.shape[-2:]) < SMALLEST:
-            raise InputError(f"images of {tuple(images.shape[-2:])} pixels; RAFT; sides must be multiples of 8 and at least {SMALLEST}: use pair_flow, which pads and enlarges")
+            raise InputError(f"images of {tuple(images.shape[-2:])} pixels; RAFT; sides must be multiples of 8 and at least {SMALLEST}: use clip_flow, which pads and enlarges")
         x = images / 127.5 - 1
         return self.fnet(x), self.cnet(x)
 
@@ -219,7 +219,7 @@ class RAFT(nn.Module):
         B = len(image1)
         return self.walk(features[:B], features[B:], context[:B], iters)
 
-# %% ../../nbs/metrics/10_raft.ipynb #e308cfcc
+# %% ../../nbs/metrics/10_raft.ipynb #9e3652a0
 class Padder:
     "Repeats the border until both sides are multiples of `multiple`; the odd pixel goes right and below."
     def __init__(self, size: tuple, multiple: int = 8):  # (H, W) pixels
@@ -238,6 +238,7 @@ def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> t
     if min(H, W) < 1: raise InputError(f"an image of {H}x{W} pixels; flow; give at least one pixel")
     if min(-(-H // multiple), -(-W // multiple)) * multiple >= smallest: return H, W
     factor = smallest / min(H, W)
+    if factor * max(H, W) > 8192: raise InputError(f"an image of {H}x{W} pixels; flow; enlarged to {smallest} pixels it would be {factor * max(H, W):.0f} long: crop it")
     return max(round(H * factor), smallest), max(round(W * factor), smallest)
 
 

@@ -82,11 +82,12 @@ def raft_flow(path):
     model, x = case.model(raft.RAFT), {k: v.float() for k, v in case.x.items()}
     pad = raft.Padder(x["image1"].shape[-2:])
     features, context = model.encode(torch.cat([pad(x["image1"]), pad(x["image2"])]))
-    low, up = model.walk(features[:1], features[1:], context[:1], case.config["iters"])
-    grid = raft.cell_grid(1, *features.shape[-2:], features) + torch.tensor([1.3, -0.6])[:, None, None]
-    corr = raft.lookup(raft.correlation_pyramid(features[:1], features[1:]), grid)
-    return networks(case, {"flow_low": low, "flow_up": pad.undo(up), "flow_low_iter1": model.walk(features[:1], features[1:], context[:1], 1)[0],
-                           "fmap1": features[:1], "cnet": context[:1], "corr_at_grid_plus_1p3_m0p6": corr})
+    f1, f2, context = *features.chunk(2), context.chunk(2)[0]
+    low, up = model.walk(f1, f2, context, case.config["iters"])
+    grid = raft.cell_grid(*f1[:, 0].shape, f1) + torch.tensor([1.3, -0.6])[:, None, None]
+    corr = raft.lookup(raft.correlation_pyramid(f1, f2), grid)
+    return networks(case, {"flow_low": low, "flow_up": pad.undo(up), "flow_low_iter1": model.walk(f1, f2, context, 1)[0],
+                           "fmap1": f1, "cnet": context, "corr_at_grid_plus_1p3_m0p6": corr})
 
 
 def amt_frame(path):

@@ -1,0 +1,200 @@
+"""Flow, frame interpolation and dense matching: parity, what happens without weights, odd sizes, and known truths."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from camflow.device import generator
+from camflow.files import InputError
+from camflow.media.frames import Frames
+from camflow.metrics import amt, dkm, gim, raft
+from camflow.metrics.interface import measure
+from camflow.metrics.weights import load_strict, network, random_weights, read_weights
+from tests.parity import metrics_matching as parity
+
+GOLDENS = Path(__file__).parent / "goldens" / "metrics"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "goldens" / "metrics"
+SMALL = {"raft_124x131_it4", "amt_s_t0p5", "gim_matched_pixels", "gim_preprocess_padding", "gim_keypoints_and_sampling", "vbench_motion_smoothness",
+         "vbench_dynamic_degree_flow", "vbench_dynamic_degree_decision", "relative_pose_error", "pose_auc", "da3_pose_auc"}
+
+
+def shared(case):
+    if not (SHARED / case).exists(): pytest.skip(f"{case} is not copied into the repository (size); it lies in ../shared/goldens/metrics")
+    return SHARED / case
+
+
+def noise(*shape, seed=0): return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_parity_with_the_references():
+    "The final images of RAFT and AMT are stored here as head, strides and statistics; in ../shared whole."
+    results = parity.check(GOLDENS)
+    assert set(results) == SMALL
+    assert all(r[3] for r in results.values()), {k: r for k, r in results.items() if not r[3]}
+
+
+def test_parity_of_dkm():
+    with torch.inference_mode(): result = parity.dkm_match(shared("dkmv3_96x128.safetensors"))
+    assert result[3], result
+
+
+@pytest.mark.parametrize("case, replay", [("raft_124x131_it4", parity.raft_flow), ("amt_s_t0p5", parity.amt_frame)])
+def test_parity_notices_one_changed_weight(case, replay, monkeypatch):
+    built = parity.Case.model
+
+    def spoiled(self, *args, **options):
+        model = built(self, *args, **options)
+        dict(model.named_parameters())["update_block.gru.convq2.weight" if "raft" in case else "update2.gru.0.weight"].data[3, 5, 0, 0] += 0.05
+        return model
+
+    monkeypatch.setattr(parity.Case, "model", spoiled)
+    with torch.inference_mode(): assert replay(GOLDENS / f"{case}.safetensors")[3] is False
+
+
+@pytest.mark.parametrize("build, shapes", [(raft.RAFT, "shapes_raft.json"), (amt.AMT, "shapes_amt_s.json"), (dkm.DKM, "shapes_dkmv3.json")])
+def test_names_and_shapes_are_the_checkpoints(build, shapes):
+    path = GOLDENS / shapes if (GOLDENS / shapes).exists() else shared(shapes)
+    with torch.device("meta"): ours = build().state_dict()
+    assert {k: list(v.shape) for k, v in ours.items()} == json.loads(path.read_text())
+
+
+def test_checkpoints_load_under_their_wrappings(tmp_path):
+    state = random_weights(raft.RAFT(), seed=1).state_dict()
+    torch.save({f"module.{k}": v for k, v in state.items() if "num_batches" not in k}, tmp_path / "raft-things.pth")  # DataParallel, an old torch
+    save_file({k: v.clone() for k, v in state.items()}, tmp_path / "raft.safetensors")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "wrapped.ckpt")
+    for name in ("raft-things.pth", "raft.safetensors", "wrapped.ckpt"):
+        loaded = load_strict(raft.RAFT(), read_weights(tmp_path / name)).state_dict()
+        assert all(torch.equal(loaded[k], v) for k, v in state.items() if "norm3" not in k), name
+    with pytest.raises(InputError, match="missing fnet.conv1.weight"): load_strict(raft.RAFT(), {k: v for k, v in state.items() if k != "fnet.conv1.weight"})
+    with pytest.raises(InputError, match="do not fit RAFT"): load_strict(raft.RAFT(), amt.AMT().state_dict())
+
+
+def test_no_code_is_run_by_a_weights_file(tmp_path):
+    class Evil:
+        def __reduce__(self): return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="evil.pth"): read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_stored_classifier_of_the_encoder_is_dropped():
+    with torch.device("meta"): state = dkm.DKM().state_dict()
+    state = {f"model.{k}": v for k, v in state.items()} | {"model.encoder.net.fc.weight": torch.zeros(1000, 2048), "model.encoder.net.fc.bias": torch.zeros(1000)}
+    with torch.device("meta"):
+        model = dkm.DKM()
+        with pytest.raises(InputError, match="unexpected model.encoder.net.fc.weight"): load_strict(model, state)
+
+
+@pytest.mark.parametrize("metric, sample", [(raft.DynamicDegree, {"frames"}), (amt.MotionSmoothness, {"frames"}), (gim.MatchedPixels, {"frames", "source"})])
+def test_without_weights_the_status_says_so(metric, sample, tmp_path):
+    clip = Frames(noise(3, 3, 64, 64), "byte", fps=8)
+    for weights in (None, tmp_path / "absent.pth"):
+        result = measure(metric(weights), **{k: clip for k in sample})
+        assert result.status == "no_weights" and math.isnan(result.value) and result.reason
+
+
+@pytest.mark.parametrize("size", [(64, 96), (40, 200), (96, 64)])
+def test_small_and_portrait_images_give_finite_flow_of_their_own_size(size):
+    "The original is all NaN below 128 pixels."
+    model = random_weights(raft.RAFT(), gain=0.9)
+    flow = raft.clip_flow(model, Frames(noise(2, 3, *size), "byte"), iters=2)
+    assert flow.data.shape == (1, 2, *size) and flow.data.isfinite().all()
+    with pytest.raises(InputError, match="at least 128"): model(torch.zeros(1, 3, 64, 96), torch.zeros(1, 3, 64, 96))
+
+
+def test_flow_of_a_clip_does_not_depend_on_batches_or_neighbours():
+    model, clip = random_weights(raft.RAFT(), gain=0.9), Frames(noise(4, 3, 128, 136), "byte")
+    one = raft.clip_flow(model, clip, iters=2).data
+    assert torch.allclose(raft.clip_flow(model, clip, iters=2, batch=3).data, one, atol=1e-3)
+    assert torch.allclose(raft.clip_flow(model, clip[[2, 3]], iters=2).data[0], one[2], atol=1e-3)
+
+
+def test_clips_that_are_too_short_or_have_no_rate():
+    clip = Frames(noise(2, 3, 64, 64), "byte", fps=30)
+    assert measure(raft.DynamicDegree("random"), frames=clip).status == "invalid"
+    assert measure(raft.DynamicDegree("random"), frames=Frames(clip.data, "byte")).status == "failed"
+    assert measure(amt.MotionSmoothness("random"), frames=clip).status == "invalid"
+    with pytest.raises(InputError, match="t = 1"): network(amt.AMT, "random", "amt-s.pth")[0](torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 1)
+
+
+def test_the_opposite_pyramid_is_that_of_swapped_images():
+    f1, f2 = torch.randn(2, 1, 8, 16, 18, generator=torch.Generator().manual_seed(0))
+    there, back = raft.correlation_pyramid(f1, f2), raft.correlation_pyramid(f2, f1)
+    for a, b in zip(raft.transposed_pyramid(there, (16, 18)), back): assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_local_correlation_is_plain_sampling(r, monkeypatch):
+    "Radius 1 gathers in pieces, radius 3 takes all pairs of so small a map."
+    monkeypatch.setattr(dkm, "BUDGET", 5 * 16 * 100)
+    draw = torch.Generator().manual_seed(0)
+    f1, f2 = torch.randn(2, 2, 5, 24, 26, generator=draw)
+    warp = dkm.pixel_centres(2, 24, 26, f1) + torch.randn(2, 2, 24, 26, generator=draw)  # far outside as well
+    y, x = torch.meshgrid(torch.linspace(-2 * r / 24, 2 * r / 24, 2 * r + 1), torch.linspace(-2 * r / 26, 2 * r / 26, 2 * r + 1), indexing="ij")
+    points = warp.permute(0, 2, 3, 1)[:, :, :, None] + torch.stack([x, y], -1).reshape(-1, 2)
+    seen = torch.nn.functional.grid_sample(f2, points.flatten(2, 3), align_corners=False).reshape(2, 5, 24, 26, -1)
+    assert torch.allclose(dkm.local_correlation(f1, f2, warp, r), torch.einsum("bchw,bchwk->bkhw", f1, seen) / 5 ** 0.5, atol=1e-5)
+
+
+class Shift(nn.Module):
+    "Stands for a perfect matcher: image 1 shows what image 0 shows, `dx` pixels to the right; noise of `sigma` pixels on a share of them."
+    def __init__(self, dx=0.0, sigma=0.0, certainty=1.0, wrong=0.0, size=(96, 128)):
+        super().__init__()
+        self.size, self.dx, self.sigma, self.sure, self.wrong, self.weight = size, dx, sigma, certainty, wrong, nn.Parameter(torch.zeros(1))
+
+    def forward(self, image0, image1):
+        h, w = image0.shape[-2:]
+        draw = torch.Generator().manual_seed(3)
+        own = dkm.pixel_centres(1, h, w, image0).permute(0, 2, 3, 1)
+        step = torch.tensor([2 / w, 2 / h])
+        there = own + step * torch.tensor([self.dx, 0.0]) + step * self.sigma * torch.randn(own.shape, generator=draw)
+        lost = torch.rand(own.shape[:3], generator=draw) < self.wrong
+        there[lost] = 2 * torch.rand(int(lost.sum()), 2, generator=draw) - 1
+        inside = (there.abs() <= 1).all(-1)
+        return torch.cat([torch.cat([own, there.clamp(-1, 1)], -1)] * 2, 2), torch.cat([self.sure * inside.float()] * 2, 2)
+
+
+def pair(**options): return gim.match_pair(Shift(**options), torch.rand(3, 96, 128), torch.rand(3, 96, 128), generator(0, "test"), count=1000)
+
+
+def test_a_perfect_match_fills_count_and_density():
+    found = pair()
+    assert found.count == found.sampled > 900 and found.density > 0.99
+    assert pair(dx=32).density == pytest.approx(0.75, abs=0.02)      # a quarter has left the picture
+
+
+def test_density_falls_where_the_count_is_saturated():
+    exact, blurred, lost = pair(dx=2), pair(dx=2, sigma=2), pair(dx=2, wrong=0.3)
+    assert exact.count - blurred.count < 0.05 * exact.count          # 2 pixels are far below the 8 of the count
+    assert blurred.density < 0.7 * exact.density
+    assert lost.density == pytest.approx(0.7 * exact.density, rel=0.1)
+    assert pair(certainty=0.1).density == 0.0 < pair(certainty=0.1).count
+
+
+def test_padding_does_not_dilute_the_density():
+    wide = gim.match_pair(Shift(), torch.rand(3, 64, 128), torch.rand(3, 64, 128), generator(0, "test"), count=1000)
+    assert wide.density > 0.99 and wide.points0[:, 1].max() <= 63
+
+
+def test_pairs_that_cannot_be_matched_are_named_not_dropped():
+    tiny = Frames(noise(2, 3, 7, 9), "byte")
+    result = measure(gim.MatchedPixels(Shift()), frames=tiny, source=tiny)
+    assert result.status == "failed" and math.isnan(result.value) and "at least 8" in result.reason
+    good = measure(gim.MatchedPixels(Shift(), frames=3, count=100), frames=Frames(noise(5, 3, 96, 128), "byte"), source=Frames(noise(4, 3, 96, 128), "byte"))
+    assert good.status == "ok" and good.details["frames"] == [0, 1, 3]
+    assert good.value == pytest.approx(sum(good.details["counts"]) / 1000) and good.details["density"] > 0.99
+
+
+def test_the_sampler_spreads_over_the_image():
+    "Certain pairs crowded in one corner do not take all the samples."
+    draw = torch.Generator().manual_seed(0)
+    crowd, spread = 0.05 * torch.rand(3000, 4, generator=draw) - 1, 2 * torch.rand(3000, 4, generator=draw) - 1
+    spread[:, 2:] = spread[:, :2]  # a consistent match
+    pairs, _ = dkm.sample_matches(torch.cat([crowd, spread]), torch.ones(6000), 1500, torch.Generator().manual_seed(1))
+    assert (pairs[:, 0] < -0.95).float().mean() < 0.1

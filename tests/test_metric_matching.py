@@ -85,7 +85,8 @@ def test_no_code_is_run_by_a_weights_file(tmp_path):
 
 def test_the_stored_classifier_of_the_encoder_is_dropped():
     with torch.device("meta"): state = dkm.DKM().state_dict()
-    state = {f"model.{k}": v for k, v in state.items()} | {"model.encoder.net.fc.weight": torch.zeros(1000, 2048), "model.encoder.net.fc.bias": torch.zeros(1000)}
+    state = {f"model.{k}": v for k, v in state.items()}
+    state |= {"model.encoder.net.fc.weight": torch.zeros(1000, 2048), "model.encoder.net.fc.bias": torch.zeros(1000)}
     with torch.device("meta"):
         model = dkm.DKM()
         with pytest.raises(InputError, match="unexpected model.encoder.net.fc.weight"): load_strict(model, state)

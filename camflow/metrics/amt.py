@@ -108,7 +108,7 @@ class Update(nn.Module):
         features, flow = self.feat_head(state), self.flow_head(state)
         return (features, flow) if self.factor == 1 else (resize(features, self.factor), self.factor * resize(flow, self.factor))
 
-# %% ../../nbs/metrics/11_amt.ipynb #3b62edb8
+# %% ../../nbs/metrics/11_amt.ipynb #17773be6
 class AMT(nn.Module):
     "The small model (3.0 M parameters), names of amt-s.pth."
     def __init__(self, channels=(20, 32, 44, 56), side=20, flows=3, radius=3, levels=4):
@@ -128,8 +128,10 @@ class AMT(nn.Module):
                ) -> dict:               # image [B,3,H,W] in 0..1; features, flow0, flow1: lists from fine to coarse
         "The frame at time t."
         H, W = image0.shape[-2:]
-        if H % 16 or W % 16 or min(H, W) < 128: raise InputError(f"images of {H}x{W} pixels; AMT; sides must be multiples of 16 and at least 128: use between, which pads and enlarges")
-        if not 0 < t < 1: raise InputError(f"t = {t}; AMT; a time between the frames lies above 0 and below 1")
+        if H % 16 or W % 16 or min(H, W) < 128:
+            raise InputError(f"images of {H}x{W} pixels; AMT; sides must be multiples of 16 and at least 128: use between, which pads and enlarges")
+        if not 0 < t < 1:
+            raise InputError(f"t = {t}; AMT; a time between the frames lies above 0 and below 1")
         mean = (image0.mean((1, 2, 3), keepdim=True) + image1.mean((1, 2, 3), keepdim=True)) / 2
         image0, image1 = image0 - mean, image1 - mean
         both, B = torch.cat([image0, image1]), len(image0)

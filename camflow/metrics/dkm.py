@@ -206,14 +206,14 @@ class Decoder(nn.Module):
 
 def scale_to(x, size): return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
-# %% ../../nbs/metrics/12_dkm.ipynb #73dcd01e
+# %% ../../nbs/metrics/12_dkm.ipynb #3f18c030
 class DKM(nn.Module):
     "DKMv3 (70 M parameters), names of gim_dkm_100h.ckpt."
-    def __init__(self, size: tuple = (672, 896),           # (H, W) of the first pass, multiples of 32
-                 upsample_size: tuple = (1152, 1536)):     # (H, W) of the second pass and of the answer, multiples of 8
+    def __init__(self, size: tuple = (672, 896),           # (H, W) of the first pass, pixels, best multiples of 32
+                 upsample_size: tuple = (1152, 1536)):     # (H, W) of the second pass and of the answer
         super().__init__()
-        if any(n % 32 or n < 32 for n in size) or any(n % 8 or n < 8 for n in upsample_size):
-            raise InputError(f"sizes {size} and {upsample_size}; DKM; give multiples of 32 for the first pass and of 8 for the second")
+        if min(*size, *upsample_size) < 32:
+            raise InputError(f"sizes {size} and {upsample_size} pixels; DKM; sides of at least 32 are needed, best multiples of 32")
         self.size, self.upsample_size = tuple(size), tuple(upsample_size)
         self.encoder, self.decoder = nn.ModuleDict({"net": ResNet50()}), Decoder()
 

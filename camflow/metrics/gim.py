@@ -70,7 +70,7 @@ def unpadded(pairs_N4: Tensor,   # (x0, y0, x1, y1) in -1..1 of the padded image
         points.append(xy)
     return *points, inside
 
-# %% ../../nbs/metrics/13_gim.ipynb #9496290a
+# %% ../../nbs/metrics/13_gim.ipynb #dcac264d
 def fundamental(points0, points1,          # [N,2] pixels
                 threshold: float = 8.0,    # pixels
                 confidence: float = 0.999999,
@@ -80,7 +80,9 @@ def fundamental(points0, points1,          # [N,2] pixels
     a, b = (np.ascontiguousarray(torch.as_tensor(p).cpu().double().numpy()) for p in (points0, points1))
     if len(a) < 8: return None, np.zeros(len(a), bool)
     try: matrix, mask = cv2.findFundamentalMat(a, b, cv2.USAC_MAGSAC, threshold, confidence, iterations)
-    except cv2.error as error: raise InputError(f"OpenCV found no epipolar geometry in {len(a)} pairs ({str(error).splitlines()[0]}); matched pixels; the points may be degenerate") from None
+    except cv2.error as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"OpenCV found no epipolar geometry in {len(a)} pairs ({why}); matched pixels; the points may be degenerate") from None
     if matrix is None or mask is None: return None, np.zeros(len(a), bool)
     return matrix[:3], mask.ravel() > 0
 
@@ -128,7 +130,7 @@ def match_pair(model: DKM,
     near = 0 if matrix is None else int((sampson(p, q, matrix) < within).sum())
     return PairMatch(int(inlier.sum()), len(a), near / max(total, 1), len(p) / max(total, 1), a, b, inlier)
 
-# %% ../../nbs/metrics/13_gim.ipynb #804b17f0
+# %% ../../nbs/metrics/13_gim.ipynb #8dfe98a8
 def total_in_thousands(counts: list,        # inliers per pair of frames; None where the pair failed
                        compat: str = ""     # "cameraflow": 0.0 where no pair is valid, as the original
                       ) -> float:
@@ -165,6 +167,7 @@ class MatchedPixels:
             else: counts.append(found.count); density.append(found.density)
         valid = [c for c in counts if c is not None]
         details = {"counts": counts, "frames": picked, "failed": failed, "seed": self.seed, "drawn": self.count}
-        if not valid: return Result(self.name, status="failed", reason=f"no pair of frames could be matched; first: {next(iter(failed.values()))}", details=details)
+        if not valid:
+            return Result(self.name, status="failed", reason=f"no pair of frames could be matched; first: {next(iter(failed.values()))}", details=details)
         details |= {"mean_count": sum(valid) / len(valid), "density": sum(density) / len(density)}
         return Result(self.name, total_in_thousands(counts), status, details=details)

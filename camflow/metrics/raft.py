@@ -182,7 +182,7 @@ def convex_upsample(flow_B2hw: Tensor,  # in cells
     near = F.unfold(8 * flow_B2hw, 3, padding=1).reshape(B, 2, 9, 1, 1, h, w)
     return (weight * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(B, 2, 8 * h, 8 * w)
 
-# %% ../../nbs/metrics/10_raft.ipynb #0c675333
+# %% ../../nbs/metrics/10_raft.ipynb #817dc8f0
 SMALLEST = 128  # pixels: below, the original's last pyramid level is one cell wide and it answers NaN
 
 
@@ -198,7 +198,8 @@ class RAFT(nn.Module):
               ) -> tuple:              # features, context: [B,256,h,w] each
         "What the network wants to know of an image."
         if images.shape[-1] % 8 or images.shape[-2] % 8 or min(images.shape[-2:]) < SMALLEST:
-            raise InputError(f"images of {tuple(images.shape[-2:])} pixels; RAFT; sides must be multiples of 8 and at least {SMALLEST}: use clip_flow, which pads and enlarges")
+            raise InputError(f"images of {tuple(images.shape[-2:])} pixels; RAFT; "
+                             f"sides must be multiples of 8 and at least {SMALLEST}: use clip_flow, which pads and enlarges")
         x = images / 127.5 - 1
         return self.fnet(x), self.cnet(x)
 
@@ -219,7 +220,7 @@ class RAFT(nn.Module):
         B = len(image1)
         return self.walk(features[:B], features[B:], context[:B], iters)
 
-# %% ../../nbs/metrics/10_raft.ipynb #9e3652a0
+# %% ../../nbs/metrics/10_raft.ipynb #9acc0b27
 class Padder:
     "Repeats the border until both sides are multiples of `multiple`; the odd pixel goes right and below."
     def __init__(self, size: tuple, multiple: int = 8):  # (H, W) pixels
@@ -238,7 +239,8 @@ def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> t
     if min(H, W) < 1: raise InputError(f"an image of {H}x{W} pixels; flow; give at least one pixel")
     if min(-(-H // multiple), -(-W // multiple)) * multiple >= smallest: return H, W
     factor = smallest / min(H, W)
-    if factor * max(H, W) > 8192: raise InputError(f"an image of {H}x{W} pixels; flow; enlarged to {smallest} pixels it would be {factor * max(H, W):.0f} long: crop it")
+    if factor * max(H, W) > 8192:
+        raise InputError(f"an image of {H}x{W} pixels; flow; enlarged to {smallest} pixels it would be {factor * max(H, W):.0f} long: crop it")
     return max(round(H * factor), smallest), max(round(W * factor), smallest)
 
 
@@ -263,7 +265,7 @@ def clip_flow(model: RAFT,
         flow = Flow(torch.cat(out), "forward")
         return Flow((flow if small else flow.resize(frames.size)).data.cpu(), "forward")
 
-# %% ../../nbs/metrics/10_raft.ipynb #e96debc8
+# %% ../../nbs/metrics/10_raft.ipynb #c9a313d2
 def top_motion(flow_2HW: Tensor,     # pixels
                share: float = 0.05   # of the pixels
               ) -> float:
@@ -278,7 +280,8 @@ def kept_frames(frames: int,  # in the file
                 fps: float    # of the container
                ) -> list:
     "Indices that VBench looks at: about eight per second."
-    if not fps or not math.isfinite(fps) or fps <= 0: raise InputError(f"a frame rate of {fps}; dynamic degree; it keeps eight frames per second, so it must know the rate")
+    if not fps or not math.isfinite(fps) or fps <= 0:
+        raise InputError(f"a frame rate of {fps}; dynamic degree; it keeps eight frames per second, so it must know the rate")
     return list(range(0, frames, max(1, round(fps / 8))))
 
 
@@ -289,7 +292,7 @@ def dynamic_decision(scores: list,   # `top_motion` of neighbouring kept frames
     threshold, needed = 6 * min(size) / 256, round(4 * (len(scores) + 1) / 16)
     return {"threshold": threshold, "count_needed": needed, "dynamic": bool(scores) and sum(s > threshold for s in scores) >= needed}
 
-# %% ../../nbs/metrics/10_raft.ipynb #755e0658
+# %% ../../nbs/metrics/10_raft.ipynb #4d7f46a7
 class DynamicDegree:
     "VBench's dynamic degree of a clip: 1 or 0."
     name, higher_is_better = "dynamic_degree", True
@@ -304,7 +307,8 @@ class DynamicDegree:
     def __call__(self, frames: Frames) -> Result:  # with fps
         keep = kept_frames(len(frames), frames.fps)
         model, status = self.network()
-        if len(keep) < 2: return Result(self.name, status="invalid", reason=f"{len(frames)} frames at {frames.fps} per second leave {len(keep)}; dynamic degree needs two")
+        if len(keep) < 2:
+            return Result(self.name, status="invalid", reason=f"{len(frames)} frames at {frames.fps} per second leave {len(keep)}; dynamic degree needs two")
         scores = [top_motion(flow) for flow in clip_flow(model, frames[keep], self.iters, self.batch).data]
         details = dynamic_decision(scores, frames.size) | {"scores": scores, "interval": keep[1], "fps": frames.fps}
         return Result(self.name, float(details["dynamic"]), status, details=details)

@@ -19,7 +19,7 @@ from ..device import device, generator
 from ..files import InputError
 from .interface import NoWeights
 
-# %% ../../nbs/metrics/09_weights.ipynb #957ded21
+# %% ../../nbs/metrics/09_weights.ipynb #a2f89f30
 WRAPPERS = ("state_dict", "model_state_dict", "model", "params")  # entries under which checkpoints keep their tensors
 
 
@@ -32,7 +32,8 @@ def read_weights(path # .safetensors, or a file of torch.save
         if path.suffix == ".safetensors": return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path} ({str(error).splitlines()[0][:200]}); read_weights; is the download whole? Only tensors are read, no code is run") from None
+        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"cannot read {path} ({why}); read_weights; is the download whole? Only tensors are read, no code is run") from None
     while isinstance(state, dict) and (inner := next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), None)) is not None: state = inner
     if not isinstance(state, dict): raise InputError(f"{path} holds a {type(state).__name__}; read_weights; give a file of named tensors")
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}

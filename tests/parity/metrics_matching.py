@@ -187,7 +187,8 @@ def relative_pose(path):
     score = Score(FLOAT64)
     for entry in json.loads(path.read_text()):  # near 0 an arccos turns the last bit of a cosine into 1e-6 degrees
         want, got = entry["output"], pose.relative_pose_error(**{"true_0to1" if k == "T_0to1" else k: v for k, v in entry["input"].items()})
-        for ours, theirs in (("rotation_deg", "R_err_deg"), ("translation_deg", "t_err_deg"), ("translation_gap", "t_err_scaled_norm")): score.add(got[ours], float(want[theirs]), 1.0 if want[theirs] > 1e-3 else 2e3)
+        for ours, theirs in (("rotation_deg", "R_err_deg"), ("translation_deg", "t_err_deg"), ("translation_gap", "t_err_scaled_norm")):
+            score.add(got[ours], float(want[theirs]), 1.0 if want[theirs] > 1e-3 else 2e3)
     return score.row
 
 
@@ -211,7 +212,8 @@ def pair_auc(path):
         got = pose.pose_auc(case.x[f"{name}.gt_w2c"], case.x[f"{name}.pred_w2c"], (30, 15, 5, 3))
         score = Score(2e-2 if single else 2e-6)
         score.formula(torch.tensor(list(got["auc"].values()), dtype=torch.float64), case.want[f"{name}.auc_30_15_5_3"])
-        score.formula(got["rotation_deg"], case.want[f"{name}.pair_rot_deg"].double()).formula(got["translation_deg"], case.want[f"{name}.pair_trans_deg"].double())
+        for ours, theirs in (("rotation_deg", "rot_deg"), ("translation_deg", "trans_deg")):
+            score.formula(got[ours], case.want[f"{name}.pair_{theirs}"].double())
         worst = max(worst, score.worst / score.line)
     return (worst * 2e-6, 2e-6, 2e-6, worst <= 1)
 

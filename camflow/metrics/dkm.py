@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['BUDGET', 'Bottleneck', 'ResNet50', 'pixel_centres', 'cosine_kernel', 'GaussianProcess', 'ResidualRefinement',
            'ChannelAttention', 'CoarseDecoder', 'local_correlation', 'Refiner', 'Decoder', 'scale_to', 'DKM',
-           'kernel_density', 'balance_weight', 'sample_matches']
+           'load_dkm', 'kernel_density', 'balance_weight', 'sample_matches']
 
-# %% ../../nbs/metrics/12_dkm.ipynb #742af40c
+# %% ../../nbs/metrics/12_dkm.ipynb #5a451957
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import device
 from ..files import InputError
 from .raft import blend_window, correlation_pyramid, window_index
-from .weights import random_weights
+from .weights import load_strict, random_weights, read_weights
 
 # %% ../../nbs/metrics/12_dkm.ipynb #4f6e9c1f
 class Bottleneck(nn.Module):
@@ -236,6 +237,15 @@ class DKM(nn.Module):
         warp, own = warp.clamp(-1, 1).permute(0, 2, 3, 1), pixel_centres(B, h, w, warp).permute(0, 2, 3, 1)
         both = torch.cat([torch.cat([own, warp[:B]], -1), torch.cat([warp[B:], own], -1)], 2)
         return both, torch.cat([certainty[:B], certainty[B:]], 2)
+
+# %% ../../nbs/metrics/12_dkm.ipynb #56780fa3
+def load_dkm(path,                                   # gim_dkm_100h.ckpt, or the same as safetensors
+             size: tuple = (672, 896),               # (H, W) of the first pass, pixels
+             upsample_size: tuple = (1152, 1536)     # (H, W) of the second pass
+            ) -> DKM:
+    "The published network on the default device; the encoder's unused classifier is left out."
+    state = read_weights(path, "DKM", prefix="model.")
+    return load_strict(DKM(size, upsample_size), state, "DKM", ignore=(r"encoder\.net\.fc\..*",), source=path).to(device())
 
 # %% ../../nbs/metrics/12_dkm.ipynb #58cdfb56
 def kernel_density(points_Nd: Tensor, std: float = 0.1, piece: int = 2 ** 24) -> Tensor: # [N]; piece: numbers at once

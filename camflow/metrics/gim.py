@@ -6,10 +6,9 @@
 __all__ = ['Fit', 'fit_size', 'fit_image', 'unpadded', 'fundamental', 'sampson', 'PairMatch', 'match_pair', 'total_in_thousands',
            'MatchedPixels']
 
-# %% ../../nbs/metrics/13_gim.ipynb #6d7d7bce
+# %% ../../nbs/metrics/13_gim.ipynb #d08ab956
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import cv2
 import numpy as np
@@ -22,7 +21,7 @@ from ..files import InputError
 from ..media.frames import Frames
 from .dkm import DKM, sample_matches
 from .interface import Result
-from .weights import network
+from .weights import NoWeights, answer, random_weights
 
 # %% ../../nbs/metrics/13_gim.ipynb #92c71f41
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def match_pair(model: DKM,
     near = 0 if matrix is None else int((sampson(p, q, matrix) < within).sum())
     return PairMatch(int(inlier.sum()), len(a), near / max(total, 1), len(p) / max(total, 1), a, b, inlier)
 
-# %% ../../nbs/metrics/13_gim.ipynb #8dfe98a8
+# %% ../../nbs/metrics/13_gim.ipynb #3868e679
 def total_in_thousands(counts: list,        # inliers per pair of frames; None where the pair failed
                        compat: str = ""     # "cameraflow": 0.0 where no pair is valid, as the original
                       ) -> float:
@@ -144,25 +143,21 @@ class MatchedPixels:
     "GIM matched pixels between a generated video and its source, in thousands."
     name, higher_is_better = "matched_pixels", True
 
-    def __init__(self, weights=None,                     # gim_dkm_100h.ckpt, a DKM, "random" or None
-                 size: tuple = (672, 896),               # (H, W) of the first pass
-                 upsample_size: tuple = (1152, 1536),    # (H, W) of the second pass
-                 frames: int = 80,                       # pairs of frames, equally spaced
-                 count: int = 11000,                     # pairs of pixels drawn for each
-                 seed: int = 0,                          # of the draws
-                 where=None):                            # device
-        build = lambda: DKM(size, upsample_size)
-        self.network = cache(lambda: network(build, weights, "gim_dkm_100h.ckpt", where, drop=("encoder.net.fc.",)))
+    def __init__(self, network: DKM = None,  # of `load_dkm`; None: not here
+                 frames: int = 80,           # pairs of frames, equally spaced
+                 count: int = 11000,         # pairs of pixels drawn for each
+                 seed: int = 0):             # of the draws
+        self.network = network
         self.frames, self.count, self.seed = frames, count, seed
 
     def __call__(self, frames: Frames, source: Frames) -> Result:
-        model, status = self.network()
+        if self.network is None: raise NoWeights(f"DKM has no weights; {self.name}; pass network=load_dkm(file)")
         length = min(len(frames), len(source))
         picked = np.linspace(0, length - 1, min(self.frames, length)).astype(int).tolist()
         counts, density, failed = [], [], {}
         for i in picked:
             pair = [x[[i]].byte().data[0].float().expand(3, -1, -1) / 255 for x in (frames, source)]
-            try: found = match_pair(model, *pair, generator(self.seed, "matched pixels", i), self.count)
+            try: found = match_pair(self.network, *pair, generator(self.seed, "matched pixels", i), self.count)
             except InputError as error: counts.append(None); failed[i] = str(error)
             else: counts.append(found.count); density.append(found.density)
         valid = [c for c in counts if c is not None]
@@ -170,4 +165,4 @@ class MatchedPixels:
         if not valid:
             return Result(self.name, status="failed", reason=f"no pair of frames could be matched; first: {next(iter(failed.values()))}", details=details)
         details |= {"mean_count": sum(valid) / len(valid), "density": sum(density) / len(density)}
-        return Result(self.name, total_in_thousands(counts), status, details=details)
+        return answer(self.name, total_in_thousands(counts), self.network, **details)

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'transposed_pyramid', 'window_index', 'blend_window',
            'lookup', 'cell_grid', 'MotionEncoder', 'SeparableGRU', 'FlowHead', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'Padder', 'enlarged_size', 'clip_flow', 'top_motion', 'kept_frames', 'dynamic_decision', 'DynamicDegree']
+           'load_raft', 'Padder', 'enlarged_size', 'clip_flow', 'top_motion', 'kept_frames', 'dynamic_decision',
+           'DynamicDegree']
 
-# %% ../../nbs/metrics/10_raft.ipynb #b0e66cbd
+# %% ../../nbs/metrics/10_raft.ipynb #58ed10df
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import device
 from ..files import InputError
 from ..media.frames import Flow, Frames
 from .interface import Result
-from .weights import network
+from .weights import NoWeights, answer, load_strict, random_weights, read_weights
 
 # %% ../../nbs/metrics/10_raft.ipynb #e5d8f13a
 def _norm(kind, channels): return nn.BatchNorm2d(channels) if kind == "batch" else nn.InstanceNorm2d(channels)
@@ -220,6 +221,12 @@ class RAFT(nn.Module):
         B = len(image1)
         return self.walk(features[:B], features[B:], context[:B], iters)
 
+# %% ../../nbs/metrics/10_raft.ipynb #0d6b3050
+def load_raft(path # raft-things.pth, or the same as safetensors
+             ) -> RAFT:
+    "The published network on the default device."
+    return load_strict(RAFT(), read_weights(path, "RAFT"), "RAFT", source=path).to(device())
+
 # %% ../../nbs/metrics/10_raft.ipynb #9acc0b27
 class Padder:
     "Repeats the border until both sides are multiples of `multiple`; the odd pixel goes right and below."
@@ -292,23 +299,21 @@ def dynamic_decision(scores: list,   # `top_motion` of neighbouring kept frames
     threshold, needed = 6 * min(size) / 256, round(4 * (len(scores) + 1) / 16)
     return {"threshold": threshold, "count_needed": needed, "dynamic": bool(scores) and sum(s > threshold for s in scores) >= needed}
 
-# %% ../../nbs/metrics/10_raft.ipynb #4d7f46a7
+# %% ../../nbs/metrics/10_raft.ipynb #b0186d71
 class DynamicDegree:
     "VBench's dynamic degree of a clip: 1 or 0."
     name, higher_is_better = "dynamic_degree", True
 
-    def __init__(self, weights=None,  # raft-things.pth, a RAFT, "random" or None
+    def __init__(self, network: RAFT = None,  # of `load_raft`; None: not here
                  iters: int = 20,
-                 batch: int = 1,      # pairs at once
-                 where=None):         # device
-        self.network = cache(lambda: network(RAFT, weights, "raft-things.pth", where))  # loaded at the first call
-        self.iters, self.batch = iters, batch
+                 batch: int = 1):             # pairs at once
+        self.network, self.iters, self.batch = network, iters, batch
 
     def __call__(self, frames: Frames) -> Result:  # with fps
         keep = kept_frames(len(frames), frames.fps)
-        model, status = self.network()
+        if self.network is None: raise NoWeights(f"RAFT has no weights; {self.name}; pass network=load_raft(file)")
         if len(keep) < 2:
             return Result(self.name, status="invalid", reason=f"{len(frames)} frames at {frames.fps} per second leave {len(keep)}; dynamic degree needs two")
-        scores = [top_motion(flow) for flow in clip_flow(model, frames[keep], self.iters, self.batch).data]
+        scores = [top_motion(flow) for flow in clip_flow(self.network, frames[keep], self.iters, self.batch).data]
         details = dynamic_decision(scores, frames.size) | {"scores": scores, "interval": keep[1], "fps": frames.fps}
-        return Result(self.name, float(details["dynamic"]), status, details=details)
+        return answer(self.name, float(details["dynamic"]), self.network, **details)

@@ -28,7 +28,7 @@ class Case:
     def model(self, build, **options):
         "The network of a case under its seeded weights."
         state = seeded_state_dict(json.loads((self.folder / self.config["shapes"]).read_text()), self.config["gain"])
-        return load_strict(build(**options), {k: torch.from_numpy(v) for k, v in state.items()})
+        return load_strict(build(**options), {k: torch.from_numpy(v) for k, v in state.items()}, build.__name__)
 
 
 def summary(x, want) -> dict:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..files import InputError
 
-STATUS = ("ok", "rotation_only", "static", "invalid", "skipped", "timeout", "failed")  # everything a result may say about itself
+STATUS = ("ok", "rotation_only", "static", "random_weights", "invalid", "skipped", "timeout", "failed", "no_weights")  # everything a result may say about itself
 
 # %% ../../nbs/metrics/00_interface.ipynb #21236721
 @dataclass
@@ -29,7 +29,7 @@ class Result:
     def __post_init__(self):
         if self.status not in STATUS: raise InputError(f"unknown status {self.status!r}; metric {self.metric}; use one of {', '.join(STATUS)}")
         if self.status == "ok" and math.isnan(self.value): self.status, self.reason = "invalid", self.reason or "the metric returned NaN"
-        if self.status in ("invalid", "skipped", "timeout", "failed"): self.value = math.nan
+        if self.status in ("invalid", "skipped", "timeout", "failed", "no_weights"): self.value = math.nan
 
     @property
     def ok(self) -> bool:
@@ -48,10 +48,10 @@ class Metric(Protocol):
 def measure(metric,                        # a Metric, or any function with a name
             raises: tuple = (InputError,), # errors of the sample, not of the program
             **sample) -> Result:           # arguments of the metric
-    "Calls a metric; an error of the sample becomes status `failed` with its message. Other errors are bugs and are raised."
+    "Calls a metric; an error of the sample becomes its status (`failed`, or the error's own) with its message. Other errors are bugs and are raised."
     name, start = getattr(metric, "name", getattr(metric, "__name__", "metric")), time.perf_counter()
     try: result = metric(**sample)
-    except raises as error: result = Result(name, status="failed", reason=f"{type(error).__name__}: {error}")
+    except raises as error: result = Result(name, status=getattr(error, "status", "failed"), reason=f"{type(error).__name__}: {error}")
     if not isinstance(result, Result): result = Result(name, float(result))
     result.seconds = time.perf_counter() - start
     return result

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDED', 'relative', 'geodesic_deg', 'PoseError', 'by_frame', 'pose_error', 'pose_record', 'cami2v_errors',
-           'pose_payload', 'parse_payload', 'cameraflow_errors', 'pose_auc']
+           'pose_payload', 'parse_payload', 'cameraflow_errors', 'pose_auc', 'relative_pose_error', 'recall_auc',
+           'pass_ratio']
 
 # %% ../../nbs/metrics/01_pose.ipynb #c5c27fa0
 import math
@@ -218,3 +219,40 @@ def pose_auc(gt_w2c, est_w2c,                # [N,3,4] or [N,4,4] world-to-camer
         share = torch.histc(error[error <= T], bins=T, min=0, max=T) / len(error)
         auc[f"auc{T:02d}"] = float(share.cumsum(0).mean())
     return dict(auc=auc, pair_index=index, rotation_deg=rotation, translation_deg=translation)
+
+# %% ../../nbs/metrics/01_pose.ipynb #46e2240b
+def relative_pose_error(true_0to1,    # [4,4] pose that takes points of view 0 to view 1
+                        R, t          # [3,3], [3] of the estimate; t of any length
+                       ) -> dict:     # rotation_deg, translation_deg, translation_gap: distance once t has the true length
+    "Errors of the relative pose of two views."
+    true, R, t = (torch.as_tensor(x, dtype=torch.float64) for x in (true_0to1, R, t))
+    t, t_true = t.reshape(3), true[:3, 3]
+    angle = torch.arccos((t @ t_true / (t.norm() * t_true.norm())).clamp(-1, 1)).rad2deg()
+    rotation = torch.arccos((((R.mT @ true[:3, :3]).trace() - 1) / 2).clamp(-1, 1)).rad2deg()
+    gap = (t / t.norm() * t_true.norm() - t_true).norm()
+    return {"rotation_deg": float(rotation), "translation_deg": float(torch.minimum(angle, 180 - angle)), "translation_gap": float(gap)}
+
+
+def _errors(errors_deg):
+    errors = torch.as_tensor([float(e) for e in errors_deg], dtype=torch.float64)
+    if not len(errors): raise InputError("no errors; area under the curve; give one number per pair of views (NaN: no pose)")
+    return torch.where(errors.isfinite(), errors, 180.0)
+
+
+def recall_auc(errors_deg,                 # one per pair of views: the larger of both angles; NaN or infinite: no pose
+               thresholds=(5, 10, 20)      # degrees
+              ) -> dict:                   # {threshold: area, 0..1}
+    "Area under recall over error, up to each threshold, divided by it."
+    errors = torch.cat([torch.zeros(1, dtype=torch.float64), _errors(errors_deg).sort().values])
+    recall, areas = torch.linspace(0, 1, len(errors), dtype=torch.float64), {}
+    for T in thresholds:
+        n = int((errors < T).sum())
+        x, y = torch.cat([errors[:n], errors.new_tensor([T])]), torch.cat([recall[:n], recall[n - 1:n]])
+        areas[T] = float(torch.trapezoid(y, x)) / T
+    return areas
+
+
+def pass_ratio(errors_deg, thresholds=(5, 10, 20)) -> dict: # as in `recall_auc`
+    "{threshold: share of pairs strictly below}: what GIM's evaluation prints as AUC."
+    errors = _errors(errors_deg)
+    return {T: float((errors < T).double().mean()) for T in thresholds}

@@ -107,11 +107,11 @@ def temporal_flickering(frames: Tensor) -> float: # bytes [T,...]
     "1 for a still video."
     return float((255 - frame_differences(frames).mean()) / 255)
 
-# %% ../../nbs/metrics/27_vbench.ipynb #40eddd5a
+# %% ../../nbs/metrics/27_vbench.ipynb #73aeb510
 def frame_consistency(features_TD: Tensor) -> Tensor: # any scale -> [T-1]
     "Each frame's similarity to the frame before and to the first one."
     _two(features_TD, "consistency")
-    f = F.normalize(torch.as_tensor(features_TD).double(), dim=-1)
+    f = F.normalize(torch.as_tensor(features_TD).cpu().double(), dim=-1)
     return ((f[1:] * f[:-1]).sum(-1).clamp(min=0) + (f[1:] * f[0]).sum(-1).clamp(min=0)) / 2
 
 
@@ -119,12 +119,12 @@ def consistency(features_TD: Tensor) -> float: # any scale
     "1 when all frames have the same features."
     return float(frame_consistency(features_TD).mean())
 
-# %% ../../nbs/metrics/27_vbench.ipynb #dc26228d
+# %% ../../nbs/metrics/27_vbench.ipynb #e6fd2741
 def aesthetic_quality(features_TD: Tensor, # CLIP L/14 image features, any scale
-                      head                 # maps unit features [T,D] to marks [T,1]
+                      head                 # maps unit features [T,D], float64 on the CPU, to marks [T,1]
                      ) -> float:
     "Mean mark of the frames, divided by 10."
-    return float(head(F.normalize(torch.as_tensor(features_TD), dim=-1)).double().mean() / 10)
+    return float(head(F.normalize(torch.as_tensor(features_TD).cpu().double(), dim=-1)).mean() / 10)
 
 
 def imaging_quality(marks_T) -> float: # MUSIQ's marks 0..100 of the frames

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from camflow.metrics import frechet, vbench
+from camflow.metrics import frechet, i3d, inception, lpips, vbench
+from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_array
 
 NETWORK, FLOAT32, VIDEOGPT = 2e-4, 1e-6, 1e-4  # pass lines: of a tensor's std; relative, formulas on float32 input; relative, the float32 square root of videogpt
@@ -78,6 +79,30 @@ def groups(named: dict):
 
 
 # networks
+
+def unit(image): return image.float() / 255
+
+
+def inception_fid(x, w, config, want):
+    maps = load_strict(inception.InceptionFID(), w, "Inception").maps(unit(x["image"]))
+    return dict(zip(("block0_64", "block1_192", "block2_768"), maps)) | {"features_2048": maps[-1].mean((2, 3))}
+
+
+def i3d_case(x, w, config, want):
+    shape = x["video_seed_shape"].tolist()
+    video = torch.from_numpy(np.clip(5 * seeded_array(config["video_name"], [int(np.prod(shape))]), -1, 1).reshape(shape))
+    net = load_strict(i3d.I3D(), w, "I3D")
+    pooled = net.pooled(video)
+    return {"video": video, "pooled_1024": pooled, "logits": net.head(pooled)}
+
+
+def lpips_case(x, w, config, want):
+    net = load_strict(lpips.LPIPS("vgg" if "features.28.weight" in w else "alex"), w, "LPIPS")
+    a, b = unit(x["in0"]), unit(x["in1"])
+    layers = net.layers(a, b)
+    trunk = {f"trunk_relu{i}_in0": m for i, m in enumerate(net.trunk(a), 1)}
+    return trunk | {"distance": net(a, b), "per_layer": torch.stack([m.mean((1, 2, 3)) for m in layers], 1), "spatial_map": net.spatial(a, b)}
+
 
 # formulas
 
@@ -158,7 +183,7 @@ def frame_sampling(row):
     return 0.0 if vbench.frame_indices(i["total"], i["num"], modes[i["kind"]]) == row["output"] else float("inf")
 
 
-NETWORKS = {}
+NETWORKS = {"inception_fid": inception_fid, "i3d": i3d_case, "lpips": lpips_case}
 TENSORS = {f.__name__: f for f in (frechet_distance, fvd_v_seed, vbench_temporal_flickering, vbench_subject_consistency, vbench_background_consistency, vbench_aesthetic,
                                    vbench_transforms)}
 TABLES = {f.__name__: f for f in (vbench_imaging_aggregate, vbench_imaging_resize_sizes, vbench_quality_score, frame_sampling)}

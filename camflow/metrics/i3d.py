@@ -37,13 +37,13 @@ def max_pool_same(x: Tensor, kernel, stride) -> Tensor:
     "Maximum over windows, borders count as zero."
     return F.max_pool3d(same_padding(x, kernel, stride), kernel, stride)
 
-# %% ../../nbs/metrics/21_i3d.ipynb #14371bef
+# %% ../../nbs/metrics/21_i3d.ipynb #5188994c
 class Unit3D(nn.Module):
-    "Convolution with TensorFlow padding, batch norm (eps 1e-3) and ReLU; the last unit has a bias instead."
+    "Convolution with TensorFlow padding, batch norm and ReLU; the last unit has a bias instead."
     def __init__(self, c_in, c_out, kernel=(1, 1, 1), stride=(1, 1, 1), last=False):
         super().__init__()
         self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=last)
-        if not last: self.bn = nn.BatchNorm3d(c_out, eps=1e-3)
+        if not last: self.bn = nn.BatchNorm3d(c_out, eps=1e-5)  # 1e-3, as in Inception, moves pooled features by 5 % of their spread
         self.last = last
 
     def forward(self, x):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from camflow.metrics import frechet, i3d, inception, lpips, vbench
+from camflow.metrics import dino, frechet, i3d, inception, lpips, musiq, vbench
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_array
 
@@ -104,6 +104,20 @@ def lpips_case(x, w, config, want):
     return trunk | {"distance": net(a, b), "per_layer": torch.stack([m.mean((1, 2, 3)) for m in layers], 1), "spatial_map": net.spatial(a, b)}
 
 
+
+def musiq_case(x, w, config, want):
+    frame = unit(x["frame"])
+    patches, place, scale, mask = musiq.multiscale_patches(frame * 2 - 1)
+    out = {"patches": torch.cat([patches, torch.stack([place, scale, mask], -1).expand(len(patches), -1, -1)], -1), "score": load_strict(musiq.MUSIQ(config["num_class"]), w, "MUSIQ")(frame)}
+    return out | {"patch_spatial_index": place[None], "patch_scale_index": scale[None], "patch_mask": mask[None]}
+
+
+def dino_case(x, w, config, want):
+    net = load_strict(dino.Dino(dino.config_of(w, heads=dino.CONFIGS[config["arch"]].heads)), w, "DINO")
+    tokens = net.tokens(vbench._standardise(unit(x["frame"]), vbench.IMAGENET_MEAN, vbench.IMAGENET_STD))
+    return {"tokens_after_norm": tokens, "cls_feature": tokens[:, 0], "pos_embed_interpolated": net.positions(*(n // 16 for n in x["frame"].shape[-2:]))}
+
+
 # formulas
 
 def frechet_distance(x, want):
@@ -183,7 +197,7 @@ def frame_sampling(row):
     return 0.0 if vbench.frame_indices(i["total"], i["num"], modes[i["kind"]]) == row["output"] else float("inf")
 
 
-NETWORKS = {"inception_fid": inception_fid, "i3d": i3d_case, "lpips": lpips_case}
+NETWORKS = {"inception_fid": inception_fid, "i3d": i3d_case, "lpips": lpips_case, "musiq": musiq_case, "dino": dino_case}
 TENSORS = {f.__name__: f for f in (frechet_distance, fvd_v_seed, vbench_temporal_flickering, vbench_subject_consistency, vbench_background_consistency, vbench_aesthetic,
                                    vbench_transforms)}
 TABLES = {f.__name__: f for f in (vbench_imaging_aggregate, vbench_imaging_resize_sizes, vbench_quality_score, frame_sampling)}

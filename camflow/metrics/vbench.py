@@ -6,10 +6,10 @@
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'IMAGING_MODES', 'QUALITY', 'RANGES', 'SEMANTIC',
            'frame_indices', 'resize_shorter', 'centre_crop', 'clip_transform', 'dino_transform', 'imaging_size',
            'imaging_transform', 'frame_differences', 'temporal_flickering', 'frame_consistency', 'consistency',
-           'aesthetic_quality', 'imaging_quality', 'aggregate', 'quality_score', 'full_info', 'eval_results',
-           'write_vbench']
+           'aesthetic_quality', 'imaging_quality', 'aggregate', 'quality_score', 'VBenchMetric', 'full_info',
+           'eval_results', 'write_vbench']
 
-# %% ../../nbs/metrics/27_vbench.ipynb #a9a705c2
+# %% ../../nbs/metrics/27_vbench.ipynb #663aae40
 import math
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import InputError, write_json
+from .interface import Result
+from .weights import NoWeights, answer
 
 # Shapes: T frames, C channels, H W pixels, D features
 
@@ -169,6 +171,42 @@ def quality_score(means: dict        # dimension -> aggregate; spaces or undersc
     over = lambda names: sum(parts[k] for k in names) / sum(RANGES[k][2] for k in names) if all(k in parts for k in names) else None
     quality, semantic = over(QUALITY), over(SEMANTIC)
     return dict(normalised=parts, quality=quality, semantic=semantic, total=None if None in (quality, semantic) else (4 * quality + semantic) / 5)
+
+# %% ../../nbs/metrics/27_vbench.ipynb #8b0a66f2
+_NEEDS = {"temporal_flickering": "", "subject_consistency": "DINO", "background_consistency": "CLIP B/32", "aesthetic_quality": "CLIP L/14", "imaging_quality": "MUSIQ"}
+
+
+class VBenchMetric:
+    "One of VBench's dimensions of a video."
+    higher_is_better = True
+
+    def __init__(self, name: str = "temporal_flickering", # temporal_flickering, subject_/background_consistency, aesthetic_quality or imaging_quality
+                 network=None,                # a Dino, Clip or MUSIQ with weights; None where needed: the metric answers `no_weights`
+                 head=None,                   # of aesthetic_quality: an AestheticHead
+                 mode: str = "longer",        # of imaging_quality: one of IMAGING_MODES
+                 batch: int = 8):             # frames at a time
+        if name not in _NEEDS: raise InputError(f"dimension {name!r}; VBenchMetric; one of {', '.join(_NEEDS)}")
+        self.name, self.network, self.head, self.mode, self.batch = name, network, head, mode, batch
+
+    def _run(self, frames, transform, forward):
+        device = next(self.network.parameters()).device
+        return torch.cat([forward(transform(part).to(device)).float().cpu() for part in frames.split(self.batch)])
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor) -> Result: # bytes [T,3,H,W]
+        if video.dtype != torch.uint8 or video.ndim != 4: raise InputError(f"video {tuple(video.shape)} of {video.dtype}; {self.name}; give bytes [T,3,H,W]")
+        used = dict(frames=len(video))
+        if self.name == "temporal_flickering": return Result(self.name, temporal_flickering(video), details=used)
+        needs = _NEEDS[self.name]
+        if self.network is None: raise NoWeights(f"{needs} has no weights; {self.name}; load the published checkpoint and pass network=")
+        if self.name == "imaging_quality":
+            marks = self._run(video, lambda x: imaging_transform(x, self.mode), self.network)[:, 0]
+            return answer(self.name, imaging_quality(marks), self.network, per_frame=marks.tolist(), **used)
+        if self.name == "subject_consistency": return answer(self.name, consistency(self._run(video, dino_transform, self.network)), self.network, **used)
+        features = self._run(video, lambda x: clip_transform(x, self.network.side), self.network.image)
+        if self.name == "background_consistency": return answer(self.name, consistency(features), self.network, **used)
+        if self.head is None: raise NoWeights("the aesthetic head has no weights; aesthetic_quality; pass head=load_aesthetic(file)")
+        return answer(self.name, aesthetic_quality(features, self.head), [self.network, self.head], **used)
 
 # %% ../../nbs/metrics/27_vbench.ipynb #6e3be8e4
 def full_info(videos,                       # paths

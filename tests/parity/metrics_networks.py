@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from camflow.metrics import dino, frechet, i3d, inception, lpips, musiq, vbench
+from camflow.metrics import clip, dino, frechet, i3d, inception, lpips, musiq, vbench
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_array
 
@@ -108,7 +108,7 @@ def lpips_case(x, w, config, want):
 def musiq_case(x, w, config, want):
     frame = unit(x["frame"])
     patches, place, scale, mask = musiq.multiscale_patches(frame * 2 - 1)
-    out = {"patches": torch.cat([patches, torch.stack([place, scale, mask], -1).expand(len(patches), -1, -1)], -1), "score": load_strict(musiq.MUSIQ(config["num_class"]), w, "MUSIQ")(frame)}
+    out = {"patches": patches, "score": load_strict(musiq.MUSIQ(config["num_class"]), w, "MUSIQ")(frame)}
     return out | {"patch_spatial_index": place[None], "patch_scale_index": scale[None], "patch_mask": mask[None]}
 
 
@@ -163,6 +163,23 @@ def vbench_aesthetic(x, want, folder):
     return relative(got | {"average": vbench.aggregate("aesthetic_quality", list(got.values()))}, want)
 
 
+def clip_t_f_v(x, want):
+    got = {}
+    for name, f in groups(x).items():
+        got |= {f"{name}.clip_t": clip.clip_t(f["target"], f["text"]), f"{name}.clip_f": clip.clip_f(f["target"], "camflow_seed"), f"{name}.clip_v": clip.clip_v(f["source"], f["target"])}
+    return relative(got, want)
+
+
+def fvd_preprocess(x, want):
+    got, rules = {}, {"common_metrics_styleganv_cthw": "common-metrics", "common_metrics_videogpt_cthw": "videogpt", "seed_pil_cthw": "camflow_seed"}
+    for name, video in x.items():
+        case, _, layout = name.partition(".")
+        frames = video.permute(1, 0, 2, 3) if layout == "video_cthw" else video
+        for long, short in rules.items():
+            if f"{case}.{long}.shape" in want: got[f"{case}.{long}"] = i3d.fvd_clip(frames, short)
+    return against(got, want)
+
+
 def vbench_transforms(x, want):
     got = {}
     for name, value in x.items():
@@ -199,9 +216,9 @@ def frame_sampling(row):
 
 NETWORKS = {"inception_fid": inception_fid, "i3d": i3d_case, "lpips": lpips_case, "musiq": musiq_case, "dino": dino_case}
 TENSORS = {f.__name__: f for f in (frechet_distance, fvd_v_seed, vbench_temporal_flickering, vbench_subject_consistency, vbench_background_consistency, vbench_aesthetic,
-                                   vbench_transforms)}
+                                   vbench_transforms, clip_t_f_v, fvd_preprocess)}
 TABLES = {f.__name__: f for f in (vbench_imaging_aggregate, vbench_imaging_resize_sizes, vbench_quality_score, frame_sampling)}
-LINES = {"vbench_transforms": NETWORK} | dict.fromkeys(("vbench_imaging_aggregate", "vbench_quality_score"), 1e-9) | dict.fromkeys(("vbench_imaging_resize_sizes", "frame_sampling"), 0.0)
+LINES = {"vbench_transforms": NETWORK, "fvd_preprocess": NETWORK} | dict.fromkeys(("vbench_imaging_aggregate", "vbench_quality_score"), 1e-9) | dict.fromkeys(("vbench_imaging_resize_sizes", "frame_sampling"), 0.0)
 
 
 def _find(name, table): return next((f for start, f in table.items() if name == start or name.startswith(start + "_")), None)

@@ -80,7 +80,7 @@ class _Patches(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, c.dim, c.patch, c.patch)
 
-# %% ../../nbs/metrics/24_dino.ipynb #658b2e99
+# %% ../../nbs/metrics/24_dino.ipynb #969db762
 class Dino(nn.Module):
     "Standardised images of any size -> class token after the last norm, [N,D]."
     def __init__(self, config: DinoConfig | str = "vit_base"): # or a name of CONFIGS
@@ -90,10 +90,11 @@ class Dino(nn.Module):
         self.patch_embed, self.norm = _Patches(c), nn.LayerNorm(c.dim, 1e-6)
         self.blocks = nn.ModuleList(_Block(c) for _ in range(c.depth))
 
-    def positions(self, h: int, w: int) -> Tensor: # patches -> [1,1+h*w,D]
-        "The position table for a grid; the class token's place is never interpolated."
-        g = self.config.grid
-        if (h, w) == (g, g): return self.pos_embed
+    def positions(self, H: int, W: int) -> Tensor: # pixels -> [1,1+h*w,D]
+        "The position table for an image; the class token's place is never interpolated, and a square of the stored size takes the table as it is."
+        g, p = self.config.grid, self.config.patch
+        h, w = H // p, W // p
+        if (h, w) == (g, g) and H == W: return self.pos_embed  # 224x230 is interpolated, although its grid is the stored one
         table = self.pos_embed[:, 1:].reshape(1, g, g, -1).permute(0, 3, 1, 2)
         table = F.interpolate(table, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], 1)
@@ -103,8 +104,7 @@ class Dino(nn.Module):
         p = self.config.patch
         if images_NCHW.ndim != 4 or min(images_NCHW.shape[-2:]) < p: raise InputError(f"images of shape {tuple(images_NCHW.shape)}; DINO; [N,3,H,W] of at least {p}x{p}")
         x = self.patch_embed.proj(images_NCHW)
-        h, w = x.shape[-2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(h, w)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(*images_NCHW.shape[-2:])
         for block in self.blocks: x = block(x)
         return self.norm(x)
 

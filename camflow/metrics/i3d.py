@@ -147,7 +147,7 @@ def load_i3d(path,                 # i3d_pretrained_400.pt, the same as safetens
     net.weights_id = f"{Path(path).name} (TorchScript)"
     return net
 
-# %% ../../nbs/metrics/21_i3d.ipynb #2f34022c
+# %% ../../nbs/metrics/21_i3d.ipynb #51166cc9
 class FVD:
     "FVD of generated against real videos; the answer holds N, the floor and the extrapolation (see `frechet`)."
     name, higher_is_better = "fvd", False
@@ -168,7 +168,9 @@ class FVD:
         rows, device = [], next((p.device for p in self.network.parameters()), torch.device("cpu"))
         for i, video in enumerate(videos):
             if len(video) < self.frames: raise InputError(f"video {i} has {len(video)} frames; {self.name}; {self.frames} are needed")
-            rows.append(self.network(fvd_clip(video[:self.frames], self.protocol)[None].to(device)).float().cpu())
+            clip = fvd_clip(video[:self.frames], self.protocol)[None].to(device)
+            if self.protocol == "camflow_seed": clip = clip * 2 / 255 - 1  # it passes 0..1 where the archive's rescale expects 0..255
+            rows.append(self.network(clip).float().cpu())
         return torch.cat(rows).numpy()
 
     def __call__(self, fake, real, fake_sources=None, real_sources=None) -> Result: # videos of bytes [T,C,H,W]

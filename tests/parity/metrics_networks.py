@@ -113,9 +113,9 @@ def musiq_case(x, w, config, want):
 
 
 def dino_case(x, w, config, want):
-    net = load_strict(dino.Dino(dino.config_of(w, heads=dino.CONFIGS[config["arch"]].heads)), w, "DINO")
+    net = load_strict(dino.Dino(dino.config_of(w, heads=config.get("heads") or getattr(dino.CONFIGS.get(config["arch"]), "heads", 0))), w, "DINO")
     tokens = net.tokens(vbench._standardise(unit(x["frame"]), vbench.IMAGENET_MEAN, vbench.IMAGENET_STD))
-    return {"tokens_after_norm": tokens, "cls_feature": tokens[:, 0], "pos_embed_interpolated": net.positions(*(n // 16 for n in x["frame"].shape[-2:]))}
+    return {"tokens_after_norm": tokens, "cls_feature": tokens[:, 0], "pos_embed_interpolated": net.positions(*x["frame"].shape[-2:])}
 
 
 # formulas

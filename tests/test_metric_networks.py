@@ -202,12 +202,13 @@ def test_lpips_from_two_files_or_one(tmp_path):
 def test_stylegan_v_archive(tmp_path):
     class Detector(nn.Module):
         def forward(self, x, rescale: bool, resize: bool, return_features: bool):
-            return (x.mean((3, 4)) if not rescale else x * 0).flatten(1)
+            return (x.mean((3, 4)) + (1000.0 if resize else 0.0)).flatten(1)
     torch.jit.save(torch.jit.script(Detector()), tmp_path / "i3d.pt")
     net = i3d.load_i3d(tmp_path / "i3d.pt", script=True)
     fvd = i3d.FVD(net, "stylegan-v", frames=4)
     videos = [video(seed=s) for s in range(6)]
-    result = fvd(videos, videos)
+    result, rows = fvd(videos, videos), fvd.features(videos)
+    assert rows.min() > 1100 and i3d.FVD(net, "common-metrics", frames=4).features(videos).max() < 1  # bytes for the archive to resize; -1..1 else
     assert abs(result.value) < 1e-9 and result.details["n_fake"] == 6 and result.details["protocol"] == "stylegan-v"
     with pytest.raises(NoWeights): i3d.load_i3d(tmp_path / "none.pt", script=True)
     (tmp_path / "bad.pt").write_bytes(b"no archive")

@@ -138,16 +138,18 @@ def image_features(net: Clip,
     device = next(net.parameters()).device
     return torch.cat([net.image(transform(part, net.side).to(device)).float().cpu() for part in frames_TCHW.split(batch)])
 
-# %% ../../nbs/metrics/25_clip.ipynb #0a5f4093
+# %% ../../nbs/metrics/25_clip.ipynb #bc1d3a5e
 def _unit(features): return F.normalize(torch.as_tensor(features).cpu().double(), dim=-1)
 
 
-def clip_t(features_TD, text_D) -> float: # any scale
+def clip_t(features_TD, # image features, any scale
+           text_D       # features of the text, any scale
+          ) -> float:
     "Mean similarity of the frames to the text."
     return float((_unit(features_TD) @ _unit(text_D)).mean())
 
 
-def clip_f(features_TD,        # any scale
+def clip_f(features_TD,        # image features, any scale
            compat: str = ""    # "camflow_seed": one frame gives 0.0
           ) -> float:
     "Mean similarity of neighbouring frames."
@@ -158,20 +160,22 @@ def clip_f(features_TD,        # any scale
     return float((f[1:] * f[:-1]).sum(-1).mean())
 
 
-def clip_v(source_TD, features_TD) -> float: # any scale; the longer one is cut
+def clip_v(source_TD,   # image features of the source, any scale
+           features_TD  # of the generated video; the longer of both is cut
+          ) -> float:
     "Mean similarity to the source's frame with the same number."
     n = min(len(source_TD), len(features_TD))
     if n < 1: raise InputError("no frames; clip_v; at least one in each video")
     return float((_unit(source_TD[:n]) * _unit(features_TD[:n])).sum(-1).mean())
 
-# %% ../../nbs/metrics/25_clip.ipynb #913fa0b4
+# %% ../../nbs/metrics/25_clip.ipynb #74880c3d
 class AestheticHead(nn.Module):
     "Unit CLIP features -> mark."
     def __init__(self, dim: int = 768): # of CLIP L/14
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(1, dim)), nn.Parameter(torch.zeros(1))
 
-    def forward(self, features_TD): return F.linear(features_TD, self.weight.to(features_TD.dtype), self.bias.to(features_TD.dtype))
+    def forward(self, features_TD): return F.linear(features_TD, self.weight.to(features_TD), self.bias.to(features_TD))
 
 
 def load_aesthetic(path # sa_0_4_vit_l_14_linear.pth or the same as safetensors
@@ -180,7 +184,7 @@ def load_aesthetic(path # sa_0_4_vit_l_14_linear.pth or the same as safetensors
     state = read_weights(path, "the aesthetic head")
     return load_strict(AestheticHead(state["weight"].shape[-1] if "weight" in state else 768), state, "the aesthetic head", source=path)
 
-# %% ../../nbs/metrics/25_clip.ipynb #649bce09
+# %% ../../nbs/metrics/25_clip.ipynb #bbc1b641
 class ClipScore:
     "CLIP-T, CLIP-F or CLIP-V of a video."
     higher_is_better = True
@@ -195,7 +199,11 @@ class ClipScore:
     def _features(self, video): return image_features(self.network, video[frame_indices(len(video), self.frames)])
 
     @torch.no_grad()
-    def __call__(self, video, source=None, prompt: str = None) -> Result: # bytes [T,3,H,W]
+    def __call__(self,
+                 video,             # bytes [T,3,H,W]
+                 source=None,       # of clip_v: bytes of the source video
+                 prompt: str = None # of clip_t: the text
+                ) -> Result:
         if self.network is None: raise NoWeights(f"CLIP has no weights; {self.name}; pass network=load_clip(file)")
         used = dict(frames=min(len(video), self.frames), frames_total=len(video))
         if self.name == "clip_f": return answer(self.name, clip_f(self._features(video)), self.network, **used)

@@ -63,8 +63,10 @@ def frechet_distance(fake_ND,                        # features of the generated
     x, y = ((a - a.mean(0)) / math.sqrt(len(a) - rule["ddof"]) for a in (x, y))
     return mean + float((x**2).sum() + (y**2).sum() - 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum())
 
-# %% ../../nbs/metrics/26_frechet.ipynb #8d3feb78
-def kernel_distance(fake_ND, real_ND) -> float:
+# %% ../../nbs/metrics/26_frechet.ipynb #27de6d33
+def kernel_distance(fake_ND, # features of the generated set
+                    real_ND  # features of the reference set
+                   ) -> float:
     "Unbiased MMD^2 under the cubic polynomial kernel; may be negative for equal distributions."
     x, y = _features(fake_ND, "fake"), _features(real_ND, "real")
     n, m = len(x), len(y)
@@ -74,7 +76,8 @@ def kernel_distance(fake_ND, real_ND) -> float:
     return float((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * kernel(x, y).mean())
 
 
-def kid(fake_ND, real_ND,
+def kid(fake_ND,             # features of the generated set
+        real_ND,             # features of the reference set
         subsets: int = 100,  # draws
         size: int = 1000,    # samples of a draw; the smaller set where it has fewer
         seed: int = 0        # of the draws
@@ -85,7 +88,7 @@ def kid(fake_ND, real_ND,
     values = [kernel_distance(x[draw.choice(len(x), size, False)], y[draw.choice(len(y), size, False)]) for _ in range(subsets)]
     return float(np.mean(values)), float(np.std(values))
 
-# %% ../../nbs/metrics/26_frechet.ipynb #dac67ee6
+# %% ../../nbs/metrics/26_frechet.ipynb #7a10cb89
 def _clusters(n, clusters):
     labels = np.arange(n) if clusters is None else np.asarray(clusters)
     if len(labels) != n: raise InputError(f"{len(labels)} cluster labels for {n} samples; frechet; one label per sample")
@@ -95,12 +98,13 @@ def _clusters(n, clusters):
 def _pick(groups, count, draw): return np.concatenate([groups[i] for i in draw.choice(len(groups), count, False)])
 
 
-def fd_infinity(fake_ND, real_ND,
+def fd_infinity(fake_ND,                 # features of the generated set
+                real_ND,                 # features of the reference set
                 protocol: str = "common-metrics", # one of PROTOCOLS
                 points: int = 15,        # subset sizes, from a quarter of the sources to all
                 seed: int = 0,           # of the subsets
                 fake_sources=None,       # source of each sample; whole sources are drawn
-                real_sources=None
+                real_sources=None        # the same for the reference set
                ) -> dict:                # value, slope, and the points (n, distance) of the fit
     "Fréchet distance extrapolated to N = infinity; both sets are subsampled alike."
     x, y, draw = _features(fake_ND, "fake"), _features(real_ND, "real"), np.random.default_rng(seed)
@@ -113,7 +117,7 @@ def fd_infinity(fake_ND, real_ND,
     return dict(value=float(value), slope=float(slope), n=counts.tolist(), distances=[float(v) for v in values])
 
 
-def real_floor(real_ND,
+def real_floor(real_ND,                   # features of the reference set
                n: int,                    # sources in each half; at most half of all
                protocol: str = "common-metrics", # one of PROTOCOLS
                repeats: int = 5,          # random splits
@@ -132,7 +136,7 @@ def real_floor(real_ND,
         values.append(frechet_distance(x[a], x[b], protocol))
     return dict(mean=float(np.mean(values)), std=float(np.std(values)), n=n)
 
-# %% ../../nbs/metrics/26_frechet.ipynb #87766043
+# %% ../../nbs/metrics/26_frechet.ipynb #5a8dd4f0
 class SetDistance:
     "FID or FVD (`kind='frechet'`), KID or KVD (`kind='kernel'`) of two sets of features, with N, floor and extrapolation."
     higher_is_better = False
@@ -146,7 +150,11 @@ class SetDistance:
         if protocol not in PROTOCOLS: raise InputError(f"protocol {protocol!r}; SetDistance; one of {', '.join(PROTOCOLS)}")
         self.name, self.kind, self.protocol, self.minimum, self.seed = name, kind, protocol, max(minimum, 2), seed
 
-    def __call__(self, fake, real, fake_sources=None, real_sources=None) -> Result:
+    def __call__(self,
+                 fake, real,         # features [N,D]
+                 fake_sources=None,  # source video of each row; whole sources are drawn
+                 real_sources=None
+                ) -> Result:
         x, y = _features(fake, "fake"), _features(real, "real")
         sources = [len(_clusters(len(a), s)) for a, s in ((x, fake_sources), (y, real_sources))]
         details = dict(n_fake=len(x), n_real=len(y), sources_fake=sources[0], sources_real=sources[1], dimensions=x.shape[1], kind=self.kind)

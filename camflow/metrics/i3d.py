@@ -126,14 +126,15 @@ def fvd_clip(frames_TCHW: Tensor,               # bytes, or floats 0..1
     if protocol == "videogpt": x = (x * 255).to(torch.uint8).float() / 255
     return (_shorter_side(x, side).permute(1, 0, 2, 3) - 0.5) * 2
 
-# %% ../../nbs/metrics/21_i3d.ipynb #49d8df19
+# %% ../../nbs/metrics/21_i3d.ipynb #e2d84274
 class ScriptI3D(nn.Module):
     "StyleGAN-V's archive behind the interface of `I3D`: clips -1..1 -> features."
     def __init__(self, archive):
         super().__init__()
         self.archive = archive
 
-    def forward(self, clips_NCTHW): return self.archive(clips_NCTHW, rescale=False, resize=False, return_features=True)
+    def forward(self, clips_NCTHW, raw=False): # raw: 0..255 of any size
+        return self.archive(clips_NCTHW, rescale=raw, resize=raw, return_features=True)
 
 
 def load_i3d(path,                 # i3d_pretrained_400.pt, the same as safetensors, or i3d_torchscript.pt with script=True
@@ -147,7 +148,7 @@ def load_i3d(path,                 # i3d_pretrained_400.pt, the same as safetens
     net.weights_id = f"{Path(path).name} (TorchScript)"
     return net
 
-# %% ../../nbs/metrics/21_i3d.ipynb #51166cc9
+# %% ../../nbs/metrics/21_i3d.ipynb #47f96a16
 class FVD:
     "FVD of generated against real videos; the answer holds N, the floor and the extrapolation (see `frechet`)."
     name, higher_is_better = "fvd", False
@@ -168,12 +169,19 @@ class FVD:
         rows, device = [], next((p.device for p in self.network.parameters()), torch.device("cpu"))
         for i, video in enumerate(videos):
             if len(video) < self.frames: raise InputError(f"video {i} has {len(video)} frames; {self.name}; {self.frames} are needed")
+            if self.protocol == "stylegan-v" and isinstance(self.network, ScriptI3D):  # the archive resizes bytes by itself
+                rows.append(self.network(video[:self.frames].permute(1, 0, 2, 3)[None].float().to(device), raw=True).float().cpu())
+                continue
             clip = fvd_clip(video[:self.frames], self.protocol)[None].to(device)
             if self.protocol == "camflow_seed": clip = clip * 2 / 255 - 1  # it passes 0..1 where the archive's rescale expects 0..255
             rows.append(self.network(clip).float().cpu())
         return torch.cat(rows).numpy()
 
-    def __call__(self, fake, real, fake_sources=None, real_sources=None) -> Result: # videos of bytes [T,C,H,W]
+    def __call__(self,
+                 fake, real,         # iterables of videos, bytes [T,3,H,W]
+                 fake_sources=None,  # source of each video, where several come from one
+                 real_sources=None
+                ) -> Result:
         result = self.distance(self.features(fake), self.features(real), fake_sources, real_sources)
         if not result.ok: return result
         return answer(self.name, result.value, self.network, **result.details, frames=self.frames)

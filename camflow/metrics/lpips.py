@@ -32,7 +32,7 @@ def _trunk(rows, pool):
         else: layers, c = [*layers, nn.Conv2d(c, *row), nn.ReLU()], row[0]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/metrics/22_lpips.ipynb #c042df3e
+# %% ../../nbs/metrics/22_lpips.ipynb #b341a97b
 class _Head(nn.Module):
     "One weight per channel, under the published name `model.1`."
     def __init__(self, channels):
@@ -61,8 +61,9 @@ class LPIPS(nn.Module):
             if i in self.outputs: out.append(x)
         return out
 
-    def layers(self, a_NCHW: Tensor, b_NCHW: Tensor # 0..1
-              ) -> list:                            # five maps [N,1,h,w]
+    def layers(self, a_NCHW: Tensor, # 0..1
+               b_NCHW: Tensor        # the same size
+              ) -> list:             # five maps [N,1,h,w]
         "Each layer's distance at every place."
         if a_NCHW.shape != b_NCHW.shape: raise InputError(f"images of {tuple(a_NCHW.shape)} and {tuple(b_NCHW.shape)}; LPIPS; give equal sizes")
         if min(a_NCHW.shape[-2:]) < 32: raise InputError(f"images of {tuple(a_NCHW.shape[-2:])}; LPIPS; both sides need 32 pixels")
@@ -87,7 +88,7 @@ def load_lpips(heads,              # the package's alex.pth / vgg.pth (lin0..lin
     if not any(k.startswith("features.") for k in state): state |= read_weights(trunk, f"the trunk of LPIPS ({net})")
     return load_strict(LPIPS(net), state, what, ignore=(r"classifier\..*", r"scaling_layer\..*"), source=heads)
 
-# %% ../../nbs/metrics/22_lpips.ipynb #2a6045e1
+# %% ../../nbs/metrics/22_lpips.ipynb #7c20ab27
 class LPIPSMetric:
     "LPIPS of a video against its reference, frame by frame."
     higher_is_better = False
@@ -97,7 +98,10 @@ class LPIPSMetric:
         self.network, self.batch, self.name = network, batch, f"lpips_{network.net if network else 'alex'}"
 
     @torch.no_grad()
-    def __call__(self, video, reference) -> Result: # bytes [T,3,H,W]
+    def __call__(self,
+                 video,      # bytes [T,3,H,W]
+                 reference   # bytes of the same size
+                ) -> Result:
         if self.network is None: raise NoWeights("LPIPS has no weights; LPIPSMetric; pass network=load_lpips(heads, trunk)")
         if video.shape != reference.shape or video.dtype != torch.uint8 or reference.dtype != torch.uint8:
             raise InputError(f"videos {tuple(video.shape)} {video.dtype} and {tuple(reference.shape)} {reference.dtype}; {self.name}; give equal sizes as bytes")

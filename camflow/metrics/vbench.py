@@ -37,7 +37,7 @@ def frame_indices(total: int,             # frames of the video
     middle = [int(a + b - 1) // 2 for a, b in zip(edges[:-1], edges[1:])]
     return middle + middle[-1:] * (num - len(middle))
 
-# %% ../../nbs/metrics/27_vbench.ipynb #2baa44e2
+# %% ../../nbs/metrics/27_vbench.ipynb #01502e3e
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,25 +47,35 @@ def _standardise(x_TCHW, mean, std):
     return (x_TCHW - of(mean)) / of(std)
 
 
-def resize_shorter(x_TCHW: Tensor, side: int, mode: str) -> Tensor:
+def resize_shorter(x_TCHW: Tensor, # floats in any range
+                   side: int,      # pixels
+                   mode: str       # "bilinear" or "bicubic"
+                  ) -> Tensor:
     "Shorter side to `side` pixels, the longer one cut by int; float, no antialiasing, not clamped."
     H, W = x_TCHW.shape[-2:]
     size = (side, int(side * W / H)) if H <= W else (int(side * H / W), side)
     return x_TCHW if size == (H, W) else F.interpolate(x_TCHW, size=size, mode=mode, align_corners=False)
 
 
-def centre_crop(x_TCHW: Tensor, side: int) -> Tensor:
+def centre_crop(x_TCHW: Tensor, # at least side x side
+                side: int       # pixels
+               ) -> Tensor:
+    "The middle square; half pixels are rounded to even."
     H, W = x_TCHW.shape[-2:]
     top, left = round((H - side) / 2), round((W - side) / 2)
     return x_TCHW[..., top:top + side, left:left + side]
 
 
-def clip_transform(frames_TCHW: Tensor, side: int = 224) -> Tensor: # bytes -> [T,3,side,side]
+def clip_transform(frames_TCHW: Tensor, # bytes
+                   side: int = 224      # pixels
+                  ) -> Tensor:          # [T,3,side,side]
     "VBench's input of CLIP: bicubic, centre crop, standardised."
     return _standardise(centre_crop(resize_shorter(frames_TCHW.float(), side, "bicubic"), side) / 255, CLIP_MEAN, CLIP_STD)
 
 
-def dino_transform(frames_TCHW: Tensor, side: int = 224) -> Tensor: # bytes -> [T,3,h,w], not cropped
+def dino_transform(frames_TCHW: Tensor, # bytes
+                   side: int = 224      # of the shorter side, pixels
+                  ) -> Tensor:          # [T,3,h,w], not cropped
     "VBench's input of DINO: bilinear, shorter side, standardised."
     return _standardise(resize_shorter(frames_TCHW.float(), side, "bilinear") / 255, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -208,7 +218,7 @@ class VBenchMetric:
         if self.head is None: raise NoWeights("the aesthetic head has no weights; aesthetic_quality; pass head=load_aesthetic(file)")
         return answer(self.name, aesthetic_quality(features, self.head), [self.network, self.head], **used)
 
-# %% ../../nbs/metrics/27_vbench.ipynb #6e3be8e4
+# %% ../../nbs/metrics/27_vbench.ipynb #577bee00
 def full_info(videos,                       # paths
               prompts,                      # one for each video
               dimensions=QUALITY            # asked for
@@ -236,8 +246,11 @@ def eval_results(rows: dict,                 # dimension -> list of dicts: video
     return out
 
 
-def write_vbench(folder, name: str, info: list, results: dict):
-    "Writes both files; `name` must not hold colons (the original's time stamp does, which some file systems refuse)."
+def write_vbench(folder,         # where the files go
+                 name: str,      # what they begin with; no colons (the original's time stamp has them, which some file systems refuse)
+                 info: list,     # from `full_info`
+                 results: dict): # from `eval_results`
+    "Writes both files."
     if ":" in name: raise InputError(f"name {name!r} holds a colon; write_vbench; some file systems refuse it, use - instead")
     write_json(f"{folder}/{name}_full_info.json", info)
     write_json(f"{folder}/{name}_eval_results.json", results)

@@ -1422,6 +1422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'camflow.metrics.inception._c': ('metrics/inception.html#_c', 'camflow/metrics/inception.py'),
                                            'camflow.metrics.inception._pad': ( 'metrics/inception.html#_pad',
                                                                                'camflow/metrics/inception.py'),
+                                           'camflow.metrics.inception._split': ( 'metrics/inception.html#_split',
+                                                                                 'camflow/metrics/inception.py'),
                                            'camflow.metrics.inception._steps': ( 'metrics/inception.html#_steps',
                                                                                  'camflow/metrics/inception.py'),
                                            'camflow.metrics.inception.inception_features': ( 'metrics/inception.html#inception_features',

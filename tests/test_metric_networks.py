@@ -1,4 +1,4 @@
-"""Evaluators' networks and formulas: parity with the originals, strict loading, CLIP's key map against an independent forward, set distances on known distributions."""
+"""Evaluators' networks and formulas: parity with the originals, strict loading, CLIP's key map, set distances on known distributions."""
 import math
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from tests.parity import metrics_networks as parity
 
 GOLDENS = Path(__file__).parent / "goldens" / "metrics"
 SHARED = Path(__file__).parents[2] / "shared" / "goldens" / "metrics"
-COVERED = {"i3d_16x224", "inception_fid_resize", "lpips_vgg_48x56", "musiq_spaq_64x96", "dino_tiny_112x200", "clip_t_f_v", "fvd_v_seed", "frechet_distance", "frame_sampling",
+COVERED = {"i3d_16x224", "inception_fid_resize", "lpips_vgg_48x56", "musiq_spaq_64x96", "dino_tiny_112x200", "clip_t_f_v", "fvd_v_seed", "frechet_distance",
+           "frame_sampling",
            "vbench_imaging_aggregate", "vbench_imaging_resize_sizes", "vbench_quality_score", "vbench_subject_consistency", "vbench_background_consistency",
            "vbench_temporal_flickering"}
 LARGE = ("inception_fid_299", "lpips_alex_64x72", "dino_vitb16_96x160", "fvd_preprocess", "vbench_aesthetic", "vbench_transforms")
@@ -52,7 +53,11 @@ def test_parity_notices_one_changed_number(what):
     assert (worst <= parity.NETWORK) is (what == "nothing"), worst
 
 
-@pytest.mark.parametrize("case, network", [("inception_fid", inception.InceptionFID), ("i3d", i3d.I3D), ("musiq", musiq.MUSIQ), ("lpips_vgg", lambda: lpips.LPIPS("vgg")), ("dino_tiny", lambda: dino.Dino("tiny"))])
+NETWORKS = {"inception_fid": inception.InceptionFID, "i3d": i3d.I3D, "musiq": musiq.MUSIQ, "lpips_vgg": lambda: lpips.LPIPS("vgg"),
+            "dino_tiny": lambda: dino.Dino("tiny")}
+
+
+@pytest.mark.parametrize("case, network", NETWORKS.items(), ids=NETWORKS)
 def test_every_published_name_and_shape(case, network):
     import json
     theirs = json.loads((GOLDENS / f"shapes_{case}.json").read_text())
@@ -66,8 +71,10 @@ def openai_state(width=64, layers=2, text=64, words=50, length=9, patch=8, side=
     g = torch.Generator().manual_seed(seed)
     new = lambda *shape, scale=None: torch.randn(shape, generator=g) * (scale or shape[-1] ** -0.5)
     near = lambda n: 1 + 0.1 * torch.randn(n, generator=g)
-    s = {"visual.conv1.weight": new(width, 3, patch, patch, scale=0.07), "visual.class_embedding": new(width), "visual.positional_embedding": new((side // patch) ** 2 + 1, width),
-         "visual.proj": new(width, out), "token_embedding.weight": new(words, text), "positional_embedding": new(length, text), "text_projection": new(text, out),
+    s = {"visual.conv1.weight": new(width, 3, patch, patch, scale=0.07), "visual.class_embedding": new(width),
+         "visual.positional_embedding": new((side // patch) ** 2 + 1, width),
+         "visual.proj": new(width, out), "token_embedding.weight": new(words, text), "positional_embedding": new(length, text),
+         "text_projection": new(text, out),
          "logit_scale": torch.tensor(2.6)}
     for name, n in (("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text)): s |= {f"{name}.weight": near(n), f"{name}.bias": new(n)}
     for head, d in (("visual.", width), ("", text)):
@@ -120,7 +127,8 @@ def test_clip_key_map(container, tmp_path):
     else: torch.jit.save(torch.jit.script(nested(state | extra)), path)
     assert is_script(path) is (container == "script")
     net = clip.load_clip(path)
-    x, tokens = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([[48, 3, 7, 49, 0, 0, 0, 0, 0], [48, 9, 8, 7, 6, 5, 4, 3, 49]])
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[48, 3, 7, 49, 0, 0, 0, 0, 0], [48, 9, 8, 7, 6, 5, 4, 3, 49]])
     with torch.no_grad():
         assert torch.allclose(net.image(x), openai_image(state, x, 1, QUICK), atol=2e-5)
         assert torch.allclose(net.text(tokens), openai_text(state, tokens, 1, QUICK), atol=2e-5)
@@ -195,7 +203,9 @@ def test_lpips_from_two_files_or_one(tmp_path):
     whole = {f"net.slice{slices[int(k.split('.')[1])]}.{k.removeprefix('features.')}": v for k, v in trunk.items()}
     aliases = {k.replace("lin", "lins.", 1): v for k, v in heads.items()}
     torch.save(whole | heads | aliases | {"scaling_layer.shift": torch.ones(1, 3, 1, 1)}, tmp_path / "whole.pth")
-    for loaded in (lpips.load_lpips(tmp_path / "alex.pth", tmp_path / "alexnet.pth"), lpips.load_lpips(tmp_path / "whole.pth")): assert torch.equal(loaded(a, b), net(a, b))
+    for files in (("alex.pth", "alexnet.pth"), ("whole.pth",)):
+        loaded = lpips.load_lpips(*(tmp_path / f for f in files))
+        assert torch.equal(loaded(a, b), net(a, b))
     with pytest.raises(NoWeights, match="trunk"): lpips.load_lpips(tmp_path / "alex.pth")
 
 
@@ -331,9 +341,11 @@ def test_clip_t_uses_the_prompt():
 
 
 def test_vbench_files(tmp_path):
-    rows = {"temporal_flickering": [dict(video_path="a.mp4", value=0.9, frames=5), dict(video_path="b.mp4", value=math.nan, status="timeout")], "imaging_quality": []}
+    rows = {"temporal_flickering": [dict(video_path="a.mp4", value=0.9, frames=5),
+                                    dict(video_path="b.mp4", value=math.nan, status="timeout")], "imaging_quality": []}
     results = vbench.eval_results(rows)
     vbench.write_vbench(tmp_path, "run", vbench.full_info(["a.mp4", "b.mp4"], ["p", "q"]), results)
-    assert results["temporal_flickering"] == [0.9, [dict(video_path="a.mp4", video_results=0.9), dict(video_path="b.mp4", video_results=None, status="timeout")]]
+    assert results["temporal_flickering"] == [0.9, [dict(video_path="a.mp4", video_results=0.9),
+                                                    dict(video_path="b.mp4", video_results=None, status="timeout")]]
     assert results["imaging_quality"] == [None, []] and {p.name for p in tmp_path.iterdir()} == {"run_full_info.json", "run_eval_results.json"}
     with pytest.raises(InputError, match="colon"): vbench.write_vbench(tmp_path, "a:b", [], {})

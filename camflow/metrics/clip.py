@@ -24,10 +24,11 @@ from .weights import NoWeights, answer, load_strict, read_weights
 
 # Shapes: T frames, C channels, H W pixels, D features
 
-# %% ../../nbs/metrics/25_clip.ipynb #55bf9827
+# %% ../../nbs/metrics/25_clip.ipynb #d8b7bb78
 KEY_MAP = [
     (r"logit_scale", "logit_scale", False), (r"text_projection", "text_projection.weight", True), (r"visual\.proj", "visual_projection.weight", True),
-    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding", False), (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight", False),
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding", False),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight", False),
     (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight", False),
     (r"visual\.ln_pre\.(.*)", r"vision_model.pre_layrnorm.\1", False), (r"visual\.ln_post\.(.*)", r"vision_model.post_layernorm.\1", False),
     (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight", False),
@@ -59,7 +60,7 @@ def from_openai(state: dict # names of OpenAI's or open_clip's checkpoint
         out[re.sub(f"^{row[0]}$", row[1], name)] = (tensor.T if row[2] else tensor).float().contiguous()
     return out
 
-# %% ../../nbs/metrics/25_clip.ipynb #33210079
+# %% ../../nbs/metrics/25_clip.ipynb #71825830
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # vision width -> channels of a head; 64 elsewhere
 
 
@@ -75,13 +76,14 @@ def clip_config(state: dict,                    # transformers' names
         vision_mlp, text_mlp = (shape(f"{side}_model.encoder.layers.0.mlp.fc1.weight")[0] for side in ("vision", "text"))
         projection = shape("visual_projection.weight")[0]
     except KeyError as error: raise InputError(f"no tensor {error}; CLIP; pass a whole CLIP checkpoint (image and text)") from error
-    vision = dict(hidden_size=width, intermediate_size=vision_mlp, num_hidden_layers=depth("vision"), num_attention_heads=max(width // HEAD_WIDTH.get(width, 64), 1),
-                  image_size=patch * round((places - 1) ** 0.5), patch_size=patch, hidden_act=activation, projection_dim=projection)
+    vision = dict(hidden_size=width, intermediate_size=vision_mlp, num_hidden_layers=depth("vision"),
+                  num_attention_heads=max(width // HEAD_WIDTH.get(width, 64), 1), patch_size=patch,
+                  image_size=patch * round((places - 1) ** 0.5), hidden_act=activation, projection_dim=projection)
     text = dict(hidden_size=text, intermediate_size=text_mlp, num_hidden_layers=depth("text"), num_attention_heads=max(text // 64, 1), vocab_size=words,
                 max_position_embeddings=length, hidden_act=activation, projection_dim=projection, bos_token_id=words - 2, eos_token_id=words - 1)
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
 
-# %% ../../nbs/metrics/25_clip.ipynb #74c830ac
+# %% ../../nbs/metrics/25_clip.ipynb #b5eb0197
 class Clip(nn.Module):
     "CLIP as two functions: `image` and `text`, both to D features (not normalised)."
     def __init__(self, config: CLIPConfig):
@@ -105,7 +107,8 @@ def load_clip(path,                           # OpenAI's .pt, open_clip's file, 
              ) -> Clip:
     "CLIP with published weights."
     folder = path is not None and Path(path).is_dir()
-    file = path if not folder else next((p for p in (Path(path) / n for n in ("model.safetensors", "pytorch_model.bin")) if p.exists()), Path(path) / "model.safetensors")
+    file = path
+    if folder: file = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := Path(path) / n).exists()), Path(path) / "model.safetensors")
     state = read_weights(file, "CLIP", script=True)
     if folder: config = CLIPConfig.from_dict(read_json(Path(path) / "config.json"))
     else:
@@ -184,7 +187,7 @@ def load_aesthetic(path # sa_0_4_vit_l_14_linear.pth or the same as safetensors
     state = read_weights(path, "the aesthetic head")
     return load_strict(AestheticHead(state["weight"].shape[-1] if "weight" in state else 768), state, "the aesthetic head", source=path)
 
-# %% ../../nbs/metrics/25_clip.ipynb #bbc1b641
+# %% ../../nbs/metrics/25_clip.ipynb #bb2d1fcf
 class ClipScore:
     "CLIP-T, CLIP-F or CLIP-V of a video."
     higher_is_better = True
@@ -212,6 +215,7 @@ class ClipScore:
             return answer(self.name, clip_v(self._features(source), self._features(video)), self.network, frames_source=len(source), **used)
         if not prompt: return Result(self.name, status="skipped", reason="no prompt; clip_t compares with it")
         if self.tokenizer is None: raise NoWeights("CLIP has no tokenizer; clip_t; pass tokenizer=CLIPTokenizer.from_pretrained(folder)")
-        tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=self.network.model.config.text_config.max_position_embeddings, return_tensors="pt")
+        length = self.network.model.config.text_config.max_position_embeddings  # 77: longer texts are cut
+        tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         text = self.network.text(tokens["input_ids"].to(next(self.network.parameters()).device))[0]
         return answer(self.name, clip_t(self._features(video), text), self.network, **used)

@@ -80,7 +80,7 @@ class _Patches(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, c.dim, c.patch, c.patch)
 
-# %% ../../nbs/metrics/24_dino.ipynb #969db762
+# %% ../../nbs/metrics/24_dino.ipynb #ae03e833
 class Dino(nn.Module):
     "Standardised images of any size -> class token after the last norm, [N,D]."
     def __init__(self, config: DinoConfig | str = "vit_base"): # or a name of CONFIGS
@@ -102,7 +102,8 @@ class Dino(nn.Module):
     def tokens(self, images_NCHW: Tensor) -> Tensor: # standardised -> [N,L,D]
         "All tokens after the last norm."
         p = self.config.patch
-        if images_NCHW.ndim != 4 or min(images_NCHW.shape[-2:]) < p: raise InputError(f"images of shape {tuple(images_NCHW.shape)}; DINO; [N,3,H,W] of at least {p}x{p}")
+        if images_NCHW.ndim != 4 or min(images_NCHW.shape[-2:]) < p:
+            raise InputError(f"images of shape {tuple(images_NCHW.shape)}; DINO; [N,3,H,W] of at least {p}x{p}")
         x = self.patch_embed.proj(images_NCHW)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(*images_NCHW.shape[-2:])
         for block in self.blocks: x = block(x)

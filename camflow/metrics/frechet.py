@@ -36,15 +36,17 @@ def gaussian_distance(mean1, cov1, mean2, cov2) -> float:
     half = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * _root_eigenvalues(half @ cov2 @ half).sum())
 
-# %% ../../nbs/metrics/26_frechet.ipynb #0de8698c
-PROTOCOLS = {"pytorch-fid": dict(ddof=1), "stylegan-v": dict(ddof=0), "videogpt": dict(ddof=1), "common-metrics": dict(ddof=1), "camflow_seed": dict(ddof=1, equal_n=True)}
+# %% ../../nbs/metrics/26_frechet.ipynb #8705f00c
+PROTOCOLS = {"pytorch-fid": dict(ddof=1), "stylegan-v": dict(ddof=0), "videogpt": dict(ddof=1), "common-metrics": dict(ddof=1),
+             "camflow_seed": dict(ddof=1, equal_n=True)}
 
 
 def _features(features, what):
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2 or not len(x): raise InputError(f"{what} features of shape {x.shape}; frechet; give [N,D] with at least one sample")
     bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad): raise InputError(f"{len(bad)} of {len(x)} {what} features are not finite, first row {bad[0]}; frechet; leave failed samples out and count them")
+    if len(bad):
+        raise InputError(f"{len(bad)} of {len(x)} {what} features are not finite, first row {bad[0]}; frechet; leave failed samples out and count them")
     return x
 
 
@@ -136,7 +138,7 @@ def real_floor(real_ND,                   # features of the reference set
         values.append(frechet_distance(x[a], x[b], protocol))
     return dict(mean=float(np.mean(values)), std=float(np.std(values)), n=n)
 
-# %% ../../nbs/metrics/26_frechet.ipynb #5a8dd4f0
+# %% ../../nbs/metrics/26_frechet.ipynb #a9950b46
 class SetDistance:
     "FID or FVD (`kind='frechet'`), KID or KVD (`kind='kernel'`) of two sets of features, with N, floor and extrapolation."
     higher_is_better = False
@@ -159,7 +161,8 @@ class SetDistance:
         sources = [len(_clusters(len(a), s)) for a, s in ((x, fake_sources), (y, real_sources))]
         details = dict(n_fake=len(x), n_real=len(y), sources_fake=sources[0], sources_real=sources[1], dimensions=x.shape[1], kind=self.kind)
         if min(len(x), len(y)) < self.minimum:
-            return Result(self.name, status="skipped", reason=f"{len(x)} generated and {len(y)} real samples; {self.name} needs {self.minimum} of each", details=details)
+            reason = f"{len(x)} generated and {len(y)} real samples; {self.name} needs {self.minimum} of each"
+            return Result(self.name, status="skipped", reason=reason, details=details)
         if self.kind == "kernel":
             mean, std = kid(x, y, seed=self.seed)
             return Result(self.name, kernel_distance(x, y), details=details | dict(subsets_mean=mean, subsets_std=std))
@@ -168,7 +171,7 @@ class SetDistance:
         if min(sources) >= 8: details["infinity"] = fd_infinity(x, y, self.protocol, seed=self.seed, fake_sources=fake_sources, real_sources=real_sources)
         return Result(self.name, frechet_distance(x, y, self.protocol), details=details)
 
-# %% ../../nbs/metrics/26_frechet.ipynb #25d287f1
+# %% ../../nbs/metrics/26_frechet.ipynb #accf52c8
 def fvd_v(fake_VNCTHW,            # V views of N videos
           real,                   # the same shape for "sv4d" (true views); [N,C,T,H,W] sources for "camflow_seed"
           detector,               # clips [N,C,T,H,W] -> features [N,D]
@@ -182,7 +185,8 @@ def fvd_v(fake_VNCTHW,            # V views of N videos
     real = np.asarray(real)
     if mode == "camflow_seed": real = np.broadcast_to(real, (len(fake), *real.shape))
     if fake.shape != real.shape or fake.ndim != 6:
-        raise InputError(f"fakes {fake.shape} and reals {real.shape}; fvd_v; [V,N,C,T,H,W] and {'[V,N,C,T,H,W]' if mode == 'sv4d' else '[N,C,T,H,W]'} of equal sizes")
+        wanted = "[V,N,C,T,H,W]" if mode == "sv4d" else "[N,C,T,H,W]"
+        raise InputError(f"fakes {fake.shape} and reals {real.shape}; fvd_v; [V,N,C,T,H,W] and {wanted} of equal sizes")
     V, N, _, T = fake.shape[:4]
     views = np.arange(max(length, V)) * V // max(length, V)
     def clips(x, t):

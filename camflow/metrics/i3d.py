@@ -64,9 +64,10 @@ class Inception3D(nn.Module):
         pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
 
-# %% ../../nbs/metrics/21_i3d.ipynb #eb7b51ee
+# %% ../../nbs/metrics/21_i3d.ipynb #9df7f57d
 _LAYERS = (
-    ("Conv3d_1a_7x7", (3, 64, (7, 7, 7), (2, 2, 2))), ((1, 3, 3), (1, 2, 2)), ("Conv3d_2b_1x1", (64, 64)), ("Conv3d_2c_3x3", (64, 192, (3, 3, 3))), ((1, 3, 3), (1, 2, 2)),
+    ("Conv3d_1a_7x7", (3, 64, (7, 7, 7), (2, 2, 2))), ((1, 3, 3), (1, 2, 2)),
+    ("Conv3d_2b_1x1", (64, 64)), ("Conv3d_2c_3x3", (64, 192, (3, 3, 3))), ((1, 3, 3), (1, 2, 2)),
     ("Mixed_3b", (192, (64, 96, 128, 16, 32, 32))), ("Mixed_3c", (256, (128, 128, 192, 32, 96, 64))), ((3, 3, 3), (2, 2, 2)),
     ("Mixed_4b", (480, (192, 96, 208, 16, 48, 64))), ("Mixed_4c", (512, (160, 112, 224, 24, 64, 64))), ("Mixed_4d", (512, (128, 128, 256, 24, 64, 64))),
     ("Mixed_4e", (512, (112, 144, 288, 32, 64, 64))), ("Mixed_4f", (528, (256, 160, 320, 32, 128, 128))), ((2, 2, 2), (2, 2, 2)),
@@ -126,7 +127,7 @@ def fvd_clip(frames_TCHW: Tensor,               # bytes, or floats 0..1
     if protocol == "videogpt": x = (x * 255).to(torch.uint8).float() / 255
     return (_shorter_side(x, side).permute(1, 0, 2, 3) - 0.5) * 2
 
-# %% ../../nbs/metrics/21_i3d.ipynb #e2d84274
+# %% ../../nbs/metrics/21_i3d.ipynb #687f5b46
 class ScriptI3D(nn.Module):
     "StyleGAN-V's archive behind the interface of `I3D`: clips -1..1 -> features."
     def __init__(self, archive):
@@ -144,7 +145,9 @@ def load_i3d(path,                 # i3d_pretrained_400.pt, the same as safetens
     if not script: return load_strict(I3D(), read_weights(path, "I3D"), "I3D", source=path)
     if path is None or not Path(path).is_file(): raise NoWeights(f"I3D has no weights; there is no file {path}; fetch i3d_torchscript.pt and pass its path")
     try: net = ScriptI3D(torch.jit.load(str(path), map_location="cpu").eval())
-    except RuntimeError as error: raise InputError(f"{path} is no TorchScript archive ({str(error).splitlines()[0][:120]}); load_i3d; pass script=False for i3d_pretrained_400.pt") from error
+    except RuntimeError as error:
+        why = str(error).splitlines()[0][:120]
+        raise InputError(f"{path} is no TorchScript archive ({why}); load_i3d; pass script=False for i3d_pretrained_400.pt") from error
     net.weights_id = f"{Path(path).name} (TorchScript)"
     return net
 

@@ -58,7 +58,7 @@ class Mixed(nn.Module):
         if self.pool == "max": return F.max_pool2d(x, 3, 1, 1)
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # the padding does not count
 
-# %% ../../nbs/metrics/20_inception.ipynb #56cc1b7b
+# %% ../../nbs/metrics/20_inception.ipynb #611cfa70
 def _a(pool): return [[("branch1x1", 64, 1, 1)], [("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 1)],
                       [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 1)], [("branch_pool", pool, 1, 1)]]
 
@@ -70,19 +70,23 @@ def _c(c):
             [("branch_pool", 192, 1, 1)]]
 
 
-_E = [[("branch1x1", 320, 1, 1)], [("branch3x3_1", 384, 1, 1), [("branch3x3_2a", 384, (1, 3), 1), ("branch3x3_2b", 384, (3, 1), 1)]],
-      [("branch3x3dbl_1", 448, 1, 1), ("branch3x3dbl_2", 384, 3, 1), [("branch3x3dbl_3a", 384, (1, 3), 1), ("branch3x3dbl_3b", 384, (3, 1), 1)]], [("branch_pool", 192, 1, 1)]]
+def _split(name): return [(f"{name}a", 384, (1, 3), 1), (f"{name}b", 384, (3, 1), 1)]
+
+
+_E = [[("branch1x1", 320, 1, 1)], [("branch3x3_1", 384, 1, 1), _split("branch3x3_2")],
+      [("branch3x3dbl_1", 448, 1, 1), ("branch3x3dbl_2", 384, 3, 1), _split("branch3x3dbl_3")], [("branch_pool", 192, 1, 1)]]
 
 MIXED = {  # name: (channels in, branches, how the last branch pools)
     "Mixed_5b": (192, _a(32), "mean"), "Mixed_5c": (256, _a(64), "mean"), "Mixed_5d": (288, _a(64), "mean"),
     "Mixed_6a": (288, [[("branch3x3", 384, 3, 2)], [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 1), ("branch3x3dbl_3", 96, 3, 2)]], "stride"),
     "Mixed_6b": (768, _c(128), "mean"), "Mixed_6c": (768, _c(160), "mean"), "Mixed_6d": (768, _c(160), "mean"), "Mixed_6e": (768, _c(192), "mean"),
     "Mixed_7a": (768, [[("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 2)],
-                       [("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, (1, 7), 1), ("branch7x7x3_3", 192, (7, 1), 1), ("branch7x7x3_4", 192, 3, 2)]], "stride"),
+                       [("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, (1, 7), 1), ("branch7x7x3_3", 192, (7, 1), 1),
+                        ("branch7x7x3_4", 192, 3, 2)]], "stride"),
     "Mixed_7b": (1280, _E, "mean"), "Mixed_7c": (2048, _E, "max"),
 }
 
-# %% ../../nbs/metrics/20_inception.ipynb #50ac3487
+# %% ../../nbs/metrics/20_inception.ipynb #acbaa1d4
 class InceptionFID(nn.Module):
     "Images 0..1 -> 2048 features. `fc` is in the file and unused."
     def __init__(self):
@@ -95,7 +99,8 @@ class InceptionFID(nn.Module):
     def maps(self, images_NCHW: Tensor # 0..1, any size from 2x2
             ) -> list:                 # maps of 64, 192, 768 and 2048 channels
         "The feature maps after each of the four blocks, the last one before pooling."
-        if images_NCHW.ndim != 4 or images_NCHW.shape[1] != 3: raise InputError(f"images of shape {tuple(images_NCHW.shape)}; InceptionFID; give [N,3,H,W] in 0..1")
+        if images_NCHW.ndim != 4 or images_NCHW.shape[1] != 3:
+            raise InputError(f"images of shape {tuple(images_NCHW.shape)}; InceptionFID; give [N,3,H,W] in 0..1")
         x = F.interpolate(images_NCHW, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         out = [F.max_pool2d(x, 3, 2)]

@@ -18,10 +18,11 @@ from .weights import NoWeights, answer, load_strict, read_weights
 
 # Shapes: N images, C channels, H W pixels
 
-# %% ../../nbs/metrics/22_lpips.ipynb #62658482
+# %% ../../nbs/metrics/22_lpips.ipynb #02326a85
 TRUNKS = {  # (channels, kernel, stride, padding) or "M"; the outputs are the ReLUs at these numbers
     "alex": ([(64, 11, 4, 2), "M", (192, 5, 1, 2), "M", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)], (1, 4, 7, 9, 11), 3),
-    "vgg": ([*[(64, 3, 1, 1)] * 2, "M", *[(128, 3, 1, 1)] * 2, "M", *[(256, 3, 1, 1)] * 3, "M", *[(512, 3, 1, 1)] * 3, "M", *[(512, 3, 1, 1)] * 3], (3, 8, 15, 22, 29), 2),
+    "vgg": ([*[(64, 3, 1, 1)] * 2, "M", *[(128, 3, 1, 1)] * 2, "M", *[(256, 3, 1, 1)] * 3, "M", *[(512, 3, 1, 1)] * 3, "M", *[(512, 3, 1, 1)] * 3],
+            (3, 8, 15, 22, 29), 2),
 }
 
 
@@ -88,7 +89,7 @@ def load_lpips(heads,              # the package's alex.pth / vgg.pth (lin0..lin
     if not any(k.startswith("features.") for k in state): state |= read_weights(trunk, f"the trunk of LPIPS ({net})")
     return load_strict(LPIPS(net), state, what, ignore=(r"classifier\..*", r"scaling_layer\..*"), source=heads)
 
-# %% ../../nbs/metrics/22_lpips.ipynb #7c20ab27
+# %% ../../nbs/metrics/22_lpips.ipynb #bc193188
 class LPIPSMetric:
     "LPIPS of a video against its reference, frame by frame."
     higher_is_better = False
@@ -104,7 +105,8 @@ class LPIPSMetric:
                 ) -> Result:
         if self.network is None: raise NoWeights("LPIPS has no weights; LPIPSMetric; pass network=load_lpips(heads, trunk)")
         if video.shape != reference.shape or video.dtype != torch.uint8 or reference.dtype != torch.uint8:
-            raise InputError(f"videos {tuple(video.shape)} {video.dtype} and {tuple(reference.shape)} {reference.dtype}; {self.name}; give equal sizes as bytes")
+            raise InputError(f"videos {tuple(video.shape)} {video.dtype} and {tuple(reference.shape)} {reference.dtype}; {self.name}; "
+                             "give equal sizes as bytes")
         device = next(self.network.parameters()).device
         pieces = zip(video.split(self.batch), reference.split(self.batch))
         values = torch.cat([self.network(*(p.to(device).float() / 255 for p in pair)).cpu() for pair in pieces])

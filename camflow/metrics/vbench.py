@@ -143,8 +143,9 @@ def imaging_quality(marks_T) -> float: # MUSIQ's marks 0..100 of the frames
     "Mean mark of the frames, 0..100 as VBench stores it per video; the aggregate is divided by 100."
     return float(np.asarray(marks_T, dtype=np.float64).mean())
 
-# %% ../../nbs/metrics/27_vbench.ipynb #4291d363
-QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality")
+# %% ../../nbs/metrics/27_vbench.ipynb #fec3d831
+QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
+           "aesthetic_quality", "imaging_quality")
 
 
 def aggregate(dimension: str,             # one of QUALITY
@@ -161,11 +162,13 @@ def aggregate(dimension: str,             # one of QUALITY
     pairs = np.asarray(frames, dtype=np.float64) - 1 if weighted else np.ones(len(scores))
     return float((scores * pairs).sum() / pairs.sum()) / (100 if dimension == "imaging_quality" else 1)
 
-# %% ../../nbs/metrics/27_vbench.ipynb #7cb7aa9f
+# %% ../../nbs/metrics/27_vbench.ipynb #762e09e6
 RANGES = {  # lowest, highest, weight
-    "subject_consistency": (0.1462, 1.0, 1), "background_consistency": (0.2615, 1.0, 1), "temporal_flickering": (0.6293, 1.0, 1), "motion_smoothness": (0.706, 0.9975, 1),
+    "subject_consistency": (0.1462, 1.0, 1), "background_consistency": (0.2615, 1.0, 1), "temporal_flickering": (0.6293, 1.0, 1),
+    "motion_smoothness": (0.706, 0.9975, 1),
     "dynamic_degree": (0.0, 1.0, 0.5), "aesthetic_quality": (0.0, 1.0, 1), "imaging_quality": (0.0, 1.0, 1),
-    "object_class": (0.0, 1.0, 1), "multiple_objects": (0.0, 1.0, 1), "human_action": (0.0, 1.0, 1), "color": (0.0, 1.0, 1), "spatial_relationship": (0.0, 1.0, 1),
+    "object_class": (0.0, 1.0, 1), "multiple_objects": (0.0, 1.0, 1), "human_action": (0.0, 1.0, 1),
+    "color": (0.0, 1.0, 1), "spatial_relationship": (0.0, 1.0, 1),
     "scene": (0.0, 0.8222, 1), "appearance_style": (0.0009, 0.2855, 1), "temporal_style": (0.0, 0.364, 1), "overall_consistency": (0.0, 0.364, 1),
 }
 SEMANTIC = tuple(k for k in RANGES if k not in QUALITY)
@@ -182,8 +185,9 @@ def quality_score(means: dict        # dimension -> aggregate; spaces or undersc
     quality, semantic = over(QUALITY), over(SEMANTIC)
     return dict(normalised=parts, quality=quality, semantic=semantic, total=None if None in (quality, semantic) else (4 * quality + semantic) / 5)
 
-# %% ../../nbs/metrics/27_vbench.ipynb #8b0a66f2
-_NEEDS = {"temporal_flickering": "", "subject_consistency": "DINO", "background_consistency": "CLIP B/32", "aesthetic_quality": "CLIP L/14", "imaging_quality": "MUSIQ"}
+# %% ../../nbs/metrics/27_vbench.ipynb #22b83c7b
+_NEEDS = {"temporal_flickering": "", "subject_consistency": "DINO", "background_consistency": "CLIP B/32",
+          "aesthetic_quality": "CLIP L/14", "imaging_quality": "MUSIQ"}
 
 
 class VBenchMetric:

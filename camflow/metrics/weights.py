@@ -67,7 +67,7 @@ def _read_torch(path, script):
     if not script: raise ValueError("a TorchScript archive, not a state dict")
     return torch.jit.load(path, map_location="cpu").state_dict()
 
-# %% ../../nbs/metrics/19_weights.ipynb #d5b4ad61
+# %% ../../nbs/metrics/19_weights.ipynb #ab3bafb8
 def _first(names, n=3):
     names = sorted(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
@@ -89,13 +89,13 @@ def load_strict(module: nn.Module,      # receives the tensors
     wrong = {k: (tuple(state[k].shape), tuple(ours[k].shape)) for k in ours if state[k].shape != ours[k].shape}
     if wrong:
         name = min(wrong)
-        raise InputError(f"{len(wrong)} tensors of {what} have another shape, first {name} {wrong[name][0]}, wanted {wrong[name][1]}; {source or 'state dict'}; "
-                         "pass the checkpoint of this size")
+        raise InputError(f"{len(wrong)} tensors of {what} have another shape, first {name} {wrong[name][0]}, wanted {wrong[name][1]}; "
+                         f"{source or 'state dict'}; pass the checkpoint of this size")
     module.load_state_dict(state)
     module.weights_id = f"{Path(source).name}:{sha256_file(source)[:12]}" if source else "given"
     return module.eval().requires_grad_(False)
 
-# %% ../../nbs/metrics/19_weights.ipynb #b748b90c
+# %% ../../nbs/metrics/19_weights.ipynb #a4c9f231
 def random_weights(module: nn.Module, # network to fill
                    seed: int = 0,     # of the draw; a tensor's values depend on its name and the seed only
                    gain: float = 1.4142 # of matrices and kernels
@@ -121,4 +121,5 @@ def answer(name: str,        # of the metric
     "A `Result` that names its weights, and says `random_weights` when they were drawn."
     ids = [getattr(n, "weights_id", "given") for n in (network if isinstance(network, (list, tuple)) else [network])]
     status = "random_weights" if "random" in ids and math.isfinite(value) else "ok"
-    return Result(name, float(value), status, "weights were drawn, not learned" if status != "ok" else "", details=details | {"weights": ids[0] if len(ids) == 1 else ids})
+    reason = "weights were drawn, not learned" if status != "ok" else ""
+    return Result(name, float(value), status, reason, details=details | {"weights": ids[0] if len(ids) == 1 else ids})

@@ -1,4 +1,4 @@
-"""Networks and formulas of the evaluators against their references (goldens/metrics): `check(folder)`; matching, flow and pose cases have a module of their own."""
+"""Networks and formulas of the evaluators against their references: `check(folder)`; matching, flow and pose cases have a module of their own."""
 import json
 import struct
 from pathlib import Path
@@ -12,8 +12,8 @@ from camflow.metrics import clip, dino, frechet, i3d, inception, lpips, musiq, v
 from camflow.metrics.weights import load_strict
 from tests.parity.seeded import seeded_array
 
-NETWORK, FLOAT32, VIDEOGPT = 2e-4, 1e-6, 1e-4  # pass lines: of a tensor's std; relative, formulas on float32 input; relative, the float32 square root of videogpt
-# (its own rounding is about 5e-5)
+# Pass lines: of a tensor's std; relative, formulas on float32 input; relative, the float32 square root of videogpt, whose own rounding is about 5e-5.
+NETWORK, FLOAT32, VIDEOGPT = 2e-4, 1e-6, 1e-4
 
 
 def tensors(path):
@@ -39,7 +39,7 @@ def scaled(got, want, scale):
 
 
 def against(ours: dict, theirs: dict):
-    "Worst difference of the outputs in units of each tensor's std (of a single number: its size); big tensors are given by head, every n-th value and statistics."
+    "Worst difference of the outputs in units of each tensor's std (of a single number: its size); big tensors come as head, every n-th value, statistics."
     worst = 0.0
     for name, want in theirs.items():
         whole, _, part = name.rpartition(".")
@@ -145,11 +145,14 @@ def vbench_temporal_flickering(x, want):
     return relative(got | {"average": vbench.aggregate("temporal_flickering", [got[f"{n}.score"] for n in x])}, want)
 
 
+COMPAT = {"single_process": "single", "multi_process": "dist"}
+
+
 def _consistency(dimension, x, want):
     names = list(groups(x))
     scores, frames = [vbench.consistency(x[f"{n}.features"]) for n in names], [len(x[f"{n}.features"]) for n in names]
     got = {f"{n}.score": s for n, s in zip(names, scores)}
-    got |= {f"aggregate_{long}": vbench.aggregate(dimension, scores, frames, short) for long, short in (("single_process", "single"), ("multi_process", "dist"))}
+    got |= {f"aggregate_{long}": vbench.aggregate(dimension, scores, frames, short) for long, short in COMPAT.items()}
     return relative(got, want)
 
 
@@ -166,7 +169,8 @@ def vbench_aesthetic(x, want, folder):
 def clip_t_f_v(x, want):
     got = {}
     for name, f in groups(x).items():
-        got |= {f"{name}.clip_t": clip.clip_t(f["target"], f["text"]), f"{name}.clip_f": clip.clip_f(f["target"], "camflow_seed"), f"{name}.clip_v": clip.clip_v(f["source"], f["target"])}
+        got |= {f"{name}.clip_t": clip.clip_t(f["target"], f["text"]), f"{name}.clip_f": clip.clip_f(f["target"], "camflow_seed")}
+        got[f"{name}.clip_v"] = clip.clip_v(f["source"], f["target"])
     return relative(got, want)
 
 
@@ -194,7 +198,7 @@ def vbench_transforms(x, want):
 def vbench_imaging_aggregate(row):
     scores = {k: vbench.imaging_quality(v) for k, v in row["input"]["frame_scores"].items()}
     got, out = dict(scores), row["output"]
-    got |= {m: vbench.aggregate("imaging_quality", list(scores.values()), vbench_compat=c) for m, c in (("aggregate_single_process", "single"), ("aggregate_multi_process", "dist"))}
+    got |= {f"aggregate_{long}": vbench.aggregate("imaging_quality", list(scores.values()), vbench_compat=short) for long, short in COMPAT.items()}
     return relative(got, out["per_video_0_100"] | {k: v for k, v in out.items() if k != "per_video_0_100"})
 
 
@@ -215,10 +219,11 @@ def frame_sampling(row):
 
 
 NETWORKS = {"inception_fid": inception_fid, "i3d": i3d_case, "lpips": lpips_case, "musiq": musiq_case, "dino": dino_case}
-TENSORS = {f.__name__: f for f in (frechet_distance, fvd_v_seed, vbench_temporal_flickering, vbench_subject_consistency, vbench_background_consistency, vbench_aesthetic,
-                                   vbench_transforms, clip_t_f_v, fvd_preprocess)}
+TENSORS = {f.__name__: f for f in (frechet_distance, fvd_v_seed, vbench_temporal_flickering, vbench_subject_consistency, vbench_background_consistency,
+                                   vbench_aesthetic, vbench_transforms, clip_t_f_v, fvd_preprocess)}
 TABLES = {f.__name__: f for f in (vbench_imaging_aggregate, vbench_imaging_resize_sizes, vbench_quality_score, frame_sampling)}
-LINES = {"vbench_transforms": NETWORK, "fvd_preprocess": NETWORK} | dict.fromkeys(("vbench_imaging_aggregate", "vbench_quality_score"), 1e-9) | dict.fromkeys(("vbench_imaging_resize_sizes", "frame_sampling"), 0.0)
+LINES = {"vbench_transforms": NETWORK, "fvd_preprocess": NETWORK, "vbench_imaging_aggregate": 1e-9, "vbench_quality_score": 1e-9,
+         "vbench_imaging_resize_sizes": 0.0, "frame_sampling": 0.0}
 
 
 def _find(name, table): return next((f for start, f in table.items() if name == start or name.startswith(start + "_")), None)

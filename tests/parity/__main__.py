@@ -10,7 +10,7 @@ SYSTEMS = {
     "rl": ["rl", "cameras", "rewards"],
     "da3": ["da3", "cameras"],
     "qwen3vl": ["qwen3vl"],
-    "metrics": ["metrics"],
+    "metrics": ["metrics", "metrics_matching", "metrics_networks"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
 }

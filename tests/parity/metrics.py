@@ -1,4 +1,4 @@
-"""Evaluators and the reading of judges' replies against recorded outputs; so far `unifiedreward_parse`, other files are reported as not covered yet."""
+"""The reading of judges' replies against recorded outputs (`unifiedreward_parse`); the networks and formulas of the evaluators are in metrics_matching and metrics_networks."""
 import json
 import math
 from pathlib import Path

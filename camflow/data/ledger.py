@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Ledger', 'add', 'close', 'merged']
 
-# %% ../../nbs/data/09_ledger.ipynb #feec011d
+# %% ../../nbs/data/09_ledger.ipynb #8288f122
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
 from ..files import InputError
 
-# %% ../../nbs/data/09_ledger.ipynb #00dc6539
+# %% ../../nbs/data/09_ledger.ipynb #1b591b18
 class Ledger:
     "Records by key, one file per writer."
     def __init__(self,
@@ -21,6 +22,7 @@ class Ledger:
                  rank: int = 0): # of this process among all writers
         self.folder, self.path = Path(folder), Path(folder)/f"part-{rank:05d}.jsonl"
         self.rows, self.damaged, self._read, self._file, self._synced = {}, [], {}, None, 0.0
+        self._lock = threading.Lock() # threads that read ahead report too
         self.refresh()
 
     def refresh(self):
@@ -40,17 +42,17 @@ class Ledger:
         if not isinstance(record, dict) or "key" not in record: self.damaged.append(f"{part}: {line[:60]!r}") # e.g. zeros after a power cut
         elif record["time"] >= self.rows.get(record["key"], record)["time"]: self.rows[record["key"]] = record
 
-# %% ../../nbs/data/09_ledger.ipynb #c2a305d2
+# %% ../../nbs/data/09_ledger.ipynb #b5bcb24b
 def add(self: Ledger, key: str, **record): # what the record is about; JSON-ready values
     "Appends one record."
-    if self._file is None: self._open()
-    record = {"key": key, "time": time.time(), **record}
-    self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    self._file.flush()
-    if time.monotonic() - self._synced > 1:
+    with self._lock:
+        if self._file is None: self._open()
+        self.rows[key] = record = {"key": key, "time": time.time(), **record}
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced < 1: return
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
-    self.rows[key] = record
 
 
 def _open(self):

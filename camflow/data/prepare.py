@@ -6,12 +6,14 @@
 __all__ = ['MANIFEST', 'Item', 'list_items', 'stamp', 'hash_videos', 'weights_identity', 'load_clip', 'luminance', 'Prepared',
            'prepare_videos', 'prepare_texts', 'manifest_rows', 'write_table']
 
-# %% ../../nbs/data/10_prepare.ipynb #09f4e2f3
+# %% ../../nbs/data/10_prepare.ipynb #0bda890c
 import csv
 import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from .cache import LatentCache, fill, fill_texts, text_key
 from .ledger import Ledger
@@ -77,7 +79,7 @@ def weights_identity(ledger: Ledger, folder, # of the weights
     ledger.add(key, mark=mark, identity=identity)
     return identity
 
-# %% ../../nbs/data/10_prepare.ipynb #8d27cf33
+# %% ../../nbs/data/10_prepare.ipynb #5c90b01a
 def load_clip(path,                # video
               frames: int = 81,    # 4k + 1
               size=(480, 832),     # (H, W)
@@ -89,7 +91,7 @@ def load_clip(path,                # video
 
 def luminance(clip: Frames) -> float: # in bytes -> 0..255
     "Mean of Rec. 709 luma over all pixels and frames."
-    return float(clip.byte().data.float().mean((0, 2, 3)) @ clip.data.new_tensor([0.2126, 0.7152, 0.0722], dtype=clip.data.float().dtype))
+    return float(clip.byte().data.float().mean((0, 2, 3)) @ torch.tensor([0.2126, 0.7152, 0.0722]))
 
 # %% ../../nbs/data/10_prepare.ipynb #d8641678
 @dataclass

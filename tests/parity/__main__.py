@@ -9,6 +9,7 @@ SYSTEMS = {
     "recam": ["wan", "cameras"],
     "rl": ["rl", "cameras", "rewards"],
     "da3": ["da3", "cameras"],
+    "qwen3vl": ["qwen3vl"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
 }

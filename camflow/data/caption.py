@@ -75,7 +75,7 @@ def _write_down(ledger: Ledger, answers: dict, lost: int) -> int: # {record name
         else: ledger.add(name, status="ok" if usable(text) else "garbage", text=text.strip())
     return lost
 
-# %% ../../nbs/data/14_caption.ipynb #6d297d34
+# %% ../../nbs/data/14_caption.ipynb #b0130859
 def caption_videos(folder, items,                # of the ledger; of `prepare.list_items`
                    captioner,                    # function that returns an object with ask(clips, prompts, max_new_tokens=..) -> texts; called when there is something to ask
                    identity,                     # names the model: other answers belong to another identity
@@ -111,7 +111,8 @@ def caption_videos(folder, items,                # of the ledger; of `prepare.li
     ledger.refresh()
     for name, key in hashes.items():
         found = answer(key)
-        if found["status"] == "ok": result.captions[name] = found["text"]
+        if not found: result.failed[name] = "no process has asked about it yet"
+        elif found["status"] == "ok": result.captions[name] = found["text"]
         elif found["status"] == "garbage": result.garbage[name] = found["text"]
         else: result.failed[name] = found["reason"]
     return result

@@ -7,20 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
 from camflow.data.caption import Measured, caption_videos, write_captions
 from camflow.data.captions import KINDS, clean, read_table, scene_of, split_scenes, write_clean
 from camflow.data.contradictions import scene_findings
 from camflow.data.multicam import read_captions
-from camflow.data.prepare import Item, list_items
+from camflow.data.prepare import list_items
 from camflow.files import InputError, read_json
 from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
 from camflow.geometry.trajectory import preset
+from camflow.media.video import read_video
 from camflow.world.write import write_multicam
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,8 +132,8 @@ def test_an_overlay_corrects_and_the_raw_table_stays(tmp_path):
     assert [(row.name, row.text in SAY) for row in suggested] == [(NAMES[2], True)] and cleaned.captions[NAMES[2]].startswith("Two")   # a suggestion, not a change
     overlay = table(tmp_path/"overlay.csv", [f'{NAMES[2]},"A person dances."'.encode(), f'{NAMES[3]},"A person sings."'.encode(), f"{NAMES[4]},".encode(), b'f24_aperture5/scene9/videos/cam01.mp4,"Nobody"'])
     again = clean(tmp_path/"t.csv", overlay=overlay, contradictions=scene_findings)
-    assert again.counts == {"overlay": 1} and again.captions[NAMES[2]] == "A person dances." and again.captions[NAMES[3]] == "A person sings." and NAMES[4] not in again.captions
-    with pytest.raises(InputError, match="overlay.*blank"): clean(tmp_path/"t.csv", overlay=table(tmp_path/"bad.csv", [b"", overlay.read_bytes().split(b"\n")[1]]))
+    assert again.counts == {"exclamation": 1, "overlay": 1} and again.findings[0].action == "corrected by the overlay" and again.captions[NAMES[2]] == "A person dances." and again.captions[NAMES[3]] == "A person sings." and NAMES[4] not in again.captions
+    with pytest.raises(InputError, match="overlay.*row without content"): clean(tmp_path/"t.csv", overlay=table(tmp_path/"bad.csv", [b"", overlay.read_bytes().split(b"\n")[1]]))
     with pytest.raises(InputError, match="raw table"): write_clean(again, tmp_path/"out/metadata.csv", tmp_path/"out")
 
 
@@ -179,7 +180,7 @@ def test_broken_copies_of_the_published_table(tmp_path):
     lines, base = (REAL/"metadata-f24-test.csv").read_bytes().split(b"\n"), {"encoding": 4, "running": 1}
     name = lambda line: line.split(b",")[0].decode()
     for kind, broken in {"blank": [*lines[:9], b"", *lines[9:]], "exclamation": [*lines[:9], name(lines[9]).encode() + b',"!!!!!!!!"', *lines[10:]], "duplicate": [*lines[:9], lines[8], *lines[9:]],
-                         "quoting": [*lines[:9], lines[9].rstrip(b"\r").rstrip(b'"'), *lines[10:]], "empty": [*lines[:9], name(lines[9]).encode() + b",", *lines[10:]]}.items():
+                         "quoting": [*lines[:8], lines[8].rstrip(b"\r").rstrip(b'"'), *lines[9:]], "empty": [*lines[:9], name(lines[9]).encode() + b",", *lines[10:]]}.items():
         (tmp_path/"t.csv").write_bytes(b"\n".join(broken))
         assert clean(tmp_path/"t.csv", contradictions=scene_findings).counts == {k: n for k in KINDS if (n := ({**base, kind: 1}).get(k))}, kind
 
@@ -200,8 +201,9 @@ class Counting(Measured):
 
 def test_ranks_share_the_questions(videos, tmp_path):
     _, items = videos
-    models = [Counting(), Counting()]
-    for rank in (0, 1): made = caption_videos(tmp_path, items, lambda r=rank: models[r], "m", rank=rank, world=2, workers=0) if rank else caption_videos(tmp_path, items, lambda: models[0], "m", rank=0, world=2, workers=0)
+    models, meet = [Counting(), Counting()], threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool: made, other = pool.map(lambda r: caption_videos(tmp_path, items, lambda: models[r], "m", rank=r, world=2, wait=meet.wait), (0, 1))
+    assert other.captions == made.captions and len(list(tmp_path.glob("part-*"))) == 2
     assert [m.asked for m in models] == [3, 3] and len(made.captions) == 6 and not made.failed
     alone = caption_videos(tmp_path/"alone", items, Counting, "m")
     assert alone.captions == made.captions
@@ -244,7 +246,7 @@ def test_garbage_and_failures_are_kept_apart_and_asked_again(videos, tmp_path):
             if self.bad and float(clips[0].data.float().mean()) == self.worst: raise InputError("too dark to tell")
             return ["!!!!!!!!"] if self.bad and not self.told.append(1) and len(self.told) == 1 else super().ask(clips, prompts)
     model = Moody()
-    model.told, model.worst = [], float(__import__("camflow.media.video", fromlist=["read_video"]).read_video(items[5].path).data.float().mean())
+    model.told, model.worst = [], float(read_video(items[5].path).data.float().mean())
     first = caption_videos(tmp_path, items, lambda: model, "m", frames=0, batch=3)
     assert (len(first.captions), list(first.garbage), first.failed) == (4, [items[0].name], {items[5].name: "too dark to tell"})
     Moody.bad = False
@@ -282,4 +284,3 @@ def test_any_openai_compatible_server_is_a_captioner(videos, tmp_path):
     assert main(config, tmp_path/"run")["asked"] == 0                       # the server may be gone: nothing is left to ask
     for bad, words in ((dict(root=""), "needs root"), (dict(captioner="a:b"), "exclude each other"), (dict(prompts="x"), "unknown settings")):
         with pytest.raises(InputError, match=words): main(config | bad, tmp_path/"run")
-    _ = torch, Item

@@ -145,7 +145,7 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
     reader.finish()
     return reader.rows, sorted(reader.findings, key=lambda f: f.row)
 
-# %% ../../nbs/data/12_captions.ipynb #fea5fee4
+# %% ../../nbs/data/12_captions.ipynb #4df1cb4a
 EXCLAMATIONS = re.compile("[!！]{4,}")
 _LOST_APOSTROPHE = re.compile("(?<=[A-Za-z])\ufffd+(?=(?:s|t|re|ve|ll|d|m)\\b)")
 
@@ -163,7 +163,10 @@ def check_texts(rows) -> tuple: # Rows -> ({name: (line, caption or None)}, find
         if row.name in kept:
             first, before = kept[row.name]
             if problem or before == text: findings.append(Finding("duplicate", row.name, row.number, "dropped", f"first in line {first}", text[:200]))
-            elif before is None: kept[row.name] = (row.number, text); findings.append(Finding("duplicate", row.name, row.number, "used", f"line {first} has no usable caption", after=text[:200]))
+            elif before is None:
+                kept[row.name] = (row.number, text)
+                for finding in findings: finding.action = f"line {row.number} is used" if (finding.file_name, finding.action) == (row.name, "to be repaired") else finding.action
+                findings.append(Finding("duplicate", row.name, row.number, "used", f"line {first} has no usable caption", after=text[:200]))
             else: findings.append(Finding("conflict", row.name, row.number, "dropped", f"line {first} is kept", text[:200], before[:200]))
             continue
         if problem: findings.append(Finding(problem, row.name, row.number, "to be repaired", before=text[:200]))
@@ -230,7 +233,7 @@ def split_scenes(names, test: float = 0.1, seed: int = 0): # videos; share of sc
     held = {scene for scene in scenes if draw(scene) < test} or set(scenes[:1] if test and len(scenes) > 1 else ())
     return {n for n in names if scene_of(n) not in held}, {n for n in names if scene_of(n) in held}
 
-# %% ../../nbs/data/12_captions.ipynb #42177f31
+# %% ../../nbs/data/12_captions.ipynb #560a8c76
 @dataclass
 class Cleaned:
     "A clean table and what was found on the way."
@@ -259,7 +262,7 @@ def clean(table,               # metadata.csv, as it is
     doubted = contradictions({n: t for n, (_, t) in captions.items() if t is not None}) if contradictions else []
     for finding in doubted: finding.row = captions[finding.file_name][0]
     whole, findings = repair(captions, findings, {f.file_name for f in doubted})
-    findings = [f for f in findings if f.action != "to be repaired"] # the overlay has an answer
+    for finding in findings: finding.action = finding.action.replace("to be repaired", f"{'corrected' if finding.file_name in whole else 'dropped'} by the overlay")
     return Cleaned(whole, findings + doubted, len(rows), {f.file_name: f.after for f in doubted if f.after})
 
 # %% ../../nbs/data/12_captions.ipynb #43cc1616

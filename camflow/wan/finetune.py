@@ -18,6 +18,7 @@ import torch
 
 from ..assets import tiny_path
 from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
+from ..data.multicam import clip_indices
 from ..data.prepare import Item, prepare_videos
 from ..device import compute_dtype, device, generator, ranks_share
 from ..files import InputError, read_json, write_json
@@ -191,7 +192,9 @@ def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiC
                     tiles=None):                          # of `tiling`
     "Scenes of a MultiCamVideo folder as latents, those that the run multicam_prepare has made or makes."
     items = [Item(f"{data.focal}/{scene}/videos/{camera}.mp4", data.path(scene, camera)) for scene in data.scenes for camera in data.videos(scene)]
-    def poses(scene, camera): return data.cameras(scene, camera, range(frames)).c2w[::4]
+    def poses(scene, camera):
+        path = data.cameras(scene, camera).c2w
+        return path[clip_indices(len(path), frames, where=str(data.path(scene, camera)))[::4]]
     captions = [data.caption(scene, data.videos(scene)[0]) for scene in data.scenes]
     path = [torch.stack([poses(scene, camera) for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
     rank, world, wait = _shares()

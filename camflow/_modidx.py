@@ -523,6 +523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'camflow.data.webvid.Pace': ('data/webvid.html#pace', 'camflow/data/webvid.py'),
                                      'camflow.data.webvid.Pace.__init__': ('data/webvid.html#pace.__init__', 'camflow/data/webvid.py'),
                                      'camflow.data.webvid.Pace.wait': ('data/webvid.html#pace.wait', 'camflow/data/webvid.py'),
+                                     'camflow.data.webvid._described': ('data/webvid.html#_described', 'camflow/data/webvid.py'),
+                                     'camflow.data.webvid._settled': ('data/webvid.html#_settled', 'camflow/data/webvid.py'),
                                      'camflow.data.webvid.download_videos': ('data/webvid.html#download_videos', 'camflow/data/webvid.py'),
                                      'camflow.data.webvid.read_webvid': ('data/webvid.html#read_webvid', 'camflow/data/webvid.py'),
                                      'camflow.data.webvid.seconds_of': ('data/webvid.html#seconds_of', 'camflow/data/webvid.py'),

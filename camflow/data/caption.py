@@ -18,8 +18,8 @@ from ..media.video import probe, read_video, sample_indices
 
 # %% ../../nbs/data/14_caption.ipynb #f32b1f4c
 PROMPT = ("Describe this video in three to five plain sentences: who is there and how they look, what they do, where they are, and the light. "
-          "Count people carefully; a person who turns or is seen in a mirror is one person. The camera itself may move, turn or tilt: do not take that for a movement of the person, "
-          "and do not mention the camera.")
+          "Count people carefully; a person who turns or is seen in a mirror is one person. The camera itself may move, turn or tilt: do not take that for "
+          "a movement of the person, and do not mention the camera.")
 
 
 LOST = 3 # questions in a row that may go unanswered
@@ -70,14 +70,15 @@ def _write_down(ledger: Ledger, answers: dict, lost: int) -> int: # {record name
     "Records answers; a server that loses one question after the other ends the pass instead of making all videos failures."
     for name, text in answers.items():
         lost = lost + 1 if isinstance(text, (ConnectionError, TimeoutError)) else 0
-        if lost > LOST: raise InputError(f"{lost} questions in a row were not answered, last: {text}; bring the server up and run again: the pass continues, with retry=true also for the questions just lost")
+        if lost > LOST:
+            raise InputError(f"{lost} questions in a row were not answered, last: {text}; bring the server up and run again with retry=true: the pass continues")
         if isinstance(text, Exception): ledger.add(name, status="failed", reason=str(text))
         else: ledger.add(name, status="ok" if usable(text) else "garbage", text=text.strip())
     return lost
 
 # %% ../../nbs/data/14_caption.ipynb #b0130859
 def caption_videos(folder, items,                # of the ledger; of `prepare.list_items`
-                   captioner,                    # function that returns an object with ask(clips, prompts, max_new_tokens=..) -> texts; called when there is something to ask
+                   captioner,                    # function that makes an object with ask(clips, prompts, max_new_tokens=..) -> texts; called when needed
                    identity,                     # names the model: other answers belong to another identity
                    prompt: str = PROMPT,
                    frames: int = 16,             # shown of each video; 0: all

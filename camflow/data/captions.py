@@ -19,10 +19,17 @@ from .prepare import write_table
 from ..files import InputError, content_hash, sha256_file, write_json
 
 # %% ../../nbs/data/12_captions.ipynb #34e65de5
-KINDS = {"header": "no or unknown column names", "blank": "row without content", "encoding": "bytes that are not UTF-8", "replacement": "characters lost in an earlier conversion",
-         "control": "control characters", "quoting": "quotes or commas that break the row", "name": "no file name", "empty": "no caption", "exclamation": "a run of exclamation marks",
-         "duplicate": "the same row again", "conflict": "another caption for the same file", "missing_file": "no such video", "no_caption": "a video without a row", "overlay": "an override that fits nothing",
-         "people": "cameras of a scene disagree on one or several people", "running": "a moving camera read as a moving person", "falling": "a tilting camera read as a fall", "dark": "a dark clip"}
+KINDS = {
+    "header": "no or unknown column names", "blank": "row without content",
+    "encoding": "bytes that are not UTF-8", "replacement": "characters lost in an earlier conversion",
+    "control": "control characters", "quoting": "quotes or commas that break the row",
+    "name": "no file name", "empty": "no caption",
+    "exclamation": "a run of exclamation marks", "duplicate": "the same row again",
+    "conflict": "another caption for the same file", "missing_file": "no such video",
+    "no_caption": "a video without a row", "overlay": "an override that fits nothing",
+    "people": "cameras of a scene disagree on one or several people", "running": "a moving camera read as a moving person",
+    "falling": "a tilting camera read as a fall", "dark": "a dark clip",
+}
 
 
 @dataclass
@@ -50,7 +57,11 @@ _MARKS = "‘’“”–—…"
 
 def _cost(text: str) -> int:
     "How unusual the characters of a decoding are."
-    return sum(0 if c < "\x7f" or c in _MARKS else 1 if unicodedata.category(c).startswith("L") and c < "\u0250" else 2 if "\u4e00" <= c < "\ua000" else 3 for c in text)
+    def one(c):
+        if c < "\x7f" or c in _MARKS: return 0
+        if c < "\u0250" and unicodedata.category(c).startswith("L"): return 1
+        return 2 if "\u4e00" <= c < "\ua000" else 3
+    return sum(map(one, text))
 
 
 def decode_line(raw: bytes) -> tuple: # -> (text, encoding)
@@ -132,13 +143,16 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
     for number, data in enumerate(lines, 1):
         line, encoding = decode_line(data.rstrip(b"\r"))
         name = match["quoted"] or match["plain"] if (match := _START.match(line)) else ""
-        if encoding != "utf-8": reader.note("encoding", normal_name(name), number, f"read as {encoding}", after=" ".join(re.findall(r"\S*[^\x00-\x7f]\S*", line))[:200])
+        if encoding != "utf-8":
+            strange = " ".join(re.findall(r"\S*[^\x00-\x7f]\S*", line))
+            reader.note("encoding", normal_name(name), number, f"read as {encoding}", after=strange[:200])
         if bad := sorted({c for c in line if ord(c) < 32 and c != "\t"}):
             reader.note("control", normal_name(name), number, "removed", "characters " + ", ".join(f"{ord(c):#x}" for c in bad))
             line = "".join(c for c in line if c not in bad)
         if number == 1 and not _START.match(line):
             cells = [cell.strip().lower() for cell in next(csv.reader([line]), [])]
-            if cells not in (["file_name", "text"], ["filename", "text"]): reader.note("header", "", 1, "read as file_name, text", f"columns {cells}; expected file_name (or filename), text")
+            if cells not in (["file_name", "text"], ["filename", "text"]):
+                reader.note("header", "", 1, "read as file_name, text", f"columns {cells}; expected file_name (or filename), text")
             continue
         if number == 1: reader.note("header", "", 1, "read as file_name, text", "the table begins without column names")
         reader.line(number, line)
@@ -157,7 +171,8 @@ def check_texts(rows) -> tuple: # Rows -> ({name: (line, caption or None)}, find
         text = re.sub(r"\s+", " ", row.text).strip()
         if "\ufffd" in text:
             mended = _LOST_APOSTROPHE.sub("’", text)
-            findings.append(Finding("replacement", row.name, row.number, "repaired" if "\ufffd" not in mended else "kept", "characters lost before this table was written", text[:200], mended[:200]))
+            action, detail = "kept" if "\ufffd" in mended else "repaired", "characters lost before this table was written"
+            findings.append(Finding("replacement", row.name, row.number, action, detail, text[:200], mended[:200]))
             text = mended
         problem = "empty" if not text else "exclamation" if EXCLAMATIONS.search(text) else ""
         if row.name in kept:
@@ -165,7 +180,8 @@ def check_texts(rows) -> tuple: # Rows -> ({name: (line, caption or None)}, find
             if problem or before == text: findings.append(Finding("duplicate", row.name, row.number, "dropped", f"first in line {first}", text[:200]))
             elif before is None:
                 kept[row.name] = (row.number, text)
-                for finding in findings: finding.action = f"line {row.number} is used" if (finding.file_name, finding.action) == (row.name, "to be repaired") else finding.action
+                for finding in findings:
+                    if (finding.file_name, finding.action) == (row.name, "to be repaired"): finding.action = f"line {row.number} is used"
                 findings.append(Finding("duplicate", row.name, row.number, "used", f"line {first} has no usable caption", after=text[:200]))
             else: findings.append(Finding("conflict", row.name, row.number, "dropped", f"line {first} is kept", text[:200], before[:200]))
             continue
@@ -196,7 +212,8 @@ def repair(captions: dict, findings, avoid=()): # {name: (line, caption or None)
         if source: whole[name] = around[source]
         for finding in findings:
             if finding.file_name != name or finding.kind not in ("empty", "exclamation", "no_caption"): continue
-            finding.action, finding.after = (f"copied from {Path(source).stem}", around[source][:200]) if source else ("dropped: no camera of the scene has a caption", "")
+            if source: finding.action, finding.after = f"copied from {Path(source).stem}", around[source][:200]
+            else: finding.action = "dropped: no camera of the scene has a caption"
     return {name: whole[name] for name in captions if name in whole}, findings
 
 # %% ../../nbs/data/12_captions.ipynb #98559061
@@ -262,7 +279,8 @@ def clean(table,               # metadata.csv, as it is
     doubted = contradictions({n: t for n, (_, t) in captions.items() if t is not None}) if contradictions else []
     for finding in doubted: finding.row = captions[finding.file_name][0]
     whole, findings = repair(captions, findings, {f.file_name for f in doubted})
-    for finding in findings: finding.action = finding.action.replace("to be repaired", f"{'corrected' if finding.file_name in whole else 'dropped'} by the overlay")
+    for finding in findings:
+        if finding.action == "to be repaired": finding.action = f"{'corrected' if finding.file_name in whole else 'dropped'} by the overlay"
     return Cleaned(whole, findings + doubted, len(rows), {f.file_name: f.after for f in doubted if f.after})
 
 # %% ../../nbs/data/12_captions.ipynb #43cc1616
@@ -275,7 +293,8 @@ def write_clean(cleaned: Cleaned, table, out, # of `clean`; the raw table; folde
                 test: float = 0.1, seed: int = 0): # share of test scenes; of the draw
     "Writes metadata.csv, the split tables, report.csv, report.json and overlay.suggested.csv into `out`."
     out, rows = Path(out), lambda names: ({"file_name": n, "text": cleaned.captions[n]} for n in cleaned.captions if n in names)
-    if (out/"metadata.csv").resolve() == Path(table).resolve(): raise InputError(f"{out} is where the raw table lies, which stays as it is; choose another folder")
+    if (out/"metadata.csv").resolve() == Path(table).resolve():
+        raise InputError(f"{out} is where the raw table lies, which stays as it is; choose another folder")
     columns, before, written = ("file_name", "text"), sha256_file(table), ["metadata.csv"]
     write_table(out/"metadata.csv", columns, rows(set(cleaned.captions)))
     for kind in sorted({lens(name) for name in cleaned.captions}):
@@ -286,6 +305,7 @@ def write_clean(cleaned: Cleaned, table, out, # of `clean`; the raw table; folde
     write_table(out/"report.csv", list(Finding.__dataclass_fields__), map(asdict, cleaned.findings))
     examples = {kind: [asdict(f) for f in cleaned.findings if f.kind == kind][:3] for kind in cleaned.counts}
     report = {"table": str(table), "sha256": before, "rows": cleaned.rows, "kept": len(cleaned.captions), "scenes": len({scene_of(n) for n in cleaned.captions}),
-              "counts": cleaned.counts, "meaning": {k: KINDS[k] for k in cleaned.counts}, "examples": examples, "written": written, "suggested": len(cleaned.suggested)}
+              "counts": cleaned.counts, "meaning": {k: KINDS[k] for k in cleaned.counts}, "examples": examples, "written": written,
+              "suggested": len(cleaned.suggested)}
     write_json(out/"report.json", report)
     return report

@@ -20,8 +20,10 @@ _ONE = "(?:person|man|woman|individual|figure|character|dancer|performer|boy|gir
 _MANY = "(?:people|persons|men|women|individuals|figures|characters|dancers|performers|children|boys|girls|kids|ladies|guys)"
 _PICTURE = re.compile(r"\b(painting|portrait|poster|picture|photograph|mural|statue|sculpture|television|screen)\b", re.I)
 _SEVERAL = [re.compile(pattern, re.I) for pattern in (
-    rf"\b(?:two|both|three|four|five|several|multiple|many|a (?:couple|pair|group|crowd) of)\b(?:\s+[\w-]+){{0,3}}?\s+{_MANY}\b", r"\ba (?:\w+ )?couple\b(?! of)",
-    rf"\b{_ONE}\b[^.]{{0,60}}?\b(?:and|with|beside|behind|to|by) (?:a|an|another|one)(?: [\w-]+){{0,3}}? {_ONE}\b", rf"\b(?:another|the other|a second)(?: [\w-]+){{0,2}} {_ONE}\b")]
+    rf"\b(?:two|both|three|four|five|several|multiple|many|a (?:couple|pair|group|crowd) of)\b(?:\s+[\w-]+){{0,3}}?\s+{_MANY}\b",
+    r"\ba (?:\w+ )?couple\b(?! of)",
+    rf"\b{_ONE}\b[^.]{{0,60}}?\b(?:and|with|beside|behind|to|by) (?:a|an|another|one)(?: [\w-]+){{0,3}}? {_ONE}\b",
+    rf"\b(?:another|the other|a second)(?: [\w-]+){{0,2}} {_ONE}\b")]
 _SINGLE = re.compile(rf"\b(?:a|an|the|one|single)(?: [\w-]+){{0,3}}? {_ONE}\b", re.I)
 
 
@@ -36,10 +38,12 @@ def people(text: str): # a caption -> 1, 2 (two or more), or None when it does n
     return 1 if any(_SINGLE.search(part) for part in parts) else None
 
 # %% ../../nbs/data/13_contradictions.ipynb #a019fa4f
-_MOVES = re.compile(r"\b(?:walk|run|jog|sprint|strid|rush|march|approach|advanc|charg)(?:s|es|e|ing|ning)?\b(?! (?:stick|path|trail|cane|along the edge))|\b(?:comes?|coming|moves?|moving) (?:closer|towards? the (?:camera|viewer))", re.I)
-_FALLS = re.compile(r"\b(?:falls?|falling|collaps(?:es|ing|e)|tumbl(?:es|ing)|trips|tripping|stumbl(?:es|ing)|topples?|toppling|drops? to the (?:ground|floor))\b", re.I)
-_THINGS = re.compile(r"\b(?:light|lights|sunlight|rays?|shadows?|rain|snow|leaves|petals|water|waves?|hair|curtains?|drapes|fabric|dress|night|dusk|pier|path|road|river|fence|railings?|line|wall|walkway|track|rails?|"
-                     r"stairs|staircase|steps|pipes?|cable)\b[^.,;]{0,30}$", re.I)
+_MOVES = re.compile(r"\b(?:walk|run|jog|sprint|strid|rush|march|approach|advanc|charg)(?:s|es|e|ing|ning)?\b(?! (?:stick|path|trail|cane|along the edge))"
+                    r"|\b(?:comes?|coming|moves?|moving) (?:closer|towards? the (?:camera|viewer))", re.I)
+_FALLS = re.compile(r"\b(?:falls?|falling|collaps(?:es|ing|e)|tumbl(?:es|ing)|trips|tripping|stumbl(?:es|ing)|topples?|toppling"
+                    r"|drops? to the (?:ground|floor))\b", re.I)
+_THINGS = re.compile(r"\b(?:light|lights|sunlight|rays?|shadows?|rain|snow|leaves|petals|water|waves?|hair|curtains?|drapes|fabric|dress|night|dusk"
+                     r"|pier|path|road|river|fence|railings?|line|wall|walkway|track|rails?|stairs|staircase|steps|pipes?|cable)\b[^.,;]{0,30}$", re.I)
 
 
 def says(text: str, pattern) -> bool: # a caption; _MOVES or _FALLS
@@ -80,15 +84,19 @@ def scene_findings(texts: dict,       # {name: caption}
         doubts = {}
         counts = {name: n for name, text in scene.items() if (n := people(text))}
         one, many = ([name for name in counts if counts[name] == k] for k in (1, 2))
-        if one and many: doubts |= {name: ("people", f"{len(one)} cameras see one person, {len(many)} see several" + ("" if len(one) != len(many) else "; no majority")) for name in
-                                    (many if len(one) > len(many) else one if len(many) > len(one) else [*one, *many])}
+        if one and many:
+            wrong = many if len(one) > len(many) else one if len(many) > len(one) else [*one, *many]
+            votes = f"{len(one)} cameras see one person, {len(many)} see several" + ("; no majority" if len(one) == len(many) else "")
+            doubts |= {name: ("people", votes) for name in wrong}
         for kind, test, words in (("running", moves, "walks, runs or comes closer"), ("falling", falls, "falls")):
             saying = [name for name, text in scene.items() if test(text)]
             if saying and len(saying) <= len(scene) // 3:
-                doubts = {name: (kind, f"{len(saying)} of {len(scene)} cameras say that someone {words}{_explained(kind, camera_move(root, name) if root else None)}") for name in saying} | doubts
+                votes = f"{len(saying)} of {len(scene)} cameras say that someone {words}"
+                doubts = {name: (kind, votes + _explained(kind, camera_move(root, name) if root else None)) for name in saying} | doubts
         good = {name: text for name, text in scene.items() if name not in doubts}
         for name, (kind, detail) in doubts.items():
-            found.append(Finding(kind, name, 0, "doubted: see overlay.suggested.csv" if good else "doubted", detail, scene[name], scene[best_sibling(good)] if good else ""))
+            action, better = ("doubted: see overlay.suggested.csv", scene[best_sibling(good)]) if good else ("doubted", "")
+            found.append(Finding(kind, name, 0, action, detail, scene[name], better))
     return found
 
 # %% ../../nbs/data/13_contradictions.ipynb #3984f3af
@@ -98,5 +106,5 @@ DARK = 40.0 # mean luminance 0..255 below which a clip counts as dark
 def dark_findings(luminance: dict,            # {name: mean luminance 0..255}, e.g. from a manifest of multicam_prepare
                   threshold: float = DARK) -> list:
     "A finding per dark clip."
-    return [Finding("dark", name, 0, "kept", f"mean luminance {value:.0f} of 255, below {threshold:g}; CameraFlow advises against scenes this dark (the f18 folder)")
-            for name, value in luminance.items() if value < threshold]
+    why = f"below {threshold:g}; CameraFlow advises against scenes this dark (the f18 folder)"
+    return [Finding("dark", name, 0, "kept", f"mean luminance {value:.0f} of 255, {why}") for name, value in luminance.items() if value < threshold]

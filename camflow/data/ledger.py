@@ -78,5 +78,6 @@ def merged(ledger: Ledger,
            keys):          # in the order wanted
     "Records of the keys that have one, in order; refuses lines that are no records."
     ledger.refresh()
-    if ledger.damaged: raise InputError(f"{len(ledger.damaged)} damaged lines, first in {ledger.damaged[0]}; remove these lines and run again: what they held is done once more")
+    if ledger.damaged:
+        raise InputError(f"{len(ledger.damaged)} damaged lines, first in {ledger.damaged[0]}; remove these lines and run again: what they held is done once more")
     return [ledger.rows[key] for key in keys if key in ledger.rows]

@@ -20,7 +20,8 @@ from ..files import InputError, atomic_write, read_json, write_json
 # Shapes: C channels, f h w latent frames, rows and columns, L tokens, D width
 
 # %% ../../nbs/data/11_tensors_file.ipynb #fc487471
-STYLES = {"tensors": "{name}.tensors.pth", "tensor": "{name}.tensor.pth", "pth": "{stem}.pth"} # ReCamMaster's code; CameraFlow's training notes; its preprocessing notes
+# names in ReCamMaster's code, in CameraFlow's training notes, in its preprocessing notes
+STYLES = {"tensors": "{name}.tensors.pth", "tensor": "{name}.tensor.pth", "pth": "{stem}.pth"}
 
 
 def tensors_path(video,                    # path of the video
@@ -46,9 +47,11 @@ def read_tensors(path): # file -> {"latents": [C,f,h,w], "context": [L,D] or Non
     try: data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise InputError(f"{path} does not exist; encode the video with the run multicam_prepare") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as tensors ({type(error).__name__}: {str(error).strip().splitlines()[0][:80]}); it is cut off or no cache file: remove it and encode the video again") from None
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} cannot be read as tensors ({why}); it is cut off or no cache file: remove it and encode the video again") from None
     latents, prompt = (data.get("latents"), data.get("prompt_emb")) if isinstance(data, dict) else (None, None)
-    if not torch.is_tensor(latents) or latents.ndim not in (4, 5): raise InputError(f"{path} holds no latents [C,f,h,w]; expected a dict of latents, prompt_emb, image_emb")
+    if not torch.is_tensor(latents) or latents.ndim not in (4, 5):
+        raise InputError(f"{path} holds no latents [C,f,h,w]; expected a dict of latents, prompt_emb, image_emb")
     if not torch.isfinite(latents.float()).all(): raise InputError(f"{path} holds latents that are not finite; remove it and encode the video again")
     context = prompt.get("context") if isinstance(prompt, dict) else None
     return {"latents": latents[0] if latents.ndim == 5 else latents, "context": context[0] if torch.is_tensor(context) and context.ndim == 3 else context}
@@ -86,7 +89,9 @@ def read_set(folder, items, captions: dict,      # cache folder; of `list_items`
     "Takes the cached files beside the videos into the caches; returns (how many, {name: reason} of files that do not fit)."
     made = read_json(note) if note else {"tiles": RECAMMASTER_TILES, "size": identity["size"], "frames": identity["frames"]}
     differ = [name for name in made if made[name] != identity.get(name)]
-    if differ: raise InputError(f"the files differ from the cache in {', '.join(f'{name} ({made[name]} instead of {identity.get(name)})' for name in differ)}; prepare with the same settings (tiles=recammaster for files of ReCamMaster's script)")
+    if differ:
+        how = ", ".join(f"{name} ({made[name]} instead of {identity.get(name)})" for name in differ)
+        raise InputError(f"the files differ from the cache in {how}; prepare with the same settings (tiles=recammaster for files of ReCamMaster's script)")
     ledger, cache, text = Ledger(Path(folder)/"ledger"), LatentCache(Path(folder)/"latents", identity), LatentCache(Path(folder)/"text", text_identity)
     hashes, taken, bad, waiting, words = hash_videos(items, ledger)[0], 0, {}, {}, {}
     shape = None
@@ -98,7 +103,8 @@ def read_set(folder, items, captions: dict,      # cache folder; of `list_items`
             continue
         shape = shape or tuple(found["latents"].shape)
         if tuple(found["latents"].shape) != shape or shape[1] != (identity["frames"] + 3) // 4:
-            bad[item.name] = f"{path} holds latents {tuple(found['latents'].shape)}, {identity['frames']} frames give {(identity['frames'] + 3) // 4} latent frames; it was made with other settings"
+            wanted = f"{identity['frames']} frames give {(identity['frames'] + 3) // 4} latent frames"
+            bad[item.name] = f"{path} holds latents {tuple(found['latents'].shape)}, {wanted}; it was made with other settings"
             continue
         waiting[hashes[item.name]], taken = {"latents": found["latents"]}, taken + 1
         caption, context = captions.get(item.name), found["context"]

@@ -45,7 +45,8 @@ class Entry:
 
 def seconds_of(duration: str) -> float: # "PT00H01M02S", "62", ""
     "Seconds; NaN for what is no duration."
-    if match := re.fullmatch(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", duration.strip()): return sum(float(part or 0) * k for part, k in zip(match.groups(), (3600, 60, 1)))
+    if match := re.fullmatch(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", duration.strip()):
+        return sum(float(part or 0) * k for part, k in zip(match.groups(), (3600, 60, 1)))
     try: return float(duration)
     except ValueError: return float("nan")
 
@@ -55,7 +56,8 @@ def read_webvid(path) -> tuple: # CSV -> (Entries, {line: reason} of rows left o
     try: lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError: raise InputError(f"WebVid table not found; {path}; check the path") from None
     reader = csv.DictReader(io.StringIO("\n".join(decode_line(line.rstrip(b"\r"))[0] for line in lines)))
-    if absent := [name for name in COLUMNS if name not in (reader.fieldnames or ())]: raise InputError(f"columns {absent} are missing; {path}, row 1; expected {', '.join(COLUMNS)}")
+    if absent := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise InputError(f"columns {absent} are missing; {path}, row 1; expected {', '.join(COLUMNS)}")
     entries, bad = {}, {}
     for row in reader:
         row, problem = {name: (row[name] or "").strip() for name in COLUMNS}, ""
@@ -83,6 +85,20 @@ class Pace:
         time.sleep(max(0.0, begin - time.monotonic()))
 
 # %% ../../nbs/data/15_webvid.ipynb #5ba88fba
+def _settled(entry: Entry, row: dict, folder, retry: bool) -> bool: # its record in the ledger
+    "Whether nothing is left to do for a video: it is there, or was refused for good."
+    path = folder/f"{entry.id}.mp4"
+    if row.get("url") != entry.url: return False
+    if row["status"] == "failed": return row["final"] and not retry
+    return path.exists() and path.stat().st_size == row["bytes"]
+
+
+def _described(path) -> dict:
+    "The record of a video that came."
+    seen, number = probe(path), lambda x: x if x == x else None # JSON has no NaN
+    return dict(status="ok", bytes=path.stat().st_size, sha256=sha256_file(path), seconds=number(seen.duration), frames=seen.frames, fps=number(seen.fps))
+
+
 def download_videos(entries, folder,          # of `read_webvid`; videos, the ledger and parts go there
                     parallel: int = 8,        # threads
                     per_second: float = 4.0,  # requests per second of all threads; 0: no limit
@@ -95,10 +111,8 @@ def download_videos(entries, folder,          # of `read_webvid`; videos, the le
     import httpx
     folder = Path(folder)
     ledger, requests, stream, lock = Ledger(folder/"ledger"), Pace(per_second), Pace(bandwidth), threading.Lock()
-    there = lambda e, row: row.get("status") == "ok" and row["url"] == e.url and (folder/f"{e.id}.mp4").exists() and (folder/f"{e.id}.mp4").stat().st_size == row["bytes"]
-    over = lambda e, row: there(e, row) or row.get("status") == "failed" and row["url"] == e.url and row["final"] and not retry
-    todo, done, have = [e for e in entries if not over(e, ledger.rows.get(e.id, {}))], [len(entries)], {}
-    done[0] -= len(todo)
+    todo, have = [e for e in entries if not _settled(e, ledger.rows.get(e.id, {}), folder, retry)], {}
+    done = [len(entries) - len(todo)]
     def progress(name, bytes_now, total):
         if max(bytes_now, total or 0) > max_bytes: raise InputError(f"{name} has more than {max_bytes} bytes; raise max_bytes to take it")
         stream.wait(max(0, bytes_now - have.get(name, 0)))
@@ -109,8 +123,7 @@ def download_videos(entries, folder,          # of `read_webvid`; videos, the le
         if path.exists(): path.unlink()       # of another link, or changed since
         try:
             fetch(Link(entry.url, path.name), folder, client=client, progress=progress, **options)
-            seen = probe(path)
-            record = dict(status="ok", bytes=path.stat().st_size, sha256=sha256_file(path), seconds=seen.duration if seen.duration == seen.duration else None, frames=seen.frames, fps=seen.fps if seen.fps == seen.fps else None)
+            record = _described(path)
         except VideoError as error:
             path.unlink(missing_ok=True)
             record = dict(status="failed", reason=f"what the server sent is no video: {str(error)[:200]}", final=True)
@@ -153,7 +166,8 @@ def write_evaluation(chosen, folder, out,    # Entries; downloaded videos; the s
     if not chosen: raise InputError(f"no video is left for {out}; lower min_seconds or min_frames, or give a longer table")
     out, digits = Path(out), max(2, len(str(len(chosen))))
     names = {entry.id: f"video{i:0{digits}d}.mp4" for i, entry in enumerate(chosen, 1)}
-    if (out/"videos").is_dir() and any((out/"videos").iterdir()) and not (out/"sources.json").exists(): raise InputError(f"{out}/videos holds files that this set did not make (no sources.json); give an empty folder")
+    if (out/"videos").is_dir() and any((out/"videos").iterdir()) and not (out/"sources.json").exists():
+        raise InputError(f"{out}/videos holds files that this set did not make (no sources.json); give an empty folder")
     write_json(out/"sources.json", {})
     (out/"videos").mkdir(parents=True, exist_ok=True)
     for old in (out/"videos").glob("video*.mp4"): old.unlink()

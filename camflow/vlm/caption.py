@@ -19,8 +19,8 @@ from ..training.loop import at_least
 from ..training.metric_writer import MetricWriter
 
 # %% ../../nbs/vlm/05_caption.ipynb #58fc740f
-DEFAULTS = dict(root="", focals=["f24_aperture5"], videos="", ledger_folder="", model="random", attention="sdpa", urls=[], captioner="", options={}, prompt=PROMPT, frames=16,
-                max_new_tokens=256, batch=4, workers=2, retry=False, skip_bad=False)
+DEFAULTS = dict(root="", focals=["f24_aperture5"], videos="", ledger_folder="", model="random", attention="sdpa", urls=[], captioner="", options={},
+                prompt=PROMPT, frames=16, max_new_tokens=256, batch=4, workers=2, retry=False, skip_bad=False)
 
 
 def build_captioner(config: dict): # full configuration
@@ -29,7 +29,8 @@ def build_captioner(config: dict): # full configuration
     if config["captioner"]:
         module, _, name = config["captioner"].partition(":")
         try: return getattr(importlib.import_module(module), name)(**options)
-        except (ImportError, AttributeError, TypeError) as error: raise InputError(f"captioner {config['captioner']!r} cannot be made ({error}); give package.module:Class and options that it takes") from None
+        except (ImportError, AttributeError, TypeError) as error:
+            raise InputError(f"captioner {config['captioner']!r} cannot be made ({error}); give package.module:Class and options that it takes") from None
     if config["urls"]:
         from camflow.vlm.endpoint import Endpoint
         return Endpoint(config["urls"][int(os.environ.get("LOCAL_RANK", 0)) % len(config["urls"])], **options)
@@ -52,7 +53,8 @@ def checked(config: dict): # overrides of DEFAULTS
     unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
     if unknown: raise InputError(f"multicam_caption: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
     config = {**DEFAULTS, **config}
-    if bool(config["root"]) == bool(config["videos"]): raise InputError("multicam_caption needs root (a MultiCamVideo set) or videos (a folder of videos), and not both")
+    if bool(config["root"]) == bool(config["videos"]):
+        raise InputError("multicam_caption needs root (a MultiCamVideo set) or videos (a folder of videos), and not both")
     if sum(bool(config[name]) for name in ("captioner", "urls")) > 1: raise InputError("captioner and urls exclude each other; leave one out")
     at_least(config, frames=0, max_new_tokens=1, batch=1, workers=0)
     return config
@@ -76,8 +78,9 @@ def main(config: dict, # overrides of DEFAULTS
     writer, items = MetricWriter(run_dir), items_of(config)
     def progress(done, total):
         if rank == 0: writer.log(done, done=done, of=total, ranks=world)
-    made = caption_videos(config["ledger_folder"] or run_dir/"ledger", items, functools.partial(build_captioner, config), identity_of(config), config["prompt"], config["frames"],
-                          config["max_new_tokens"], config["batch"], config["workers"], rank, world, wait, config["retry"], progress)
+    asked = {name: config[name] for name in ("prompt", "frames", "max_new_tokens", "batch", "workers", "retry")}
+    made = caption_videos(config["ledger_folder"] or run_dir/"ledger", items, functools.partial(build_captioner, config), identity_of(config), **asked,
+                          rank=rank, world=world, wait=wait, on_batch=progress)
     write_json(run_dir/"ranks"/f"rank{rank:05d}.json", {"asked": made.asked})
     wait()
     if rank: return None
@@ -85,8 +88,10 @@ def main(config: dict, # overrides of DEFAULTS
     write_json(run_dir/"left_out.json", {"garbage": made.garbage, "failed": made.failed})
     asked = [read_json(run_dir/"ranks"/f"rank{r:05d}.json")["asked"] for r in range(world)]
     if made.failed and not config["skip_bad"]:
-        raise InputError(f"{len(made.failed)} of {len(items)} videos have no answer ({run_dir}/left_out.json lists them; the others are done), first: {next(iter(made.failed.values()))}; mend the cause and run again with retry=true, or set skip_bad=true")
-    return {"videos": len(items), "captions": len(made.captions), "distinct": len(set(made.captions.values())), "garbage": len(made.garbage), "failed": len(made.failed), "asked": sum(asked), "asked_per_rank": asked, "ranks": world}
+        raise InputError(f"{len(made.failed)} of {len(items)} videos have no answer ({run_dir}/left_out.json lists them; the others are done), "
+                         f"first: {next(iter(made.failed.values()))}; mend the cause and run again with retry=true, or set skip_bad=true")
+    return {"videos": len(items), "captions": len(made.captions), "distinct": len(set(made.captions.values())), "garbage": len(made.garbage),
+            "failed": len(made.failed), "asked": sum(asked), "asked_per_rank": asked, "ranks": world}
 
 # %% ../../nbs/vlm/05_caption.ipynb #1644b867
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiC
     path = [torch.stack([poses(scene, camera) for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
     rank, world, wait = _shares()
     made = prepare_videos(folder, items, video_identity(vae, tiles), latent_encoder(vae, tiles), frames, size, rank=rank, world=world, wait=wait)
-    if made.failed: raise InputError(f"{len(made.failed)} of {len(items)} videos cannot be encoded, first: {next(iter(made.failed.values()))}; mend them, or set skip_bad=true to leave them out")
+    if made.failed: raise InputError(f"{len(made.failed)} of {len(items)} videos cannot be encoded, first: {next(iter(made.failed.values()))}; mend or remove them")
     cache, keys = LatentCache(Path(folder)/"latents"), iter(made.keys.values())
     latents = [CachedLatents(cache, [next(keys) for _ in data.videos(scene)]) for scene in data.scenes]
     return LatentScenes(latents, path, cached_texts(Path(folder)/"text", text, captions), captions)

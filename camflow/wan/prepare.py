@@ -49,7 +49,8 @@ class Encoders:
     def _text(self):
         from transformers import AutoTokenizer, UMT5EncoderModel
         for name in ("tokenizer", "text_encoder"):
-            if not (self.text_folder/name).is_dir(): raise InputError(f"{self.text_folder} has no folder {name}; give a folder with tokenizer/ and text_encoder/")
+            if (self.text_folder/name).is_dir(): continue
+            raise InputError(f"{self.text_folder} has no folder {name}; give a folder with tokenizer/ and text_encoder/")
         model = from_folder(UMT5EncoderModel, self.text_folder/"text_encoder", dtype=compute_dtype()).eval().to(device())
         return TextEncoder(AutoTokenizer.from_pretrained(self.text_folder/"tokenizer", local_files_only=True), model)
 
@@ -59,12 +60,13 @@ class Encoders:
     def identities(self, ledger: Ledger): # where fingerprints of weights are remembered
         "({...} of the latents, {...} of the texts); the same as those of a training."
         parts = weights_identity(ledger, self.vae_folder, lambda: video_identity(self.vae()))
-        texts = weights_identity(ledger, self.text_folder/"text_encoder", lambda: {"text": fingerprint(self.text().model.state_dict()), "length": self.text().length})
+        words = lambda: {"text": fingerprint(self.text().model.state_dict()), "length": self.text().length}
+        texts = weights_identity(ledger, self.text_folder/"text_encoder", words)
         return {**parts, "tiles": self.tiles and [list(pair) for pair in self.tiles]}, texts
 
 # %% ../../nbs/wan/12_prepare.ipynb #14290719
-DEFAULTS = dict(root="", focals=["f24_aperture5"], metadata="", cache_folder="", vae="", text_encoder="", tiles="whole", frames=81, size=[480, 832], start=0, stride=1,
-                batch=1, shard=32, workers=2, text_batch=32, texts=True, take="", export="", style="tensors", retry=False, verify=False, skip_bad=False)
+DEFAULTS = dict(root="", focals=["f24_aperture5"], metadata="", cache_folder="", vae="", text_encoder="", tiles="whole", frames=81, size=[480, 832], start=0,
+                stride=1, batch=1, shard=32, workers=2, text_batch=32, texts=True, take="", export="", style="tensors", retry=False, verify=False, skip_bad=False)
 
 
 def checked(config: dict): # overrides of DEFAULTS
@@ -105,9 +107,12 @@ def main(config: dict, # overrides of DEFAULTS
         if rank == 0: writer.log(done, done=done, of=total, ranks=world)
     made = prepare_videos(folder, items, identity, encoders.encode_videos, **shape, batch=config["batch"], shard=config["shard"], workers=config["workers"],
                           rank=rank, world=world, wait=wait, retry=config["retry"], verify=config["verify"], on_batch=progress)
-    texts = prepare_texts(folder, [captions[name] for name in made.ok if name in captions], text_identity, encoders.encode_texts, config["text_batch"], rank, world, wait) if config["texts"] else 0
-    files = write_set(folder, items, captions if config["texts"] else {}, config["export"], {name: made.keys[name] for name in made.ok}, config["style"], rank, world) if config["export"] else 0
-    own = dict(encoded=made.encoded, opened=made.opened, hashed=made.hashed, texts=texts, files=files, cpu_seconds=time.process_time() - begin - encoders.seconds, load_seconds=encoders.seconds)
+    words = {name: captions[name] for name in made.ok if name in captions} if config["texts"] else {}
+    texts = prepare_texts(folder, words.values(), text_identity, encoders.encode_texts, config["text_batch"], rank, world, wait) if words else 0
+    keys = {name: made.keys[name] for name in made.ok}
+    files = write_set(folder, items, words, config["export"], keys, config["style"], rank, world) if config["export"] else 0
+    own = dict(encoded=made.encoded, opened=made.opened, hashed=made.hashed, texts=texts, files=files)
+    own |= dict(cpu_seconds=time.process_time() - begin - encoders.seconds, load_seconds=encoders.seconds)
     write_json(run_dir/"ranks"/f"rank{rank:05d}.json", own)
     wait()
     if rank: return None
@@ -128,9 +133,11 @@ def summary(run_dir, world: int, made, captions: dict, config: dict, bad_rows, m
     total = {name: round(sum(row[name] for row in ranks), 6) for name in ranks[0]}
     first = next(iter(made.failed.values()), "")
     if made.failed and not config["skip_bad"]:
-        raise InputError(f"{len(made.failed)} of {len(made.keys)} videos could not be encoded ({run_dir}/manifest.csv lists them; the others are done), first: {first}; mend them and run again, or set skip_bad=true")
-    return {**total, "videos": len(made.keys), "ok": len(made.ok), "failed": len(made.failed), "duplicates": len(made.keys) - len(set(made.keys.values())), "captions": len(captions),
-            "distinct_captions": len(set(captions.values())), "dropped_shards": made.dropped, "taken": taken, "misfits": misfits, "bad_caption_rows": bad_rows, "ranks": world, "first_failure": first}
+        raise InputError(f"{len(made.failed)} of {len(made.keys)} videos could not be encoded ({run_dir}/manifest.csv lists them; the others are done), "
+                         f"first: {first}; mend them and run again, or set skip_bad=true")
+    return {**total, "videos": len(made.keys), "ok": len(made.ok), "failed": len(made.failed), "duplicates": len(made.keys) - len(set(made.keys.values())),
+            "captions": len(captions), "distinct_captions": len(set(captions.values())), "dropped_shards": made.dropped, "taken": taken, "misfits": misfits,
+            "bad_caption_rows": bad_rows, "ranks": world, "first_failure": first}
 
 # %% ../../nbs/wan/12_prepare.ipynb #8dc43bc8
 if __name__ == "__main__":

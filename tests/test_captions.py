@@ -282,5 +282,5 @@ def test_any_openai_compatible_server_is_a_captioner(videos, tmp_path):
     server.shutdown()
     assert (result["captions"], result["asked"], result["garbage"]) == (6, 6, 0)
     assert main(config, tmp_path/"run")["asked"] == 0                       # the server may be gone: nothing is left to ask
-    for bad, words in ((dict(root=""), "needs root"), (dict(captioner="a:b"), "exclude each other"), (dict(prompts="x"), "unknown settings")):
+    for bad, words in ((dict(root=""), "needs root"), (dict(captioner="a:b"), "exclude each other"), (dict(options={}), "served model's name"), (dict(prompts="x"), "unknown settings")):
         with pytest.raises(InputError, match=words): main(config | bad, tmp_path/"run")

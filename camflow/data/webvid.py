@@ -115,7 +115,7 @@ def download_videos(entries, folder,          # of `read_webvid`; videos, the le
     done = [len(entries) - len(todo)]
     def progress(name, bytes_now, total):
         if max(bytes_now, total or 0) > max_bytes: raise InputError(f"{name} has more than {max_bytes} bytes; raise max_bytes to take it")
-        stream.wait(max(0, bytes_now - have.get(name, 0)))
+        stream.wait(max(0, bytes_now - have.get(name, bytes_now))) # what an earlier pass fetched costs nothing
         have[name] = bytes_now
     def one(entry):
         requests.wait()
@@ -127,7 +127,8 @@ def download_videos(entries, folder,          # of `read_webvid`; videos, the le
         except VideoError as error:
             path.unlink(missing_ok=True)
             record = dict(status="failed", reason=f"what the server sent is no video: {str(error)[:200]}", final=True)
-        except InputError as error: record = dict(status="failed", reason=str(error)[:300], final="gave up after" not in str(error))
+        except InputError as error: # only a refusal of the server is final; a full disk or a lost connection is tried again
+            record = dict(status="failed", reason=str(error)[:300], final=str(error).startswith("the server answers"))
         ledger.add(entry.id, url=entry.url, **record)
         with lock: done[0] += 1
         if on_done: on_done(done[0], len(entries))

@@ -56,6 +56,8 @@ def checked(config: dict): # overrides of DEFAULTS
     if bool(config["root"]) == bool(config["videos"]):
         raise InputError("multicam_caption needs root (a MultiCamVideo set) or videos (a folder of videos), and not both")
     if sum(bool(config[name]) for name in ("captioner", "urls")) > 1: raise InputError("captioner and urls exclude each other; leave one out")
+    if config["urls"] and not config["options"].get("model"):
+        raise InputError("urls needs the served model's name, options={model: NAME}: answers are kept under it, and another model's must not be taken for its own")
     at_least(config, frames=0, max_new_tokens=1, batch=1, workers=0)
     return config
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ASCEND', 'PACKAGES', 'device', 'visible_devices', 'compute_dtype', 'synchronize', 'set_threads', 'launcher',
-           'collective_backend', 'ranks_share', 'generator', 'memory_stats', 'reset_peak_memory', 'sdpa_backends',
-           'env_info']
+           'collective_backend', 'ranks_share', 'process_share', 'generator', 'memory_stats', 'reset_peak_memory',
+           'sdpa_backends', 'env_info']
 
 # %% ../nbs/01_device.ipynb #6d3a53e3
 import hashlib
 import os
 import platform
 import subprocess
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def collective_backend() -> str:
 def ranks_share(items) -> list: # the same on every rank
     "Every world-th item, starting with the rank's own, as the launcher set them (one process: all)."
     return list(items)[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+
+
+
+def process_share(days: float = 7.0) -> tuple: # longest wait
+    "(rank, world, wait) of this process among those that torchrun or `accelerate launch` started; `wait()` returns when all have called it."
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1: return 0, 1, lambda: None
+    # shares of a long preparation end hours apart: they meet on the CPU, where waiting may take days; accelerators' barriers give up after minutes
+    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("gloo", timeout=timedelta(days=days))
+    return rank, world, torch.distributed.barrier
 
 # %% ../nbs/01_device.ipynb #410e442c
 def generator(*key,           # what the draw is for, e.g. seed, "noise", step, item: numbers and strings

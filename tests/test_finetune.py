@@ -212,7 +212,7 @@ def test_tiny_recam_beats_copying(base):
     vae = AutoencoderKLWan.from_pretrained(ROOT/"data/tiny/vae", torch_dtype=torch.float32).eval()
     model = ReCamTransformer3DModel.from_pretrained(folder/"transformer", torch_dtype=torch.float32).eval()
     bank = WorldBank(base["clips_folder"], HELD_OUT, 16, 2)
-    latents = finetune._encoder(vae)([signed(bank.images(i, n)) for i in range(16) for n in range(2)])["latents"].unflatten(0, (16, 2))
+    latents = finetune.latent_encoder(vae)([signed(bank.images(i, n)) for i in range(16) for n in range(2)])["latents"].unflatten(0, (16, 2))
     poses = [torch.stack([torch.as_tensor(bank.poses(i, n))[::4] for n in range(2)]) for i in range(16)]
     scenes = LatentScenes(list(latents), poses, torch.zeros(16, 8, 64), bank.captions)
     numbers = finetune.compare(model, scenes, vae, lambda s, n: signed(bank.images(s, n)), count=16)
@@ -228,11 +228,11 @@ def test_finetune_on_a_multicam_folder(base, tmp_path):
     assert main(config, tmp_path/"run").step == 2
     data = MultiCamVideo(tmp_path/"data")
     _, vae, text, scenes, held_out, _ = finetune.datasets(configuration(config, finetune.DEFAULTS), tmp_path/"run")
-    assert held_out is None and len(scenes) == 2 and scenes.latents[0].shape == (3, 16, 3, 6, 10)
+    assert held_out is None and len(scenes) == 2 and len(scenes.latents[0]) == 3 and scenes.latents[0][0].shape == (16, 3, 6, 10)
     names = data.videos(data.scenes[1])
     item = data.load(data.scenes[1], names[2], names[0])
     torch.testing.assert_close(scenes.condition(1, 2, 0), item.camera, atol=1e-5, rtol=1e-5)
-    encoded = finetune._encoder(vae)([item.target.signed().data.transpose(0, 1)])["latents"][0]
+    encoded = finetune.latent_encoder(vae)([item.target.signed().data.transpose(0, 1)])["latents"][0]
     torch.testing.assert_close(scenes.latents[1][0], encoded, atol=2e-3, rtol=2e-3)
 
 

@@ -113,16 +113,16 @@ class MultiCamVideo:
     def __init__(self,
                  root,                          # data set, or its folder train or val
                  focal: str = "f24_aperture5",  # focal folder; "10basic_trajectories" for the validation scene
-                 metadata=None,                 # caption table; None: root/metadata.csv if there is one
+                 metadata=None,                 # caption table, or {file name: text}; None: root/metadata.csv if there is one
                  skip_bad: bool = False,        # True: check everything now and leave bad videos, rows and scenes out (listed in .skipped)
                  decode: bool = False):         # with skip_bad: decode the last frame of every video as well
         self.root, self.focal, self.skipped = Path(root), focal, []
         places = [self.root / "train" / focal, self.root / "val" / focal, self.root / focal]
         self.folder = next((p for p in places if p.is_dir()), None)
         if self.folder is None: raise InputError(f"no folder {focal!r}; {self.root}; expected {places[0]} or {places[1]}")
-        table = self.root / "metadata.csv" if metadata is None else Path(metadata)
-        self.captions = None
-        if metadata is not None or table.exists():
+        table = Path(self.root / "metadata.csv" if metadata is None or isinstance(metadata, dict) else metadata)
+        self.captions = metadata if isinstance(metadata, dict) else None
+        if self.captions is None and (metadata is not None or table.exists()):
             self.captions, bad = read_captions(table, skip_bad)
             self.skipped += [("captions", "", message) for message in bad]
         single = (self.folder / "videos").is_dir() # the validation folder is one scene itself

@@ -82,7 +82,7 @@ def machine():
     yield "reports", "ok" if writable else "missing", str(root) + ("" if writable else ": not writable; set CAMFLOW_REPORTS")
 
 # %% ../../nbs/lab/09_doctor.ipynb #29da6cde
-FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "trajectory", "left", "right", "calibration") # parameters that name something on disk
+FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "metadata", "table", "overlay", "manifest", "trajectory", "left", "right", "calibration") # parameters that name something on disk
 WORDS = ("", "tiny", "random", "sgbm", None)
 
 

@@ -48,6 +48,7 @@ class Settings:
     data: str = "world"             # "world", "multicam" or "videos"
     root: str = None                # folder of multicam or videos
     focal: str = "f24_aperture5"    # focal folder of multicam
+    metadata: str = None            # caption table of multicam, e.g. the clean one; None: root/metadata.csv
     skip_bad: bool = False          # multicam, videos: leave out and list what cannot be used, instead of refusing
     cameras: str = "presets"        # target paths: "presets", "random", or "paired" (multicam's own)
     factor: float = 1.0             # on the presets' rotation and translation

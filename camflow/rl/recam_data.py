@@ -83,8 +83,8 @@ def check_multicam(s: Settings, run_dir):
     "Every video, pose file and caption, before training; what is left out is listed in skipped.json."
     from camflow.data.multicam import MultiCamVideo, clip_indices
     from camflow.wan import finetune
-    finetune.check_multicam({"root": s.root, "focal": s.focal, "skip_bad": s.skip_bad}, run_dir)
-    data = MultiCamVideo(s.root, s.focal, skip_bad=s.skip_bad)
+    finetune.check_multicam({"root": s.root, "focal": s.focal, "metadata": s.metadata, "skip_bad": s.skip_bad}, run_dir)
+    data = MultiCamVideo(s.root, s.focal, s.metadata, s.skip_bad)
     for scene in data.scenes: clip_indices(len(data.cameras(scene, data.videos(scene)[0])), s.frames, where=str(data.scene_folder(scene)))
     split_scenes(data, s)
     return data

@@ -40,6 +40,7 @@ class Parts:
     transformer: object   # ReCamTransformer3DModel
     vae: object           # AutoencoderKLWan
     encode: object        # list of prompts -> context [B,L,D]
+    tiles: object = None  # tiling of the latents that the transformer was trained on; None: whole
 
 
 def load_parts(s: Settings):
@@ -55,7 +56,8 @@ def load_parts(s: Settings):
         pipe.text_encoder.to(device())                                  # beside the transformer: 11 GB in bfloat16, instead of 23 per rank on the host
         transformer, vae, encode = pipe.transformer, pipe.vae, pipe.text.encode
     vae.requires_grad_(False).eval().to(device())
-    return Parts(transformer.to(device()).eval(), vae, encode)
+    tiles = None if s.model == "random" or pipe.latent_tiles == "unknown" else pipe.latent_tiles
+    return Parts(transformer.to(device()).eval(), vae, encode, tiles)
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #498e5ec0
 class Conditions:
@@ -71,8 +73,8 @@ class Conditions:
     @torch.no_grad()
     def latents(self, frames: Frames):
         "Normalised latents [C,f,h,w] of a clip."
-        from camflow.wan.vae import encode_video
-        return encode_video(self.parts.vae, frames.signed().data.transpose(0, 1)[None].to(device()))[0].cpu()
+        from camflow.wan.vae import encode_as
+        return encode_as(self.parts.vae, frames.signed().data.transpose(0, 1)[None].to(device()), self.parts.tiles)[0].cpu()
 
     def prepare(self, index):
         from camflow.wan.text import NEGATIVE_PROMPT

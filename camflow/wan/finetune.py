@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MATRICES', 'DEFAULTS', 'PUBLISHED', 'CARD', 'flow_loss', 'Levels', 'seed_adapters', 'prepare_trained', 'open_cameras',
-           'LatentScenes', 'cached_texts', 'cached_latents', 'world_scenes', 'multicam_scenes', 'sample', 'clip_psnr',
-           'compare', 'starting_model', 'check_size', 'parts', 'hidden_of', 'checked', 'check_multicam', 'datasets',
-           'main', 'load_trained', 'export_recam']
+           'LatentScenes', 'latent_encoder', 'cached_texts', 'cached_latents', 'world_scenes', 'CachedLatents',
+           'video_identity', 'multicam_scenes', 'sample', 'clip_psnr', 'compare', 'starting_model', 'check_size',
+           'parts', 'hidden_of', 'checked', 'check_multicam', 'datasets', 'main', 'load_trained', 'export_recam']
 
 # %% ../../nbs/wan/07_finetune.ipynb #678ef77a
 import math
@@ -18,6 +18,8 @@ import torch
 
 from ..assets import tiny_path
 from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
+from ..data.multicam import clip_indices
+from ..data.prepare import Item, prepare_videos
 from ..device import compute_dtype, device, generator, ranks_share
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import fingerprint, from_folder, load_checkpoint, load_strict
@@ -26,7 +28,7 @@ from .conditions import Hidden, hide
 from .recam import ReCamTransformer3DModel, from_wan, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
-from .vae import decode_latents, encode_video, tiny_vae
+from .vae import decode_latents, encode_as, tiling, tiny_vae
 from .vae_train import WorldBank, signed
 from ..world.clips import HELD_OUT
 
@@ -118,10 +120,10 @@ class LatentScenes:
         return latents(2), latents(1), torch.stack([self.condition(*t) for t in triples]), torch.stack([self.text_SLD[t[0]].float() for t in triples])
 
 # %% ../../nbs/wan/07_finetune.ipynb #bc8ed00c
-@torch.no_grad()
-def _encoder(vae):
+def latent_encoder(vae, tiles=None): # of `tiling`
+    "Function from a list of signed clips [3,T,H,W] to {\"latents\": [n,C,f,h,w]} in float16 on the host."
     where = device()
-    def encode(batch): return {"latents": encode_video(vae, torch.stack(batch).to(where, vae.dtype)).half().cpu()}
+    def encode(batch): return {"latents": encode_as(vae, torch.stack(batch).to(where, vae.dtype), tiles).half().cpu()}
     return torch.no_grad()(encode)
 
 
@@ -150,7 +152,7 @@ def cached_latents(folder, vae, keys, load, identity: dict): # cache folder, enc
     if rank == 0: LatentCache(folder, identity)
     wait()
     cache = LatentCache(folder, identity)
-    fill(cache, keys, load, _encoder(vae), rank=rank, world=world)
+    fill(cache, keys, load, latent_encoder(vae), rank=rank, world=world)
     wait()
     cache.refresh()
     return cache.stack(keys, "latents")
@@ -169,22 +171,38 @@ def world_scenes(folder,            # caches go to folder/latents and folder/tex
     return LatentScenes(list(latents.unflatten(0, (len(bank), bank.cameras))), poses, context, bank.captions)
 
 # %% ../../nbs/wan/07_finetune.ipynb #ea11bcff
+@dataclass
+class CachedLatents:
+    "Latents of one scene's cameras [N,C,f,h,w], read when a camera is asked for: a data set of 34,000 videos has 140 GB of them."
+    cache: LatentCache
+    keys: list              # of the cameras
+
+    def __len__(self): return len(self.keys)
+    def __getitem__(self, camera: int): return self.cache.get(self.keys[camera])["latents"]
+
+
+def video_identity(vae, tiles=None): # of `tiling`
+    "What latents of a clip depend on beside the clip. Decoders may get better without the latents changing."
+    encoder = {name: p for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+    return {"vae": fingerprint(encoder), "stats": [vae.config.latents_mean, vae.config.latents_std], "tiles": tiles and [list(pair) for pair in tiles]}
+
+
 def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiCamVideo, encoders
-                    frames: int = 81, size=(480, 832)):   # 4k + 1; (H, W)
-    "Scenes of a MultiCamVideo folder as latents."
-    from camflow.data.multicam import clip_indices
-    from camflow.media.video import probe, read_video
-    keys = [f"{scene}/{camera}" for scene in data.scenes for camera in data.videos(scene)]
-    def indices(key):
-        file = data.path(*key.split("/"))
-        return clip_indices(probe(file).frames, frames, 0, 1, str(file))
-    def load(key): return read_video(data.path(*key.split("/")), indices(key)).cover(size).signed().data.transpose(0, 1)
-    def poses(key): return data.cameras(*key.split("/"), indices(key)).c2w[::4]
+                    frames: int = 81, size=(480, 832),    # 4k + 1; (H, W)
+                    tiles=None):                          # of `tiling`
+    "Scenes of a MultiCamVideo folder as latents, those that the run multicam_prepare has made or makes."
+    items = [Item(f"{data.focal}/{scene}/videos/{camera}.mp4", data.path(scene, camera)) for scene in data.scenes for camera in data.videos(scene)]
+    def poses(scene, camera):
+        path = data.cameras(scene, camera).c2w
+        return path[clip_indices(len(path), frames, where=str(data.path(scene, camera)))[::4]]
     captions = [data.caption(scene, data.videos(scene)[0]) for scene in data.scenes]
-    path = [torch.stack([poses(f"{scene}/{camera}") for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
-    latents = cached_latents(Path(folder)/"latents", vae, keys, load, {"size": list(size), "frames": frames, "data": str(data.focal)})
-    counts = [len(data.videos(scene)) for scene in data.scenes]
-    return LatentScenes(list(latents.split(counts)), path, cached_texts(Path(folder)/"text", text, captions), captions)
+    path = [torch.stack([poses(scene, camera) for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
+    rank, world, wait = _shares()
+    made = prepare_videos(folder, items, video_identity(vae, tiles), latent_encoder(vae, tiles), frames, size, rank=rank, world=world, wait=wait)
+    if made.failed: raise InputError(f"{len(made.failed)} of {len(items)} videos cannot be encoded, first: {next(iter(made.failed.values()))}; mend or remove them")
+    cache, keys = LatentCache(Path(folder)/"latents"), iter(made.keys.values())
+    latents = [CachedLatents(cache, [next(keys) for _ in data.videos(scene)]) for scene in data.scenes]
+    return LatentScenes(latents, path, cached_texts(Path(folder)/"text", text, captions), captions)
 
 # %% ../../nbs/wan/07_finetune.ipynb #38716e98
 @torch.no_grad()
@@ -223,7 +241,7 @@ def compare(model, scenes: LatentScenes, vae, # in eval mode
 MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", "blocks.*.ffn.*.weight", "blocks.*.projector.weight"] # of a block, all but the camera encoder
 DEFAULTS = dict(steps=3600, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=100, schedule="cosine", final_lr=0.02, ema_decay=0.998, checkpoint_every=0, checkpoint_seconds=60.,
                 log_every=10, validate_every=500, data="world", root=None, focal="f24_aperture5", frames=9, size=[48, 80], scenes=3000, cameras=4, held_out=64,
-                clips_folder=None, cache_folder=None, skip_bad=False, vae=None, transformer=None, text_encoder=None, model={}, trained="all", lora_rank=16, camera_std=1.0,
+                clips_folder=None, cache_folder=None, metadata=None, tiles="whole", skip_bad=False, vae=None, transformer=None, text_encoder=None, model={}, trained="all", lora_rank=16, camera_std=1.0,
                 shift=2.0, weighting="none", text_dropout=0.1, camera_dropout=0., text_to_video=0., image_to_video=0., source_noise=(0., 0.), sample_steps=8, sample_shift=3.0, validation_clips=32, export=None)
 PUBLISHED = dict(data="multicam", frames=81, size=[480, 832], trained="recam", shift=5.0, weighting="bsmntw", lr=1e-4, betas=(0.9, 0.999), muon=[], warmup=0, schedule="constant", ema_decay=0.,
                  batch_size=1, bf16=True, gradient_checkpointing=True, text_dropout=0., camera_std=0.) # overrides that reproduce ReCamMaster's run
@@ -270,6 +288,7 @@ def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
     if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError("tiles belong to data = multicam; clips of the world are encoded whole")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
@@ -281,7 +300,7 @@ def checked(config: dict): # full configuration
 def check_multicam(config: dict, run_dir): # full configuration, folder of the run
     "Looks at every video, pose file and caption of a MultiCamVideo set; with `skip_bad` lists what is left out in skipped.json."
     from camflow.data.multicam import MultiCamVideo
-    data = MultiCamVideo(config["root"], config["focal"], skip_bad=config["skip_bad"])
+    data = MultiCamVideo(config["root"], config["focal"], config.get("metadata"), config["skip_bad"])
     if not config["skip_bad"] and (bad := data.check()): raise InputError(f"{len(bad)} items of {data.folder} cannot be used, first: {bad[0][2]}; mend them, or set skip_bad=true to leave them out")
     if not data.skipped: return
     print(f"left out: {len(data.skipped)} items, listed in {run_dir}/skipped.json; first: {data.skipped[0][2]}", flush=True)
@@ -298,9 +317,9 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
         make = lambda b: world_scenes(cache, b, vae, text)
         return model, vae, text, make(bank), make(held), lambda s, n: signed(held.images(s, n))
     from camflow.data.multicam import MultiCamVideo
-    data = MultiCamVideo(config["root"], config["focal"], skip_bad=config["skip_bad"])
+    data = MultiCamVideo(config["root"], config["focal"], config.get("metadata"), config["skip_bad"])
     model, vae, text = parts(config, [data.caption(s, data.videos(s)[0]) or "a video" for s in data.scenes])
-    return model, vae, text, multicam_scenes(cache, data, vae, text, config["frames"], tuple(config["size"])), None, None
+    return model, vae, text, multicam_scenes(cache, data, vae, text, config["frames"], tuple(config["size"]), tiling(config["tiles"])), None, None
 
 # %% ../../nbs/wan/07_finetune.ipynb #4fcd72f9
 def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
@@ -365,6 +384,7 @@ def export_recam(run_dir,        # folder of the run
     model = model.eval().half().float()
     numbers = compare(model, held_out, vae, truth, clips, config["sample_steps"], config["sample_shift"]) if held_out else {}
     model.half().save_pretrained(out/"transformer")
+    write_json(out/"latents.json", {"tiles": tiling(config["tiles"]), "size": config["size"], "frames": config["frames"]}) # how the sampler has to encode
     if not config["text_encoder"]:
         text.model.half().save_pretrained(out/"text_encoder")
         text.tokenizer.save_pretrained(out/"tokenizer")

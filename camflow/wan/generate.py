@@ -31,6 +31,7 @@ def load_pipeline(weights: str = "",  # folder in diffusers' layout; "" = the ti
     from transformers import AutoTokenizer, UMT5EncoderModel
     from camflow.wan.pipeline import ReCamPipeline
     from camflow.wan.recam import ReCamTransformer3DModel
+    from camflow.wan.vae import tiling
     root = Path(weights) if weights else tiny_path("recam")
     folders = {name: root/name for name in ("transformer", "vae", "text_encoder", "tokenizer")}
     if not weights and not folders["vae"].is_dir(): folders["vae"] = tiny_path("vae")
@@ -40,6 +41,7 @@ def load_pipeline(weights: str = "",  # folder in diffusers' layout; "" = the ti
                          vae=from_folder(AutoencoderKLWan, folders["vae"], torch_dtype=torch.float32).eval(),
                          text_encoder=from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=text_dtype).eval(),
                          tokenizer=AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True))
+    if (root/"latents.json").is_file(): pipe.latent_tiles = tiling(read_json(root/"latents.json")["tiles"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -20,7 +20,7 @@ from .conditions import without_conditions
 from .recam import ReCamTransformer3DModel, tiny_recam
 from .sampling import euler_sample, guided_by, recam_sigmas
 from .text import NEGATIVE_PROMPT, TextEncoder, build_tiny_text
-from .vae import decode_latents, decode_tiled, encode_tiled, encode_video, tiny_vae
+from .vae import decode_latents, decode_tiled, encode_as, tiling, tiny_vae
 
 # shape suffixes: B batch, C channels, T frames (pixels or latents), H rows, W columns, L tokens, D width
 
@@ -89,12 +89,21 @@ class ReCamPipeline(DiffusionPipeline):
             fit = [max(k, n - n % k) for n, k in zip(size, step)]
             raise InputError(f"frames of {size[0]} x {size[1]}; this model takes multiples of {step[0]} x {step[1]}: Frames.cover(({fit[0]}, {fit[1]})) cuts them to fit")
 
+    latent_tiles = "unknown"  # `tiling` of the latents that the weights were trained on
+
+    def tiles(self, tiled, tile_size, tile_stride):
+        "The tiling asked for, or that of training when nothing is asked; refuses one that differs from training."
+        asked = tiling((tile_size, tile_stride)) if tiled else None
+        if self.latent_tiles == "unknown": return asked
+        if tiled is not None and asked != self.latent_tiles: raise InputError(f"tiles {asked or 'whole'}, but the weights were trained on latents made in tiles {self.latent_tiles or 'whole'}; leave tiled out to encode as in training")
+        return self.latent_tiles
+
     @torch.no_grad()
-    def encode_source(self, video, tiled=False, tile_size=(30, 52), tile_stride=(15, 26)) -> torch.Tensor:
-        "Normalised latents of the source."
+    def encode_source(self, video, tiled=None, tile_size=(30, 52), tile_stride=(15, 26)) -> torch.Tensor:
+        "Normalised latents of the source; in the tiles of the weights' training latents, where these are known."
         x_BCTHW = video_tensor(video)[0].to(self._execution_device, self.vae.dtype)
         self.check_clip(x_BCTHW.shape[2], tuple(x_BCTHW.shape[3:]))
-        return (encode_tiled(self.vae, x_BCTHW, tile_size, tile_stride) if tiled else encode_video(self.vae, x_BCTHW)).float()
+        return encode_as(self.vae, x_BCTHW, self.tiles(tiled, tile_size, tile_stride)).float()
 
     @torch.no_grad()
     def decode(self, latents_BCTHW, tiled=False, tile_size=(30, 52), tile_stride=(15, 26)) -> torch.Tensor:
@@ -117,7 +126,7 @@ class ReCamPipeline(DiffusionPipeline):
                  shift: float = 5.0,                     # of the noise levels
                  output_type: str = "frames",            # "frames" list of Frames | "pt" signed [B,3,T,H,W] | "np" [B,T,H,W,3] in 0..1 | "latent"
                  callback_on_step_end=None,              # (pipe, step, timestep, {"latents": x}) -> dict that may hold new latents
-                 tiled: bool = False, tile_size=(30, 52), tile_stride=(15, 26),   # VAE in tiles, latent rows and columns
+                 tiled: bool | None = None, tile_size=(30, 52), tile_stride=(15, 26), # VAE in tiles, latent rows and columns; None: the source as in training, the result whole
                  return_dict: bool = True,
                  source_cameras=None,                    # Cameras of the source, or one per path: the paths are poses in their world and may start anywhere in it; None: each path starts where the source starts
                  camera_guidance_scale: float = 1.0,     # for weights trained with hidden cameras (wan.conditions)

@@ -51,7 +51,7 @@ def permitted(request: Request, token: str | None):
     if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise Refused(401, "the bearer token is missing or wrong; give the client the server's token_file", **{"WWW-Authenticate": "Bearer"})
 
-# %% ../../nbs/servers/03_app.ipynb #f85c8613
+# %% ../../nbs/servers/03_app.ipynb #d1e5fcc7
 def expected(request: Request, most: int):
     "Refuses a body that says it is too large, or is packed."
     if request.headers.get("content-encoding", "identity") != "identity": raise Refused(415, "packed bodies are not unpacked; send the body as it is")
@@ -79,18 +79,21 @@ async def in_memory(request: Request, most: int, patience: float) -> bytes:
 
 async def in_spool(request: Request, service: Service) -> Path:
     "A large body, as a file."
-    path = service.config.folder/f"{os.getpid()}-{uuid.uuid4().hex}.body"
+    path, size = service.config.folder/f"{os.getpid()}-{uuid.uuid4().hex}.npy", 0
     try:
         with open(path, "wb") as file:
             async for chunk in chunks(request, service.limits.body, service.config.body_s):
-                if service.spooled + file.tell() + len(chunk) > service.config.spool_mb * 2**20: raise Refused(429, "the spool folder is full of clips that wait", **{"Retry-After": "1"})
+                size += len(chunk)
+                service.spooled += len(chunk)
+                if service.spooled > service.config.spool_mb * 2**20: raise Refused(429, "the spool folder is full of clips that wait", **{"Retry-After": "1"})
                 file.write(chunk)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    finally: service.spooled -= size
     return path
 
-# %% ../../nbs/servers/03_app.ipynb #577d048e
+# %% ../../nbs/servers/03_app.ipynb #9166360f
 def split_parts(body: Path,      # file with a multipart body
                 boundary: bytes, # as in the header
                 most: int        # bytes of the JSON part
@@ -108,7 +111,7 @@ def split_parts(body: Path,      # file with a multipart body
                 if name and name[1] == b"request": text = content if len(content) <= most else None
                 elif not name or hashlib.sha256(content).hexdigest().encode() != name[1]: raise Refused(400, "a binary part does not have the SHA-256 that names it; send it again")
                 else:
-                    found[name[1].decode()] = str(path := body.with_name(f"{os.getpid()}-{uuid.uuid4().hex}.part"))
+                    found[name[1].decode()] = str(path := body.with_name(f"{os.getpid()}-{uuid.uuid4().hex}.npy"))
                     path.write_bytes(content)
                 at = end + 2
     except ValueError: text = None  # an empty file cannot be mapped

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'BUCKETS', 'ServerConfig', 'read_token', 'Leases', 'Results', 'mark_of', 'Job', 'Service']
 
-# %% ../../nbs/servers/02_service.ipynb #f69eee05
+# %% ../../nbs/servers/02_service.ipynb #9b274dc2
 import asyncio
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from ..files import InputError
 from ..processes import resident
-from ..rewards.wire import SHM, Item, Limits, allowed, no_row
+from ..rewards.wire import SHM, Item, Limits, SharedMemory, allowed, no_row
 from .batcher import Lost, MicroBatcher, QueueFull
 from .worker import Broken, Worker, WorkerSpec
 
@@ -273,7 +273,7 @@ def status(self: Service) -> dict:
     return {"state": self.mode, "worker": self.worker.state, "leases": self.leases.held(), "waiting": len(self.batcher.waiting), "flying": self.batcher.flying, "restarts": self.worker.died,
             "reason": self.worker.reason, "pid": self.worker.pid}
 
-# %% ../../nbs/servers/02_service.ipynb #cff00922
+# %% ../../nbs/servers/02_service.ipynb #d35a719c
 @patch
 async def keep(self: Service):
     while True:
@@ -290,6 +290,7 @@ async def keep(self: Service):
 @patch
 async def begin(self: Service):
     "Starts the worker if the model shall be active; a reward that cannot be made is an InputError."
+    SharedMemory(self.config.folder).sweep()       # what killed processes left
     self.keeper = asyncio.create_task(self.keep())
     try:
         if self.rest != "off": await self.wake()

@@ -96,7 +96,7 @@ class Reply(_Strict):
     items: list[Row]
     server: dict = {}
 
-# %% ../../nbs/rewards/05_wire.ipynb #4f85a931
+# %% ../../nbs/rewards/05_wire.ipynb #7cd0a21e
 SHM = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
 
 
@@ -117,7 +117,7 @@ def allowed(path: str,             # as asked
 def open_allowed(path: str, roots, most: int = 2**40): # as in `allowed`
     "The file, opened for reading, if what was opened is what was allowed."
     real = allowed(path, roots, most)
-    try: file = open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    try: file = open(real, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
     except OSError as error: raise InputError(f"{path} cannot be opened ({error.strerror}); check its permissions") from None
     if os.path.realpath(f"/proc/self/fd/{file.fileno()}") not in (real, f"/proc/self/fd/{file.fileno()}"):
         file.close()

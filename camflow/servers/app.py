@@ -31,12 +31,12 @@ from .batcher import QueueFull
 from .service import STATES, ServerConfig, Service
 from .worker import Broken
 
-# %% ../../nbs/servers/03_app.ipynb #609bd62a
+# %% ../../nbs/servers/03_app.ipynb #7c7c9d46
 class Refused(Exception):
     "An answer other than 200."
     def __init__(self, code: int, message: str, **headers):
         super().__init__(message)
-        self.code, self.message, self.headers = code, message, headers
+        self.code, self.message, self.headers = code, message, headers | ({"Connection": "close"} if code in (408, 413) else {}) # or the rest of the body would be read
 
 
 def answer(body, code: int = 200, headers: dict | None = None) -> Response:

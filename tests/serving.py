@@ -38,7 +38,7 @@ def running(reward=TROUBLE, options=None, **config):
     thread.start()
     wait_for(lambda: server.started or not thread.is_alive(), what="the server")
     assert server.started
-    server.url, server.service = f"http://127.0.0.1:{config.port}", server.config.app.state.service
+    server.url, server.service = f"http://127.0.0.1:{config.port}", server.config.app.app.state.service
     try:
         with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as server.http: yield server
     finally:

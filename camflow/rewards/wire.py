@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['SHM', 'VIDEO_MAGIC', 'NPY_MAGIC', 'Limits', 'Video', 'Camera', 'Item', 'ScoreRequest', 'Row', 'Reply', 'allowed',
-           'open_allowed', 'read_npy', 'check_size', 'decode_file', 'decode_video', 'SharedMemory', 'sample_to_item',
-           'target_poses', 'item_to_sample', 'Garbage', 'to_rows', 'no_row', 'from_rows']
+           'open_allowed', 'npy_header', 'read_npy', 'check_size', 'decode_file', 'decode_video', 'SharedMemory',
+           'sample_to_item', 'target_poses', 'item_to_sample', 'Garbage', 'to_rows', 'no_row', 'from_rows']
 
-# %% ../../nbs/rewards/05_wire.ipynb #8b7d0b0a
+# %% ../../nbs/rewards/05_wire.ipynb #e27285cf
 # shape suffixes: T frames, H rows, W columns, C channels, 44 pose
 import json
 import math
 import os
 import stat
+import struct
 import uuid
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +99,7 @@ class Reply(_Strict):
     items: list[Row]
     server: dict = {}
 
-# %% ../../nbs/rewards/05_wire.ipynb #7cd0a21e
+# %% ../../nbs/rewards/05_wire.ipynb #d05c1ee0
 SHM = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
 
 
@@ -117,29 +120,42 @@ def allowed(path: str,             # as asked
 def open_allowed(path: str, roots, most: int = 2**40): # as in `allowed`
     "The file, opened for reading, if what was opened is what was allowed."
     real = allowed(path, roots, most)
-    try: file = open(real, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    try: file = open(real, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
     except OSError as error: raise InputError(f"{path} cannot be opened ({error.strerror}); check its permissions") from None
-    if os.path.realpath(f"/proc/self/fd/{file.fileno()}") not in (real, f"/proc/self/fd/{file.fileno()}"):
+    if (fd := Path("/proc/self/fd")).is_dir() and os.readlink(fd/str(file.fileno())) != real:
         file.close()
         raise InputError(f"{path} changed while it was opened; try again")
     return file
 
-# %% ../../nbs/rewards/05_wire.ipynb #a976c965
+# %% ../../nbs/rewards/05_wire.ipynb #5b389ec4
 VIDEO_MAGIC = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF")) # mp4 and mov, matroska, avi
 NPY_MAGIC = b"\x93NUMPY"
 
 
-def read_npy(file, dtype, most: int) -> np.ndarray: # an open .npy file; its only allowed dtype; bytes
+@lru_cache(256)
+def npy_header(version: tuple, text: bytes) -> tuple: # format version, header
+    "(shape, Fortran order, dtype) that a header declares; clips of one run have the same."
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(BytesIO(struct.pack("<H" if version == (1, 0) else "<I", len(text)) + text), max_header_size=10_000)
+
+
+def read_npy(file, dtype, most: int) -> np.ndarray: # an open, unbuffered .npy file; its only allowed dtype; bytes
     "The array, checked before it is read."
+    head = file.read(12)
     try:
-        version = np.lib.format.read_magic(file)
-        shape, fortran, kind = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file, max_header_size=10_000)
-    except (ValueError, EOFError) as error: raise InputError(f"not a .npy file ({error}); write it with numpy.save") from None
+        version = np.lib.format.read_magic(BytesIO(head))
+        length, at = (struct.unpack("<H", head[8:10])[0], 10) if version == (1, 0) else (struct.unpack("<I", head[8:12])[0], 12)
+        file.seek(at)
+        if length > 10_000: raise ValueError(f"its header has {length} bytes")
+        shape, fortran, kind = npy_header(version, file.read(length))
+    except (ValueError, EOFError, struct.error) as error: raise InputError(f"not a .npy file ({error}); write it with numpy.save") from None
     if kind != np.dtype(dtype) or fortran: raise InputError(f"array of {kind}{', Fortran order' if fortran else ''}; give {np.dtype(dtype)} in C order")
     size = math.prod(shape) * kind.itemsize
     if size > most: raise InputError(f"array {shape} needs {size} bytes, {most} are allowed; send a smaller clip")
-    if (left := os.fstat(file.fileno()).st_size - file.tell()) != size: raise InputError(f"array {shape} needs {size} bytes, the file holds {left}; it was cut off or is still being written")
-    return np.fromfile(file, kind, math.prod(shape)).reshape(shape)
+    if (left := os.fstat(file.fileno()).st_size - at - length) != size: raise InputError(f"array {shape} needs {size} bytes, the file holds {left}; it was cut off or is still being written")
+    array = np.empty(shape, kind)
+    if size and file.readinto(memoryview(array).cast("B")) != size: raise InputError(f"array {shape}: the file became shorter while it was read; write clips once and leave them alone")
+    return array
 
 
 def check_size(frames: int, size, limits: Limits): # of a clip, before it is decoded
@@ -223,7 +239,7 @@ def sample_to_item(sample: Sample,
     plain = {k: v for k, v in sample.meta.items() if isinstance(v, (int, float, str, bool)) and (not isinstance(v, float) or math.isfinite(v))}
     return out | ({"group_id": group} if isinstance(group, (str, int)) else {}) | ({"meta": plain} if plain else {})
 
-# %% ../../nbs/rewards/05_wire.ipynb #608426d4
+# %% ../../nbs/rewards/05_wire.ipynb #deb68167
 def target_poses(camera: Camera, # as received
                  T: int          # frames of the clip
                 ):
@@ -249,7 +265,7 @@ def item_to_sample(item: Item,
     def opened(ref):
         if ref.sha256 is None: return open_allowed(ref.path or ref.shm, roots, limits.file)
         if ref.sha256 not in (parts or {}): raise InputError(f"no binary part of this request has the SHA-256 {ref.sha256[:12]}..; send it in the same request")
-        return open(parts[ref.sha256], "rb")
+        return open(parts[ref.sha256], "rb", 0)
     def clip(ref):
         with opened(ref) as file: return decode_file(file, ref.fps, limits)
     if len(item.prompt) > limits.prompt: raise InputError(f"prompt of {len(item.prompt)} characters, {limits.prompt} are allowed; shorten it")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Refused', 'answer', 'permitted', 'expected', 'chunks', 'in_memory', 'in_spool', 'split_parts', 'remove',
-           'read_request', 'single', 'parse', 'check_body', 'score', 'set_state', 'create_app', 'told', 'add_routes',
-           'make_server', 'main']
+           'read_request', 'single', 'refuse', 'parse', 'check_body', 'score', 'set_state', 'create_app', 'told',
+           'timed_score', 'Direct', 'add_routes', 'make_server', 'main']
 
 # %% ../../nbs/servers/03_app.ipynb #755a5258
 import argparse
@@ -31,7 +31,7 @@ from .batcher import QueueFull
 from .service import STATES, ServerConfig, Service
 from .worker import Broken
 
-# %% ../../nbs/servers/03_app.ipynb #7c7c9d46
+# %% ../../nbs/servers/03_app.ipynb #36693a3c
 class Refused(Exception):
     "An answer other than 200."
     def __init__(self, code: int, message: str, **headers):
@@ -39,9 +39,12 @@ class Refused(Exception):
         self.code, self.message, self.headers = code, message, headers | ({"Connection": "close"} if code in (408, 413) else {}) # or the rest of the body would be read
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def answer(body, code: int = 200, headers: dict | None = None) -> Response:
     "JSON, where NaN is an error and not a word."
-    return Response(json.dumps(body, allow_nan=False), code, headers, "application/json")
+    return Response(_encode(body), code, headers, "application/json")
 
 
 def permitted(request: Request, token: str | None):
@@ -51,7 +54,7 @@ def permitted(request: Request, token: str | None):
     if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise Refused(401, "the bearer token is missing or wrong; give the client the server's token_file", **{"WWW-Authenticate": "Bearer"})
 
-# %% ../../nbs/servers/03_app.ipynb #d1e5fcc7
+# %% ../../nbs/servers/03_app.ipynb #20f00951
 def expected(request: Request, most: int):
     "Refuses a body that says it is too large, or is packed."
     if request.headers.get("content-encoding", "identity") != "identity": raise Refused(415, "packed bodies are not unpacked; send the body as it is")
@@ -73,8 +76,15 @@ async def chunks(request: Request, most: int, patience: float): # bytes; seconds
 
 
 async def in_memory(request: Request, most: int, patience: float) -> bytes:
-    "A small body."
-    return b"".join([chunk async for chunk in chunks(request, most, patience)])
+    "A small body: all of it within the time."
+    found, size = [], 0
+    try:
+        async with asyncio.timeout(patience):
+            async for chunk in request.stream():
+                found.append(chunk)
+                if (size := size + len(chunk)) > most: raise Refused(413, f"the body has more than {most} bytes; send fewer or smaller clips")
+    except TimeoutError: raise Refused(408, f"the body did not come within {patience:.0f} s; send it in one go") from None
+    return b"".join(found)
 
 
 async def in_spool(request: Request, service: Service) -> Path:
@@ -128,7 +138,7 @@ def remove(paths):
     "Deletes files that may be gone."
     for path in paths: Path(path).unlink(missing_ok=True)
 
-# %% ../../nbs/servers/03_app.ipynb #ac9ae319
+# %% ../../nbs/servers/03_app.ipynb #fc18c9ed
 async def read_request(request: Request, service: Service) -> tuple: # dict, {sha256: path}
     "JSON of a request and the clips that came with it."
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -160,10 +170,15 @@ def single(path: Path, text: str) -> tuple: # body; header x-item
     return {"items": [item | {"video": {"sha256": sha} | {k: v for k, v in item.get("video", {}).items() if k == "fps"}}]}, {sha: str(path)}
 
 
+def refuse(word): raise ValueError(f"{word} is no number")
+
+
+_decode = json.JSONDecoder(parse_constant=refuse).decode
+
+
 def parse(text: bytes) -> dict:
     "The JSON of a request: an object; NaN and infinities are no JSON."
-    def refuse(word): raise ValueError(f"{word} is no number")
-    try: body = json.loads(text, parse_constant=refuse)
+    try: body = _decode(text.decode())
     except (ValueError, RecursionError) as error: raise Refused(400, f"the body is not JSON ({error}); see /openapi.json") from None
     if not isinstance(body, dict): raise Refused(400, "the body must be a JSON object; see /openapi.json")
     return body
@@ -212,7 +227,7 @@ async def set_state(request: Request, service: Service) -> dict:
     try: return await service.set_state(target, client, float(lease))
     except Broken as error: raise Refused(503, str(error), **{"Retry-After": "5"}) from None
 
-# %% ../../nbs/servers/03_app.ipynb #e6d1b5ad
+# %% ../../nbs/servers/03_app.ipynb #71f95fdf
 def create_app(config: ServerConfig) -> FastAPI:
     "A FastAPI application whose lifespan is that of the worker."
     @contextlib.asynccontextmanager
@@ -229,9 +244,9 @@ def create_app(config: ServerConfig) -> FastAPI:
     return app
 
 
-async def told(request: Request, function) -> Response:
+async def told(request: Request, function, service=None) -> Response: # None: of the request's application
     "Runs a handler; a refusal becomes its answer, a surprise a 500 without its traceback."
-    try: return answer(await function(request, request.app.state.service))
+    try: return answer(await function(request, service or request.app.state.service))
     except Refused as error: return answer({"detail": error.message}, error.code, error.headers)
     except ClientDisconnect: return answer({"detail": "the client is gone"}, 400) # half a body; nobody reads this
     except Exception as error:
@@ -240,15 +255,30 @@ async def told(request: Request, function) -> Response:
         return answer({"detail": f"the server failed ({type(error).__name__}); see its log"}, 500)
 
 
+async def timed_score(request: Request, service: Service) -> Response:
+    "A request for scores, counted."
+    begun = time.monotonic()
+    response = await told(request, score, service)
+    service.observe(response.status_code, time.monotonic() - begun)
+    return response
+
+
+class Direct:
+    "The application with a short way for scores: routing, dependencies and middleware of a framework cost as much time as everything else that a request for scores needs."
+    def __init__(self, app: FastAPI): self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"] != "/v1/score" or scope["method"] != "POST": return await self.app(scope, receive, send)
+        response = await timed_score(Request(scope, receive), self.app.state.service)
+        await response(scope, receive, send)
+
+
 def add_routes(app: FastAPI):
     "The endpoints of the protocol."
     schema = {"requestBody": {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}}
-    @app.post("/v1/score", response_class=Response, openapi_extra=schema | {"responses": {"200": {"content": {"application/json": {"schema": Reply.model_json_schema()}}, "description": "one row per sample"}}})
-    async def v1_score(request: Request):
-        begun = time.monotonic()
-        response = await told(request, score)
-        request.app.state.service.observe(response.status_code, time.monotonic() - begun)
-        return response
+    rows = {"responses": {"200": {"content": {"application/json": {"schema": Reply.model_json_schema()}}, "description": "one row per sample"}}}
+    @app.post("/v1/score", response_class=Response, openapi_extra=schema | rows)
+    async def v1_score(request: Request): return await timed_score(request, request.app.state.service)
     @app.post("/v1/state", response_class=Response)
     async def v1_state(request: Request): return await told(request, set_state)
     @app.get("/v1/info", response_class=Response)
@@ -267,12 +297,12 @@ def add_routes(app: FastAPI):
     @app.get("/metrics", response_class=Response)
     async def metrics(request: Request): return Response(request.app.state.service.metrics(), media_type="text/plain; version=0.0.4")
 
-# %% ../../nbs/servers/03_app.ipynb #6833a2f2
+# %% ../../nbs/servers/03_app.ipynb #077ab5f4
 def make_server(config: ServerConfig):
     "A uvicorn server that is not running yet."
     import uvicorn
-    return uvicorn.Server(uvicorn.Config(create_app(config), host=config.host, port=config.port, log_level="warning", access_log=False, timeout_keep_alive=75,
-                                         timeout_graceful_shutdown=10, limit_concurrency=4096, server_header=False))
+    return uvicorn.Server(uvicorn.Config(Direct(create_app(config)), host=config.host, port=config.port, log_level="warning", access_log=False, timeout_keep_alive=75,
+                                         timeout_graceful_shutdown=10, limit_concurrency=4096, server_header=False, proxy_headers=False, lifespan="on"))
 
 
 def main(argv=None) -> int:

@@ -99,7 +99,7 @@ class Leases:
         self.until = {client: end for client, end in self.until.items() if end > self.clock()}
         return len(self.until)
 
-# %% ../../nbs/servers/02_service.ipynb #43a28173
+# %% ../../nbs/servers/02_service.ipynb #1f5f6354
 class Results:
     "id -> (digest of the sample, future of its row)."
     def __init__(self, most: int): self.most, self.rows = most, OrderedDict() # entries kept
@@ -122,9 +122,12 @@ class Results:
         if not good and id in self.rows and self.rows[id][1] is future: del self.rows[id]
 
 
+_sorted = json.JSONEncoder(sort_keys=True).encode
+
+
 def mark_of(item: dict) -> bytes:
     "Digest of a sample as it was sent."
-    return hashlib.blake2b(json.dumps(item, sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(_sorted(item).encode(), digest_size=16).digest()
 
 # %% ../../nbs/servers/02_service.ipynb #fb2ff3e5
 @dataclass

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WorkerSpec', 'reward_class', 'make_reward', 'send', 'receive', 'decode', 'judge', 'describe', 'move', 'child',
-           'read_ahead', 'Broken', 'Worker']
+           'reuse_memory', 'read_ahead', 'Broken', 'Worker']
 
-# %% ../../nbs/servers/01_worker.ipynb #48e8eb36
+# %% ../../nbs/servers/01_worker.ipynb #157322a2
 import asyncio
 import contextlib
+import ctypes
 import gc
 import importlib
 import inspect
@@ -86,7 +87,7 @@ def decode(message: dict, roots, limits):
         try: message["samples"].append(item_to_sample(Item.model_validate(item), roots, limits, message.get("parts")))
         except (InputError, ValidationError, OSError, MemoryError, ValueError) as error: message["samples"].append(f"{error}"[:500] or type(error).__name__)
 
-# %% ../../nbs/servers/01_worker.ipynb #90059880
+# %% ../../nbs/servers/01_worker.ipynb #02411608
 def judge(reward, message: dict) -> list: # rows
     "Scores a decoded batch."
     from camflow.rewards.protocol import join, run_reward
@@ -113,16 +114,16 @@ def move(reward, op: str): # "park" or "unpark"
     gc.collect()
     if torch.accelerator.is_available(): torch.get_device_module().empty_cache()
     with contextlib.suppress(AttributeError, OSError):
-        import ctypes
         ctypes.CDLL(None).malloc_trim(0)
 
-# %% ../../nbs/servers/01_worker.ipynb #9df12d71
+# %% ../../nbs/servers/01_worker.ipynb #c5c50bd9
 def child(fd: int,      # its end of the socket pair
           parent: int): # pid that must stay alive
     "The process of a worker: makes the reward, then answers messages until the socket is closed."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent: return
+    reuse_memory()
     sock = socket.socket(fileno=fd)
     file, out = sock.makefile("rb"), sock.makefile("wb")
     spec = WorkerSpec(**receive(file))
@@ -142,6 +143,12 @@ def child(fd: int,      # its end of the socket pair
         except Exception as error: answer["failed"] = f"{type(error).__name__}: {error}"[:2000]
         del message                                # its frames
         send(out, answer)
+
+
+def reuse_memory():
+    "Lets the allocator keep the pages of decoded clips (glibc gives large ones back at once, and every batch then faults them in anew); parking trims them."
+    with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-3, 2**30)       # M_MMAP_THRESHOLD
+    with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-1, 2**28)       # M_TRIM_THRESHOLD
 
 
 def read_ahead(file, todo, roots, limits):

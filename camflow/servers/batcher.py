@@ -47,7 +47,7 @@ class Counts:
     refused: int = 0
     seconds: float = 0.0 # spent in batches
 
-# %% ../../nbs/servers/00_batcher.ipynb #e9531f25
+# %% ../../nbs/servers/00_batcher.ipynb #bba3122c
 class MicroBatcher:
     "Groups submitted items into batches for an async function."
     def __init__(self,
@@ -59,7 +59,7 @@ class MicroBatcher:
                  depth: int = 2):        # batches in flight
         if most <= 0 or queue < 1 or depth < 1 or window < 0: raise InputError(f"most={most}, queue={queue}, depth={depth}, window={window}; batcher; all but window must be positive")
         self.run, self.most, self.cost, self.queue, self.window, self.depth = run, most, cost, queue, window, depth
-        self.waiting, self.flying, self.counts, self.paused, self.timer, self.tasks = deque(), 0, Counts(), False, None, set()
+        self.waiting, self.flying, self.counts, self.paused, self.solo, self.timer, self.tasks = deque(), 0, Counts(), False, False, None, set()
 
     @property
     def idle(self) -> bool: return not self.waiting and not self.flying
@@ -83,7 +83,7 @@ class MicroBatcher:
         pace = self.counts.seconds / self.counts.items if self.counts.items else 0.1
         return min(30.0, max(0.1, pace * len(self.waiting)))
 
-# %% ../../nbs/servers/00_batcher.ipynb #569727db
+# %% ../../nbs/servers/00_batcher.ipynb #35c94251
 @patch
 def take(self: MicroBatcher) -> list: # entries
     "The next batch: in order, up to the cost; an item that goes alone goes alone."
@@ -102,9 +102,16 @@ def take(self: MicroBatcher) -> list: # entries
 
 
 @patch
+def room(self: MicroBatcher) -> bool:
+    "Whether a batch may start; beside one that goes alone nothing flies, or it would be lost with it."
+    alone = self.solo or bool(self.waiting) and self.waiting[0].alone
+    return not self.paused and self.flying < (1 if alone else self.depth)
+
+
+@patch
 def pump(self: MicroBatcher):
     "Starts batches while there is room for them."
-    while self.waiting and self.flying < self.depth and not self.paused:
+    while self.waiting and self.room():
         if self.window and not self.timer and sum(e.cost for e in self.waiting) < self.most:
             self.timer = asyncio.get_running_loop().call_later(self.window, self.ring)
             return
@@ -116,7 +123,7 @@ def pump(self: MicroBatcher):
 def ring(self: MicroBatcher):
     "The window of a batch ends."
     self.timer = None
-    if self.flying < self.depth and not self.paused: self.start(self.take())
+    if self.room(): self.start(self.take())
     self.pump()
 
 
@@ -127,6 +134,7 @@ def start(self: MicroBatcher, batch: list):
     if self.timer: self.timer.cancel()
     self.timer = None
     self.flying += 1
+    self.solo = batch[0].alone
     task = asyncio.get_running_loop().create_task(self.fly(batch))
     self.tasks.add(task)                # the loop alone would let it be collected
     task.add_done_callback(self.tasks.discard)
@@ -149,6 +157,7 @@ async def fly(self: MicroBatcher, batch: list):
     except Exception as error: settle(batch, error)
     finally:
         self.flying -= 1
+        self.solo = False
         self.counts.batches, self.counts.items, self.counts.seconds = self.counts.batches + 1, self.counts.items + len(batch), self.counts.seconds + time.monotonic() - begun
         self.pump()
 

@@ -97,7 +97,7 @@ def test_a_port_that_is_taken(tmp_path):
 
 
 def test_environments(tmp_path):
-    "Built once and on request; again when the requirements change; a failure says what pip said."
+    "Built once and on request, and not trusted when the requirements change."
     (tmp_path/"need.txt").write_text("# nothing yet\n")
     path = write(tmp_path, a={"port": free_port(), "venv": "venvs/a", "requirements": "need.txt", "system_site_packages": True})
     with pytest.raises(InputError, match="serve up --install"): check_venvs(path)
@@ -110,6 +110,12 @@ def test_environments(tmp_path):
     assert subprocess.run([python, "-c", "import camflow.files, numpy"], cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}).returncode == 0
     (tmp_path/"need.txt").write_text("--no-index\nno-such-package-of-camflow==1\n")
     with pytest.raises(InputError, match="other requirements"): check_venvs(path)
+
+
+@pytest.mark.slow
+def test_an_environment_that_cannot_be_built(tmp_path):
+    (tmp_path/"need.txt").write_text("--no-index\nno-such-package-of-camflow==1\n")
+    path = write(tmp_path, a={"port": free_port(), "venv": "venvs/a", "requirements": "need.txt"})
     with pytest.raises(InputError, match="no-such-package-of-camflow"): check_venvs(path, install=True)
 
 

@@ -36,7 +36,7 @@ def server(folder):
     token = folder.parent/"token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    with running(roots=[str(folder)], token_file=str(token), restarts=1000, limits={"body": 3_000_000, "text": 200_000, "items": 16, "frames": 16, "pixels": 10_000, "volume": 4_000_000}, idle_s=0.2, body_s=1.0, queue=40) as server:
+    with running(roots=[str(folder)], token_file=str(token), restarts=1000, limits={"body": 3_000_000, "text": 200_000, "items": 16, "frames": 16, "pixels": 10_000, "volume": 4_000_000}, idle_s=0.2, body_s=1.0, queue=40, cameraflow="video") as server:
         server.http.headers["Authorization"] = f"Bearer {TOKEN}"
         server.token = str(token)
         yield server
@@ -294,6 +294,45 @@ def test_states_and_memory(folder):
 def test_a_reward_that_cannot_be_made():
     for reward, options in (("camflow.servers.fakes:Nothing", {}), ("no.such:Module", {}), ("nothing", {}), (SLEEP, {"second": 1})):
         with pytest.raises(InputError): make_reward(reward, options)
+
+
+def test_cameraflow_video(server, folder):
+    "Its shapes; what cannot be scored is an error with a reason; one client's unload does not take the model from another."
+    post = lambda path, **body: server.http.post(path, json=body)
+    video = clip(folder)["path"]
+    assert post("/evaluate_video", video_path=video, prompt="", fps=30).json() == {"output_text": "<answer>0.20</answer>"}
+    for code, body in ((500, {"video_path": video, "prompt": "raise"}), (422, {"video_path": "/etc/passwd", "prompt": ""}), (422, {"video_path": video}), (422, {"video_path": 3, "prompt": ""})):
+        reply = post("/evaluate_video", **body)
+        assert reply.status_code == code and "Traceback" not in reply.text and reply.json()["detail"]
+    assert httpx.post(server.url + "/evaluate_video", json={"video_path": video, "prompt": ""}).status_code == 401 and server.http.get("/health").json() == {"status": "healthy", "model_loaded": True}
+    assert [post("/load_model").json()["leases"] for _ in range(2)] == [1, 2]
+    assert post("/unload_model").json()["state"] == "active"
+    post("/unload_model")
+    wait_for(lambda: not server.http.get("/health").json()["model_loaded"])
+    def thread(n):
+        for _ in range(3):
+            post("/load_model")
+            assert post("/evaluate_video", video_path=video, prompt=str(n)).json()["output_text"] == "<answer>0.20</answer>"
+            post("/unload_model")
+    with ThreadPoolExecutor(8) as pool: list(pool.map(thread, range(8)))
+    server.http.post("/v1/state", json={"target": "active"})
+
+
+def test_cameraflow_pose(folder):
+    "The errors are those of the camera reward, poses of every fourth frame included."
+    from camflow.rewards.camera import CameraReward
+    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 16, generator=torch.Generator().manual_seed(0)), (48, 88))
+    frames = torch.cat([pixels[..., n:n + 80] for n in range(9)]).mul(255).byte()
+    np.save(folder/"pan.npy", frames.permute(0, 2, 3, 1).contiguous().numpy())
+    path = se3_exp(torch.linspace(0, 0.2, 9, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0, 0, 0, 0.5, 0], dtype=torch.float64))
+    text = lambda poses: {f"frame{n}": " ".join(f"[{' '.join(map(repr, row))}]" for row in pose.tolist()) + " " for n, pose in enumerate(poses)}
+    with running("camflow.rewards.camera:CameraReward", {"limit": 4.0}, roots=[str(folder)], cameraflow="pose") as server:
+        for at in (list(range(9)), [0, 4, 8]):
+            here = CameraReward()([Sample(frames[at], path[at])]).details[0]
+            reply = server.http.post("/evaluate_pose", json={"video_path": str(folder/"pan.npy"), "gt_json_data": text(path[at])})
+            assert reply.status_code == 200, reply.text
+            assert abs(reply.json()["rot_err_mean"] - np.deg2rad(here["rot_deg"])) < 1e-5 and abs(reply.json()["trans_err_mean"] - here["trans_m"]) < 1e-5
+        assert server.http.post("/evaluate_pose", json={"video_path": str(folder/"pan.npy"), "gt_json_data": text(path[:4])}).status_code == 422
 
 
 def test_client_refuses_bad_settings():

@@ -56,7 +56,8 @@ class Process:
         self.process = None
 
     def start(self, wait=True):
-        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.app", "--config", str(self.path)], cwd=ROOT, env=ENV, preexec_fn=die_with_parent)
+        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.app", "--config", str(self.path)], cwd=ROOT, env=ENV,
+                                        preexec_fn=die_with_parent)
         if wait: wait_for(self.ready, 90, "the server")
         return self
 

@@ -1,4 +1,4 @@
-"A server that knows the health endpoints only and imports nothing: eight of them start in a second. `--config` names its JSON; `die_after` and `never_ready` make trouble."
+"A server that knows the health endpoints only and imports nothing. `--config` names its JSON; `die_after` and `never_ready` make trouble."
 import json
 import os
 import sys

@@ -99,7 +99,8 @@ def test_too_many_invalid_stop_the_training(server):
         with pytest.raises(RewardStop, match="judge.*3 of 4 samples got no score.*as asked.*resume"): call()
 
 
-GARBAGE = [b"", b"{", b"[]", b"null", b"<html>proxy error</html>", b'{"items": 7}', b'{"items": []}', b'{"items": [{"id": "ID", "status": "ok", "scores": {}}]}', b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": NaN}}]}',
+GARBAGE = [b"", b"{", b"[]", b"null", b"<html>proxy error</html>", b'{"items": 7}', b'{"items": []}',
+           b'{"items": [{"id": "ID", "status": "ok", "scores": {}}]}', b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": NaN}}]}',
            b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": "5"}}]}', b'{"items": [{"id": "ID", "status": "fine", "scores": {"score": 5}}]}', b'{"items": [{"id": "other", "status": "ok", "scores": {"score": 5}}]}',
            b'{"items": [{"id": "ID", "status": "invalid", "scores": {"score": 5}}]}', b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": 1e999}}]}', b"\xff\xfe\x00"]
 
@@ -180,7 +181,8 @@ reward([Sample(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), prompt="", id=str(n
 def test_trainer_killed_while_it_holds_a_lease(folder):
     "The lease runs out, the model parks and then goes, its memory is free; the next trainer gets its scores."
     with running(SLEEP, {"seconds": 3.0, "ballast_mb": 200}, roots=[str(folder)], state="off", idle_s=0.1) as server:
-        trainer = subprocess.Popen([sys.executable, "-c", TRAINER, server.url], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER, server.url], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                   preexec_fn=die_with_parent)
         assert trainer.stdout.readline() == "held\n" and server.service.leases.held() == 1
         pid = server.service.worker.pid
         assert resident(pid) > 200 * 2**20
@@ -222,7 +224,8 @@ def soak(server, folder, requests, seed, rate=0.01):
     assert sorted(books) == list(range(requests)) and all(len(rows) == 1 for rows in books.values())
     for n, [(fault, value, [row])] in books.items():
         assert row["id"] == f"soak {seed} {n}"
-        if fault in ("die", "hang", "raise", "nan", "short", "missing", "outside"): assert row["status"] in ("error", "invalid") and "score" not in row["scores"], (fault, row)
+        if fault in ("die", "hang", "raise", "nan", "short", "missing", "outside"): assert row["status"] in ("error",
+                "invalid") and "score" not in row["scores"], (fault, row)
         else: assert row["status"] == "ok" and abs(row["scores"]["score"] - value / 255) < 1e-6, (fault, row)
     return judged, sum(bool(fault) for _, fault in work)
 

@@ -36,7 +36,8 @@ def server(folder):
     token = folder.parent/"token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    with running(roots=[str(folder)], token_file=str(token), restarts=1000, limits={"body": 3_000_000, "text": 200_000, "items": 16, "frames": 16, "pixels": 10_000, "volume": 4_000_000}, idle_s=0.2, body_s=1.0, queue=40, cameraflow="video") as server:
+    with running(roots=[str(folder)], token_file=str(token), restarts=1000, limits={"body": 3_000_000, "text": 200_000, "items": 16, "frames": 16,
+                                                                                    "pixels": 10_000, "volume": 4_000_000}, idle_s=0.2, body_s=1.0, queue=40, cameraflow="video") as server:
         server.http.headers["Authorization"] = f"Bearer {TOKEN}"
         server.token = str(token)
         yield server
@@ -56,7 +57,8 @@ def reason(row): return row["raw"]["reason"]
 
 def test_partial_answers(server, folder):
     "One request, five fates: each row says its own, and nobody gets a number that was not measured."
-    rows = ask(server, {"video": clip(folder)}, {"video": {"path": str(folder/"none.npy")}}, {"video": clip(folder), "prompt": "raise"}, {"vidoe": clip(folder)},
+    rows = ask(server, {"video": clip(folder)}, {"video": {"path": str(folder/"none.npy")}}, {"video": clip(folder), "prompt": "raise"},
+               {"vidoe": clip(folder)},
                {"video": clip(folder), "prompt": "nan"})
     assert [row["status"] for row in rows] == ["ok", "invalid", "error", "invalid", "error"]
     assert abs(rows[0]["scores"]["score"] - 0.2) < 1e-6 and all("score" not in row["scores"] for row in rows[1:])
@@ -70,7 +72,8 @@ def test_information(server):
     assert schema["openapi"].startswith("3.1") and {"/v1/score", "/v1/state", "/v1/info", "/healthz", "/readyz", "/metrics"} <= set(schema["paths"])
     assert "items" in schema["paths"]["/v1/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     text = server.http.get("/metrics").text
-    for name in ("camflow_queue_waiting", "camflow_request_seconds_bucket", 'camflow_state{state="active"} 1', 'camflow_samples_total{status="ok"}', "camflow_worker_resident_bytes"): assert name in text
+    for name in ("camflow_queue_waiting", "camflow_request_seconds_bucket", 'camflow_state{state="active"} 1', 'camflow_samples_total{status="ok"}',
+                 "camflow_worker_resident_bytes"): assert name in text
     assert all(len(line.rsplit(" ", 1)) == 2 and float(line.rsplit(" ", 1)[1]) >= 0 for line in text.splitlines())
 
 
@@ -82,13 +85,16 @@ def test_ways_of_sending(server, folder):
     shared = SharedMemory()
     data = (folder/"same.npy").read_bytes()
     sha = hashlib.sha256(data).hexdigest()
-    rows = ask(server, {"video": {"path": str(folder/"clip.mp4")}}, {"video": {"path": str(folder/"same.npy")}}, {"video": shared(pixels.permute(0, 2, 3, 1).numpy())})
+    rows = ask(server, {"video": {"path": str(folder/"clip.mp4")}}, {"video": {"path": str(folder/"same.npy")}}, {"video": shared(pixels.permute(0, 2, 3,
+            1).numpy())})
     assert [row["status"] for row in rows] == ["ok"] * 3, rows
     by = [row["scores"]["score"] for row in rows]
     shared.close()
-    parts = [("request", (None, json.dumps({"items": [{"id": "multi", "video": {"sha256": sha}}, {"id": "none", "video": {"sha256": "0" * 64}}]}))), (sha, ("c.npy", data))]
+    parts = [("request", (None, json.dumps({"items": [{"id": "multi", "video": {"sha256": sha}}, {"id": "none", "video": {"sha256": "0" * 64}}]}))), (sha,
+            ("c.npy", data))]
     multi = server.http.post("/v1/score", files=parts).json()["items"]
-    raw = server.http.post("/v1/score", content=(folder/"clip.mp4").read_bytes(), headers={"content-type": "application/octet-stream", "x-item": '{"id": "raw"}'}).json()["items"]
+    raw = server.http.post("/v1/score", content=(folder/"clip.mp4").read_bytes(), headers={"content-type": "application/octet-stream",
+                                                                                           "x-item": '{"id": "raw"}'}).json()["items"]
     assert multi[1]["status"] == "invalid" and "SHA-256" in reason(multi[1])
     assert len({*by, multi[0]["scores"]["score"], raw[0]["scores"]["score"]}) == 1
     damaged = server.http.post("/v1/score", files=[parts[0], (sha, ("c.npy", data[:-1]))])
@@ -102,7 +108,8 @@ def test_everything_of_a_sample_arrives(server):
     clip = torch.randint(0, 256, (5, 3, 16, 24), dtype=torch.uint8)
     path = se3_exp(torch.linspace(0, 0.3, 5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0, 2, 0, 0.5, 0], dtype=torch.float64))
     K = torch.tensor([[20.0, 0, 12], [0, 20, 8], [0, 0, 1]])
-    samples = [Sample(Frames(clip, "byte", 8), path, "echo", Frames(clip.flip(0), "byte", 8), torch.rand(16, 24) + 1, K, "s", {"group": 1, "metres": 1.25}), Sample(clip, path.float(), "echo", id="t"), Sample(clip, prompt="echo")]
+    samples = [Sample(Frames(clip, "byte", 8), path, "echo", Frames(clip.flip(0), "byte", 8), torch.rand(16, 24) + 1, K, "s", {"group": 1, "metres": 1.25}),
+               Sample(clip, path.float(), "echo", id="t"), Sample(clip, prompt="echo")]
     here = TroubleReward(0)(samples)
     for transport in ("shm", "bytes"):
         there = RemoteReward(server.url, transport=transport, token_file=server.token)(samples)
@@ -113,7 +120,8 @@ def test_token(server, folder):
     good = {"items": [{"id": "t", "video": clip(folder)}]}
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": f"Bearer {TOKEN}x"}):
         with httpx.Client(base_url=server.url, headers=header, trust_env=False) as stranger:
-            assert [stranger.post("/v1/score", json=good).status_code, stranger.post("/v1/state", json={"target": "off"}).status_code, stranger.get("/v1/info").status_code] == [401] * 3
+            assert [stranger.post("/v1/score", json=good).status_code, stranger.post("/v1/state", json={"target": "off"}).status_code,
+                    stranger.get("/v1/info").status_code] == [401] * 3
             assert stranger.get("/healthz").status_code == 200
     with pytest.raises(RewardStop, match="token is missing or wrong"): RemoteReward(server.url)([Sample(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))])
     assert RemoteReward(server.url, token_file=server.token)([Sample(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))]).status == ["ok"]
@@ -135,7 +143,8 @@ def test_paths_outside(server, folder):
     (folder/"link.npy").symlink_to(secret)
     (folder/"inner.npy").symlink_to(clip(folder)["path"])
     os.mkfifo(folder/"pipe.npy")
-    paths = [secret, folder/"../secret.npy", folder/"link.npy", "/etc/passwd", "/etc/not-there", "clip.npy", folder, folder/"pipe.npy", f"{folder}x/clip.npy", "/dev/zero", "/proc/self/environ", f"{folder}/\0.npy"]
+    paths = [secret, folder/"../secret.npy", folder/"link.npy", "/etc/passwd", "/etc/not-there", "clip.npy", folder, folder/"pipe.npy",
+             f"{folder}x/clip.npy", "/dev/zero", "/proc/self/environ", f"{folder}/\0.npy"]
     rows = ask(server, *({"video": {"path": str(path)}} for path in paths), {"video": {"path": str(folder/"inner.npy")}})
     assert [row["status"] for row in rows] == ["invalid"] * len(paths) + ["ok"]
     assert len({reason(rows[n]).split("is ")[-1] for n in (0, 3, 4)}) == 1
@@ -143,7 +152,8 @@ def test_paths_outside(server, folder):
 
 def test_bombs(server, folder):
     "Small files that promise much: refused by their headers, in milliseconds, without the memory."
-    with open(folder/"bomb.npy", "wb") as file: np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**4, 10**4, 10**4, 3)})
+    with open(folder/"bomb.npy", "wb") as file: np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**4, 10**4,
+            10**4, 3)})
     with open(folder/"short.npy", "wb") as file: np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (4, 32, 32, 3)})
     np.save(folder/"objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
     np.save(folder/"nan.npy", np.full((2, 32, 32, 3), np.nan, np.float32))
@@ -156,18 +166,21 @@ def test_bombs(server, folder):
     write_video(folder/"wide.mp4", Frames(torch.zeros(1, 3, 128, 256, dtype=torch.uint8), "byte", 8))
     (folder/"cut.mp4").write_bytes((folder/"bomb.mp4").read_bytes()[:2000])
     (folder/"list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
-    before, names = resident(server.service.worker.pid), ["bomb.npy", "short.npy", "objects.npy", "nan.npy", "grey.npy", "empty.npy", "long.npy", "header.npy", "bomb.mp4", "wide.mp4", "cut.mp4", "list.mp4"]
+    before, names = resident(server.service.worker.pid), ["bomb.npy", "short.npy", "objects.npy", "nan.npy", "grey.npy", "empty.npy", "long.npy",
+                                                          "header.npy", "bomb.mp4", "wide.mp4", "cut.mp4", "list.mp4"]
     rows = ask(server, *({"video": {"path": str(folder/name)}} for name in names))
     assert {name: row["status"] for name, row in zip(names, rows)} == dict.fromkeys(names, "invalid")
     assert resident(server.service.worker.pid) - before < 100 * 2**20
-    for name, words in {"bomb.npy": "allowed", "objects.npy": "array of object", "nan.npy": "array of float32", "bomb.mp4": "400 frames", "wide.mp4": "128x256", "list.mp4": "no mp4"}.items():
+    for name, words in {"bomb.npy": "allowed", "objects.npy": "array of object", "nan.npy": "array of float32", "bomb.mp4": "400 frames",
+                        "wide.mp4": "128x256", "list.mp4": "no mp4"}.items():
         assert words in reason(rows[names.index(name)]), reason(rows[names.index(name)])
 
 
 def test_cameras(server, folder):
     video, eye = clip(folder), [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
     camera = lambda **change: {"video": video, "camera": {"c2w": [eye, eye], "frame_idx": [0, 1], "convention": "opencv_c2w"} | change}
-    rows = ask(server, camera(), camera(c2w=[eye], frame_idx=[1]), camera(frame_idx=[0, 2]), camera(frame_idx=[1, 0]), camera(c2w=[eye, eye[:11]]), camera(convention="unreal"),
+    rows = ask(server, camera(), camera(c2w=[eye], frame_idx=[1]), camera(frame_idx=[0, 2]), camera(frame_idx=[1, 0]), camera(c2w=[eye, eye[:11]]),
+               camera(convention="unreal"),
                camera(c2w=[eye, [2.0, *eye[1:]]]), camera(frame_idx=[0]))
     assert [row["status"] for row in rows] == ["ok", "ok"] + ["invalid"] * 6
     assert server.http.post("/v1/score", content=b'{"items": [{"id": "a", "camera": {"c2w": [[NaN]]}}]}').status_code == 400
@@ -283,7 +296,8 @@ def test_states_and_memory(folder):
         assert started(pid) is None and resident(pid) == 0
         assert server.http.get("/readyz").status_code == 503 and server.http.get("/healthz").status_code == 200
         assert ask(server, {"video": clip(folder)})[0]["status"] == "ok"
-        for bad in ({"target": "asleep"}, {}, {"target": "off", "lease_s": -1}, {"target": "off", "force": True}): assert server.http.post("/v1/state", json=bad).status_code == 400
+        for bad in ({"target": "asleep"}, {}, {"target": "off", "lease_s": -1}, {"target": "off", "force": True}): assert server.http.post("/v1/state",
+                json=bad).status_code == 400
         moves = [{"target": t, "client": str(n)} for n, t in enumerate(["parked", "active", "parked", "active", "parked"])]
         with ThreadPoolExecutor(12) as pool:                                          # states change under load: nothing is lost
             rows = [pool.submit(ask, server, {"video": clip(folder)}) for _ in range(40)]
@@ -301,10 +315,13 @@ def test_cameraflow_video(server, folder):
     post = lambda path, **body: server.http.post(path, json=body)
     video = clip(folder)["path"]
     assert post("/evaluate_video", video_path=video, prompt="", fps=30).json() == {"output_text": "<answer>0.20</answer>"}
-    for code, body in ((500, {"video_path": video, "prompt": "raise"}), (422, {"video_path": "/etc/passwd", "prompt": ""}), (422, {"video_path": video}), (422, {"video_path": 3, "prompt": ""})):
+    for code, body in ((500, {"video_path": video, "prompt": "raise"}), (422, {"video_path": "/etc/passwd", "prompt": ""}), (422, {"video_path": video}),
+                       (422, {"video_path": 3, "prompt": ""})):
         reply = post("/evaluate_video", **body)
         assert reply.status_code == code and "Traceback" not in reply.text and reply.json()["detail"]
-    assert httpx.post(server.url + "/evaluate_video", json={"video_path": video, "prompt": ""}).status_code == 401 and server.http.get("/health").json() == {"status": "healthy", "model_loaded": True}
+    assert httpx.post(server.url + "/evaluate_video", json={"video_path": video,
+                                                            "prompt": ""}).status_code == 401 and server.http.get("/health").json() == {"status": "healthy",
+                                                                    "model_loaded": True}
     assert [post("/load_model").json()["leases"] for _ in range(2)] == [1, 2]
     assert post("/unload_model").json()["state"] == "active"
     post("/unload_model")
@@ -336,5 +353,6 @@ def test_cameraflow_pose(folder):
 
 
 def test_client_refuses_bad_settings():
-    for wrong in ({"urls": []}, {"urls": ["127.0.0.1:80"]}, {"urls": ["http://a", "http://a/"]}, {"urls": "http://a", "transport": "pickle"}, {"urls": "http://a", "deadline_s": 0}):
+    for wrong in ({"urls": []}, {"urls": ["127.0.0.1:80"]}, {"urls": ["http://a", "http://a/"]}, {"urls": "http://a", "transport": "pickle"},
+                  {"urls": "http://a", "deadline_s": 0}):
         with pytest.raises(InputError): RemoteReward(**wrong)

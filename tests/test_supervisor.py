@@ -30,7 +30,8 @@ def ports(n):
 def write(tmp_path, **servers):
     "A servers.toml with stub servers."
     text = "[supervisor]\nlog_mb = 0.5\nrestarts = 2\nstart_s = 20\n"
-    for name, keys in servers.items(): text += f"[servers.{name}]\nmodule = \"tests.stub_server\"\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
+    for name, keys in servers.items(): text += f"[servers.{name}]\nmodule = \"tests.stub_server\"\n" + "".join(f"{k} = {json.dumps(v)}\n" for k,
+            v in keys.items())
     (tmp_path/"servers.toml").write_text(text)
     return tmp_path/"servers.toml"
 
@@ -70,7 +71,8 @@ def test_budget_logs_and_bad_settings(tmp_path):
         up(path, wait_s=0)
         wait_for(lambda: len(status(path)) == 3 and state(path, "dying-0")["state"] == "failed" and state(path, "good-0")["state"] == "ready", 30)
         assert state(path, "dying-0")["restarts"] == 2 and "status 7: going down" in state(path, "dying-0")["reason"]
-        assert state(path, "wrong-0")["state"] == "failed" and state(path, "wrong-0")["restarts"] == 0 and "configuration is wrong" in state(path, "wrong-0")["reason"]
+        assert state(path, "wrong-0")["state"] == "failed" and state(path, "wrong-0")["restarts"] == 0 and "configuration is wrong" in state(path,
+                "wrong-0")["reason"]
         log = tmp_path/".run/servers/good-0.log"
         wait_for(lambda: log.with_suffix(".log.1").exists(), 10)
         wait_for(lambda: log.stat().st_size < 600_000, 10)
@@ -80,7 +82,8 @@ def test_budget_logs_and_bad_settings(tmp_path):
 def test_nothing_outlives_the_supervisor(tmp_path):
     "Its servers get a signal when it is killed; `status` says lost and `down` finds nothing."
     path = write(tmp_path, a={"port": ports(2), "devices": 2})
-    process = subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", "serve", "up", "--foreground", str(path)], env=ENV, cwd=ROOT, preexec_fn=die_with_parent)
+    process = subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", "serve", "up", "--foreground", str(path)], env=ENV, cwd=ROOT,
+                               preexec_fn=die_with_parent)
     wait_for(lambda: [row["state"] for row in status(path)] == ["ready"] * 2, 60)
     pids = [row["pid"] for row in status(path)]
     process.kill(), process.wait()
@@ -107,7 +110,8 @@ def test_environments(tmp_path):
     born = python.lstat().st_mtime_ns
     check_venvs(path), check_venvs(path, install=True)
     assert python.lstat().st_mtime_ns == born
-    assert subprocess.run([python, "-c", "import camflow.files, numpy"], cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}).returncode == 0
+    assert subprocess.run([python, "-c", "import camflow.files, numpy"], cwd=tmp_path, env={k: v for k,
+                                                                                            v in os.environ.items() if k != "PYTHONPATH"}).returncode == 0
     (tmp_path/"need.txt").write_text("--no-index\nno-such-package-of-camflow==1\n")
     with pytest.raises(InputError, match="other requirements"): check_venvs(path)
 

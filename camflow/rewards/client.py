@@ -97,7 +97,7 @@ def is_local(url: str) -> bool:
     "Whether a server is on this machine."
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
-# %% ../../nbs/rewards/06_client.ipynb #f1c44feb
+# %% ../../nbs/rewards/06_client.ipynb #4946a499
 @dataclass
 class RemoteReward:
     "Scores by reward servers that speak /v1/score."
@@ -123,7 +123,8 @@ class RemoteReward:
     def __post_init__(self):
         self.urls = [self.urls] if isinstance(self.urls, str) else list(self.urls)
         self.urls = [url.rstrip("/") for url in self.urls]
-        if not self.urls or any(urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc for url in self.urls) or len(set(self.urls)) != len(self.urls):
+        good = lambda url: urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc
+        if not self.urls or not all(map(good, self.urls)) or len(set(self.urls)) != len(self.urls):
             raise InputError(f"urls={self.urls}; reward {self.name!r}; give the addresses of reward servers, each once, e.g. http://127.0.0.1:34567")
         for name, known in {"transport": ("auto", "shm", "bytes"), "after": ("parked", "off")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; reward {self.name!r}; one of {', '.join(known)}")
@@ -135,7 +136,7 @@ class RemoteReward:
         self.breakers = {url: Breaker(self.breaker_after, self.breaker_s) for url in self.urls}
         self.lock, self.told, self.random, self.held, self.http = threading.Lock(), False, random.Random(self.client), set(), None
 
-# %% ../../nbs/rewards/06_client.ipynb #c0881973
+# %% ../../nbs/rewards/06_client.ipynb #79458f6f
 @patch
 def connection(self: RemoteReward) -> httpx.Client:
     "A pool of connections, without proxies."
@@ -149,7 +150,8 @@ def connection(self: RemoteReward) -> httpx.Client:
 def authorization(self: RemoteReward, file: str) -> dict: # token file, or ""
     "The header that a server asks for."
     try: return {"Authorization": f"Bearer {Path(file).read_text().strip()}"} if file else {}
-    except OSError as error: raise RewardStop(f"reward {self.name!r}: token file {file} cannot be read ({error.strerror}); make it, or leave it out if the servers ask for none") from None
+    except OSError as error:
+        raise RewardStop(f"reward {self.name!r}: token file {file} cannot be read ({error.strerror}); make it, or leave it out") from None
 
 
 @patch
@@ -174,17 +176,18 @@ def ask(self: RemoteReward, url: str, items: list, put, limit: float) -> Scores:
     "One request for scores."
     body = {"items": items, "deadline_ms": max(1, int(1000 * limit))}
     parts = put.named(items) if isinstance(put, Parts) else {}
-    if parts: sent = {"files": [("request", (None, json.dumps(body, allow_nan=False), "application/json")), *((sha, ("clip.npy", data)) for sha, data in parts.items())]}
-    else: sent = {"json": body}
+    named = [(sha, ("clip.npy", data)) for sha, data in parts.items()]
+    sent = {"files": [("request", (None, json.dumps(body, allow_nan=False), "application/json")), *named]} if parts else {"json": body}
     try: return from_rows(self.post(url, "/v1/score", limit + 5, **sent), [item["id"] for item in items])
     except Garbage as error: raise Down(f"{url}: {error}") from None
 
-# %% ../../nbs/rewards/06_client.ipynb #7df00572
+# %% ../../nbs/rewards/06_client.ipynb #62ac9922
 @patch
 def hold(self: RemoteReward, url: str, limit: float):
     "A lease of this call on a server's model."
     if not self.lease_s or url in self.held: return
-    self.post(url, "/v1/state", limit, json={"target": "active", "client": self.client, "lease_s": self.lease_s}, headers=self.authorization(self.admin_token_file))
+    self.post(url, "/v1/state", limit, json={"target": "active", "client": self.client, "lease_s": self.lease_s},
+              headers=self.authorization(self.admin_token_file))
     with self.lock: self.held.add(url)
 
 
@@ -247,7 +250,7 @@ def probe(self: RemoteReward):
         with contextlib.suppress(httpx.HTTPError):     # still gone
             if self.connection().get(url + "/readyz", timeout=2.0).status_code == 200: breaker.good()
 
-# %% ../../nbs/rewards/06_client.ipynb #d97df650
+# %% ../../nbs/rewards/06_client.ipynb #e1ccc344
 @patch
 def __call__(self: RemoteReward, samples: list) -> Scores:
     "Scores in the order of the samples; `RewardStop` when too many have none."
@@ -274,7 +277,8 @@ def judge_of_judges(self: RemoteReward, scores: Scores):
     bad = [(s, d.get("reason", "")) for s, d in zip(scores.status, scores.details) if s != "ok"]
     gone = bad and all(s == "timeout" for s, _ in bad) and len(bad) == len(scores)      # nobody answered at all
     if gone or len(scores) >= self.at_least and len(bad) > self.max_invalid * len(scores):
-        raise RewardStop(f"reward {self.name!r}: {len(bad)} of {len(scores)} samples got no score ({scores.counts()}), more than max_invalid={self.max_invalid}; first reason: {bad[0][1]}; "
+        raise RewardStop(f"reward {self.name!r}: {len(bad)} of {len(scores)} samples got no score ({scores.counts()}), more than "
+                         f"max_invalid={self.max_invalid}; first reason: {bad[0][1]}; "
                          "mend the servers (camflow serve status) and resume the run from its checkpoint")
 
 

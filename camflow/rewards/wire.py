@@ -99,7 +99,7 @@ class Reply(_Strict):
     items: list[Row]
     server: dict = {}
 
-# %% ../../nbs/rewards/05_wire.ipynb #d05c1ee0
+# %% ../../nbs/rewards/05_wire.ipynb #af5c0538
 SHM = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
 
 
@@ -109,7 +109,8 @@ def allowed(path: str,             # as asked
            ) -> str:
     "The resolved path of a regular file under one of the folders."
     real = os.path.realpath(path)
-    if not os.path.isabs(path) or not any(real.startswith(root + os.sep) for root in roots): raise InputError(f"{path} is outside the allowed folders; put the file under one of `roots`")
+    if not os.path.isabs(path) or not any(real.startswith(root + os.sep) for root in roots):
+        raise InputError(f"{path} is outside the allowed folders; put the file under one of `roots`")
     try: found = os.stat(real)
     except OSError: raise InputError(f"{path} does not exist; check the path, and that client and server share the file system") from None
     if not stat.S_ISREG(found.st_mode): raise InputError(f"{path} is not a regular file; give a video or a .npy file")
@@ -127,7 +128,7 @@ def open_allowed(path: str, roots, most: int = 2**40): # as in `allowed`
         raise InputError(f"{path} changed while it was opened; try again")
     return file
 
-# %% ../../nbs/rewards/05_wire.ipynb #5b389ec4
+# %% ../../nbs/rewards/05_wire.ipynb #df8e746e
 VIDEO_MAGIC = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF")) # mp4 and mov, matroska, avi
 NPY_MAGIC = b"\x93NUMPY"
 
@@ -152,9 +153,11 @@ def read_npy(file, dtype, most: int) -> np.ndarray: # an open, unbuffered .npy f
     if kind != np.dtype(dtype) or fortran: raise InputError(f"array of {kind}{', Fortran order' if fortran else ''}; give {np.dtype(dtype)} in C order")
     size = math.prod(shape) * kind.itemsize
     if size > most: raise InputError(f"array {shape} needs {size} bytes, {most} are allowed; send a smaller clip")
-    if (left := os.fstat(file.fileno()).st_size - at - length) != size: raise InputError(f"array {shape} needs {size} bytes, the file holds {left}; it was cut off or is still being written")
+    if (left := os.fstat(file.fileno()).st_size - at - length) != size:
+        raise InputError(f"array {shape} needs {size} bytes, the file holds {left}; it was cut off or is still being written")
     array = np.empty(shape, kind)
-    if size and file.readinto(memoryview(array).cast("B")) != size: raise InputError(f"array {shape}: the file became shorter while it was read; write clips once and leave them alone")
+    if size and file.readinto(memoryview(array).cast("B")) != size:
+        raise InputError(f"array {shape}: the file became shorter while it was read; write clips once and leave them alone")
     return array
 
 
@@ -162,7 +165,7 @@ def check_size(frames: int, size, limits: Limits): # of a clip, before it is dec
     "Refuses what would not fit."
     pixels = size[0] * size[1]
     if frames > limits.frames or pixels > limits.pixels or 3 * frames * pixels > limits.volume:
-        raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]}; allowed are {limits.frames} frames, {limits.pixels} pixels, {limits.volume} bytes in all; send a smaller clip")
+        raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]}; allowed are {limits.frames} frames, {limits.pixels} pixels, {limits.volume} bytes")
     if not frames or not pixels: raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]} shows nothing; send at least one frame")
 
 
@@ -176,7 +179,8 @@ def decode_file(file, fps: float | None, limits: Limits): # open file; rate of a
         if clip_THWC.ndim != 4 or clip_THWC.shape[3] != 3: raise InputError(f"array {clip_THWC.shape}; a clip is uint8 [T,H,W,3]")
         check_size(len(clip_THWC), clip_THWC.shape[1:3], limits)
         return Frames(torch.from_numpy(clip_THWC).permute(0, 3, 1, 2), "byte", fps)
-    if not any(head[at:at + len(magic)] == magic for at, magic in VIDEO_MAGIC): raise InputError(f"{file.name} is no mp4, mov, mkv, avi or .npy file; convert it")
+    if not any(head[at:at + len(magic)] == magic for at, magic in VIDEO_MAGIC):
+        raise InputError(f"{file.name} is no mp4, mov, mkv, avi or .npy file; convert it")
     return decode_video(file.name, limits)
 
 
@@ -239,7 +243,7 @@ def sample_to_item(sample: Sample,
     plain = {k: v for k, v in sample.meta.items() if isinstance(v, (int, float, str, bool)) and (not isinstance(v, float) or math.isfinite(v))}
     return out | ({"group_id": group} if isinstance(group, (str, int)) else {}) | ({"meta": plain} if plain else {})
 
-# %% ../../nbs/rewards/05_wire.ipynb #deb68167
+# %% ../../nbs/rewards/05_wire.ipynb #42770bbb
 def target_poses(camera: Camera, # as received
                  T: int          # frames of the clip
                 ):
@@ -247,8 +251,10 @@ def target_poses(camera: Camera, # as received
     from camflow.geometry.camera import check_poses
     from camflow.geometry.rigid import homogeneous, inverse
     at, n = camera.frame_idx, len(camera.c2w)
-    if n != len(at) or not n or any(len(row) != 12 for row in camera.c2w): raise InputError(f"{n} poses with {len(at)} frame numbers; camera; give one row-major 3x4 pose (12 numbers) per entry of frame_idx")
-    if at != sorted(set(at)) or at[0] < 0 or at[-1] >= T: raise InputError(f"frame_idx {at[:3]}..{at[-1]}; camera; give rising frame numbers of the clip, 0..{T - 1}")
+    if n != len(at) or not n or any(len(row) != 12 for row in camera.c2w):
+        raise InputError(f"{n} poses with {len(at)} frame numbers; camera; give one row-major 3x4 pose (12 numbers) per entry of frame_idx")
+    if at != sorted(set(at)) or at[0] < 0 or at[-1] >= T:
+        raise InputError(f"frame_idx {at[:3]}..{at[-1]}; camera; give rising frame numbers of the clip, 0..{T - 1}")
     pose = homogeneous(torch.tensor(camera.c2w, dtype=torch.float64).reshape(n, 3, 4))
     check_poses(pose, at, "camera")
     if camera.convention == "opencv_w2c": pose = inverse(pose)
@@ -279,7 +285,7 @@ def item_to_sample(item: Item,
     meta = dict(item.meta) | ({"group": item.group_id} if item.group_id is not None else {})
     return Sample(frames, target, item.prompt, clip(item.source) if item.source else None, depth, K, item.id, meta)
 
-# %% ../../nbs/rewards/05_wire.ipynb #6d3f3c2e
+# %% ../../nbs/rewards/05_wire.ipynb #87933599
 class Garbage(RuntimeError):
     "An answer that cannot be one."
 
@@ -303,7 +309,8 @@ def to_rows(ids: list,       # of the samples, in order
         detail = {k: v for k, v in plain(detail).items() if k != "score" or isinstance(v, str)}
         numbers = {k: float(v) for k, v in detail.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         rest = {k: v for k, v in detail.items() if k not in numbers and v is not None}
-        rows.append({"id": id, "status": "error" if status == "failed" else status, "scores": numbers | ({"score": value} if status == "ok" else {}), "raw": rest or None, "seconds": seconds})
+        rows.append({"id": id, "status": "error" if status == "failed" else status, "scores": numbers | ({"score": value} if status == "ok" else {}),
+                     "raw": rest or None, "seconds": seconds})
     return rows
 
 
@@ -317,7 +324,8 @@ def from_rows(reply,     # decoded JSON of an answer
              ) -> Scores:
     "Scores in the order of the ids."
     try: rows = Reply.model_validate(reply).items
-    except ValidationError as error: raise Garbage(f"the answer does not follow the protocol ({error.errors()[0]['msg']} at {'.'.join(map(str, error.errors()[0]['loc']))})") from None
+    except ValidationError as error:
+        raise Garbage(f"the answer does not follow the protocol ({error.errors()[0]['msg']} at {'.'.join(map(str, error.errors()[0]['loc']))})") from None
     found = {row.id: row for row in rows}
     if len(found) != len(rows) or set(found) != set(ids): raise Garbage(f"the answer has {len(rows)} rows for {len(ids)} samples, or other ids than were asked")
     for row in rows:

@@ -31,12 +31,13 @@ from .batcher import QueueFull
 from .service import STATES, ServerConfig, Service
 from .worker import Broken
 
-# %% ../../nbs/servers/03_app.ipynb #36693a3c
+# %% ../../nbs/servers/03_app.ipynb #b9455840
 class Refused(Exception):
     "An answer other than 200."
     def __init__(self, code: int, message: str, **headers):
         super().__init__(message)
-        self.code, self.message, self.headers = code, message, headers | ({"Connection": "close"} if code in (408, 413) else {}) # or the rest of the body would be read
+        self.code, self.message, self.headers = code, message, headers
+        if code in (408, 413): self.headers["Connection"] = "close"      # or the rest of the body would be read
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -103,7 +104,7 @@ async def in_spool(request: Request, service: Service) -> Path:
     finally: service.spooled -= size
     return path
 
-# %% ../../nbs/servers/03_app.ipynb #9166360f
+# %% ../../nbs/servers/03_app.ipynb #14c779af
 def split_parts(body: Path,      # file with a multipart body
                 boundary: bytes, # as in the header
                 most: int        # bytes of the JSON part
@@ -119,7 +120,8 @@ def split_parts(body: Path,      # file with a multipart body
                 name = re.search(rb'name="?([\w-]+)', data[at:min(head_end, at + 2000)])
                 content = data[head_end + 4:end]
                 if name and name[1] == b"request": text = content if len(content) <= most else None
-                elif not name or hashlib.sha256(content).hexdigest().encode() != name[1]: raise Refused(400, "a binary part does not have the SHA-256 that names it; send it again")
+                elif not name or hashlib.sha256(content).hexdigest().encode() != name[1]:
+                    raise Refused(400, "a binary part does not have the SHA-256 that names it; send it again")
                 else:
                     found[name[1].decode()] = str(path := body.with_name(f"{os.getpid()}-{uuid.uuid4().hex}.npy"))
                     path.write_bytes(content)
@@ -138,7 +140,7 @@ def remove(paths):
     "Deletes files that may be gone."
     for path in paths: Path(path).unlink(missing_ok=True)
 
-# %% ../../nbs/servers/03_app.ipynb #fc18c9ed
+# %% ../../nbs/servers/03_app.ipynb #0e1b395f
 async def read_request(request: Request, service: Service) -> tuple: # dict, {sha256: path}
     "JSON of a request and the clips that came with it."
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -146,7 +148,8 @@ async def read_request(request: Request, service: Service) -> tuple: # dict, {sh
         expected(request, service.limits.text)
         return parse(await in_memory(request, service.limits.text, service.config.body_s)), {}
     expected(request, service.limits.body)
-    if kind not in ("multipart/form-data", "multipart/mixed", "application/octet-stream"): raise Refused(415, f"content type {kind}; send application/json, multipart/form-data or application/octet-stream")
+    if kind not in ("multipart/form-data", "multipart/mixed", "application/octet-stream"):
+        raise Refused(415, f"content type {kind}; send application/json, multipart/form-data or application/octet-stream")
     boundary = re.search(r'boundary="?([^\s";]{1,70})', request.headers["content-type"])
     if kind != "application/octet-stream" and not boundary: raise Refused(400, "the multipart header names no boundary")
     path = await in_spool(request, service)
@@ -187,13 +190,16 @@ def parse(text: bytes) -> dict:
 def check_body(body: dict, most: int): # items
     "The outer shape; what is wrong with one item costs only that item."
     items, unknown = body.get("items"), set(body) - {"items", "deadline_ms"}
-    if unknown or not isinstance(items, list) or not 0 < len(items) <= most: raise Refused(400, f"give items, a list of 1 to {most} samples, and perhaps deadline_ms" + (f"; unknown: {sorted(unknown)[:5]}" if unknown else ""))
+    if unknown or not isinstance(items, list) or not 0 < len(items) <= most:
+        raise Refused(400, f"give items, a list of 1 to {most} samples, and perhaps deadline_ms" + (f"; unknown: {sorted(unknown)[:5]}" if unknown else ""))
     ids = [item.get("id") if isinstance(item, dict) else None for item in items]
-    if not all(isinstance(id, str) and 0 < len(id) <= 200 for id in ids) or len(set(ids)) != len(ids): raise Refused(400, "every item needs an id of its own, a string of up to 200 characters")
+    if not all(isinstance(id, str) and 0 < len(id) <= 200 for id in ids) or len(set(ids)) != len(ids):
+        raise Refused(400, "every item needs an id of its own, a string of up to 200 characters")
     limit = body.get("deadline_ms")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0): raise Refused(400, f"deadline_ms={limit!r} must be a positive number")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0):
+        raise Refused(400, f"deadline_ms={limit!r} must be a positive number")
 
-# %% ../../nbs/servers/03_app.ipynb #bc5860c0
+# %% ../../nbs/servers/03_app.ipynb #f2ca03bc
 async def score(request: Request, service: Service) -> dict:
     "POST /v1/score."
     permitted(request, service.token)
@@ -213,7 +219,8 @@ async def score(request: Request, service: Service) -> dict:
     finally:
         if parts and late: asyncio.ensure_future(asyncio.wait(late)).add_done_callback(lambda _: clean()) # clips are needed until they are judged
         else: clean()
-    return {"items": rows, "server": {"name": service.config.name or service.worker.info.get("name", ""), "model_rev": service.worker.info.get("model_rev"), "prompt_hash": service.worker.info.get("prompt_hash")}}
+    return {"items": rows, "server": {"name": service.config.name or service.worker.info.get("name", ""), "model_rev": service.worker.info.get("model_rev"),
+                                      "prompt_hash": service.worker.info.get("prompt_hash")}}
 
 
 async def set_state(request: Request, service: Service) -> dict:
@@ -222,12 +229,13 @@ async def set_state(request: Request, service: Service) -> dict:
     expected(request, 10_000)
     body = parse(await in_memory(request, 10_000, service.config.body_s))
     target, client, lease = body.get("target"), body.get("client", ""), body.get("lease_s", 0)
-    good = target in STATES and isinstance(client, str) and len(client) <= 200 and isinstance(lease, (int, float)) and 0 <= lease <= 86_400 and not set(body) - {"target", "client", "lease_s"}
+    good = target in STATES and isinstance(client, str) and len(client) <= 200 and not set(body) - {"target", "client", "lease_s"}
+    good = good and isinstance(lease, (int, float)) and 0 <= lease <= 86_400
     if not good: raise Refused(400, f"give target ({', '.join(STATES)}), client (who asks) and lease_s (0..86400)")
     try: return await service.set_state(target, client, float(lease))
     except Broken as error: raise Refused(503, str(error), **{"Retry-After": "5"}) from None
 
-# %% ../../nbs/servers/03_app.ipynb #71f95fdf
+# %% ../../nbs/servers/03_app.ipynb #fc737f8d
 def create_app(config: ServerConfig) -> FastAPI:
     "A FastAPI application whose lifespan is that of the worker."
     @contextlib.asynccontextmanager
@@ -264,7 +272,7 @@ async def timed_score(request: Request, service: Service) -> Response:
 
 
 class Direct:
-    "The application with a short way for scores: routing, dependencies and middleware of a framework cost as much time as everything else that a request for scores needs."
+    "The application with a short way for scores: a framework's routing and middleware cost as much time as all the rest of such a request."
     def __init__(self, app: FastAPI): self.app = app
 
     async def __call__(self, scope, receive, send):
@@ -297,11 +305,12 @@ def add_routes(app: FastAPI):
     @app.get("/metrics", response_class=Response)
     async def metrics(request: Request): return Response(request.app.state.service.metrics(), media_type="text/plain; version=0.0.4")
 
-# %% ../../nbs/servers/03_app.ipynb #077ab5f4
+# %% ../../nbs/servers/03_app.ipynb #f3a28ef5
 def make_server(config: ServerConfig):
     "A uvicorn server that is not running yet."
     import uvicorn
-    return uvicorn.Server(uvicorn.Config(Direct(create_app(config)), host=config.host, port=config.port, log_level="warning", access_log=False, timeout_keep_alive=75,
+    return uvicorn.Server(uvicorn.Config(Direct(create_app(config)), host=config.host, port=config.port, log_level="warning", access_log=False,
+                                         timeout_keep_alive=75,
                                          timeout_graceful_shutdown=10, limit_concurrency=4096, server_header=False, proxy_headers=False, lifespan="on"))
 
 

@@ -47,7 +47,7 @@ class Counts:
     refused: int = 0
     seconds: float = 0.0 # spent in batches
 
-# %% ../../nbs/servers/00_batcher.ipynb #bba3122c
+# %% ../../nbs/servers/00_batcher.ipynb #1ec351db
 class MicroBatcher:
     "Groups submitted items into batches for an async function."
     def __init__(self,
@@ -57,7 +57,8 @@ class MicroBatcher:
                  queue: int = 256,       # items that may wait
                  window: float = 0.0,    # seconds that a batch which is not full waits for more
                  depth: int = 2):        # batches in flight
-        if most <= 0 or queue < 1 or depth < 1 or window < 0: raise InputError(f"most={most}, queue={queue}, depth={depth}, window={window}; batcher; all but window must be positive")
+        if most <= 0 or queue < 1 or depth < 1 or window < 0:
+            raise InputError(f"most={most}, queue={queue}, depth={depth}, window={window}; batcher; all but window must be positive")
         self.run, self.most, self.cost, self.queue, self.window, self.depth = run, most, cost, queue, window, depth
         self.waiting, self.flying, self.counts, self.paused, self.solo, self.timer, self.tasks = deque(), 0, Counts(), False, False, None, set()
 
@@ -83,7 +84,7 @@ class MicroBatcher:
         pace = self.counts.seconds / self.counts.items if self.counts.items else 0.1
         return min(30.0, max(0.1, pace * len(self.waiting)))
 
-# %% ../../nbs/servers/00_batcher.ipynb #35c94251
+# %% ../../nbs/servers/00_batcher.ipynb #a20d3fb8
 @patch
 def take(self: MicroBatcher) -> list: # entries
     "The next batch: in order, up to the cost; an item that goes alone goes alone."
@@ -158,7 +159,9 @@ async def fly(self: MicroBatcher, batch: list):
     finally:
         self.flying -= 1
         self.solo = False
-        self.counts.batches, self.counts.items, self.counts.seconds = self.counts.batches + 1, self.counts.items + len(batch), self.counts.seconds + time.monotonic() - begun
+        self.counts.batches += 1
+        self.counts.items += len(batch)
+        self.counts.seconds += time.monotonic() - begun
         self.pump()
 
 

@@ -22,7 +22,7 @@ from .app import Refused, expected, in_memory, parse, permitted, told
 from .batcher import QueueFull
 from .worker import Broken
 
-# %% ../../nbs/servers/04_cameraflow.ipynb #d769ad28
+# %% ../../nbs/servers/04_cameraflow.ipynb #03b83ac6
 def parse_poses(table: dict) -> tuple: # frame numbers, poses [n][12]
     "Numbers and row-major 3x4 poses; InputError names the frame."
     found = []
@@ -45,13 +45,15 @@ def frames_of(numbers: list, # of the poses
     "The frame that each pose belongs to: its own number, or every fourth where only the latent frames have poses."
     n = len(numbers)
     if numbers == list(range(n)) and n < T and T == 4 * (n - 1) + 1: return list(range(0, T, 4))
-    if numbers == list(range(n)) and n < T: raise InputError(f"{n} poses for a clip of {T} frames: which frames do they belong to? Name them (frame0, frame4, ...)")
+    if numbers == list(range(n)) and n < T:
+        raise InputError(f"{n} poses for a clip of {T} frames: which frames do they belong to? Name them (frame0, frame4, ...)")
     return numbers
 
-# %% ../../nbs/servers/04_cameraflow.ipynb #04e19055
+# %% ../../nbs/servers/04_cameraflow.ipynb #59471721
 def pose_answer(row: dict) -> dict:
     "Errors of a row that a camera reward made."
-    if not {"rot_deg", "trans_m"} <= set(row["scores"]): raise Refused(500, "this reward reports no rot_deg and trans_m; serve a camera reward for /evaluate_pose")
+    if not {"rot_deg", "trans_m"} <= set(row["scores"]):
+        raise Refused(500, "this reward reports no rot_deg and trans_m; serve a camera reward for /evaluate_pose")
     return {"rot_err_mean": math.radians(row["scores"]["rot_deg"]), "trans_err_mean": row["scores"]["trans_m"]}
 
 
@@ -69,13 +71,14 @@ def clip_length(path: str, roots, limits: Limits) -> int: # frames
         file.seek(0)
         return len(decode_file(file, None, limits))
 
-# %% ../../nbs/servers/04_cameraflow.ipynb #e252c9df
+# %% ../../nbs/servers/04_cameraflow.ipynb #f6303399
 async def one_score(service, item: dict) -> dict: # item without an id
     "The row of one sample, or a refusal."
     try: rows, _ = await service.score([{"id": f"cameraflow/{uuid.uuid4().hex}", **item}], time.monotonic() + service.config.deadline_s)
     except (QueueFull, Broken) as error: raise Refused(503, str(error), **{"Retry-After": "1"}) from None
     row = rows[0]
-    if row["status"] != "ok": raise Refused({"invalid": 422, "timeout": 504}.get(row["status"], 500), f"{row['status']}: {(row['raw'] or {}).get('reason', 'no reason was given')}")
+    if row["status"] != "ok":
+        raise Refused({"invalid": 422, "timeout": 504}.get(row["status"], 500), f"{row['status']}: {(row['raw'] or {}).get('reason', 'no reason was given')}")
     return row
 
 

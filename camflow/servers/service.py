@@ -25,7 +25,7 @@ from ..rewards.wire import SHM, Item, Limits, SharedMemory, allowed, no_row
 from .batcher import Lost, MicroBatcher, QueueFull
 from .worker import Broken, Worker, WorkerSpec
 
-# %% ../../nbs/servers/02_service.ipynb #11c90e2a
+# %% ../../nbs/servers/02_service.ipynb #3857ae49
 @dataclass
 class ServerConfig:
     "One reward, one port."
@@ -61,7 +61,8 @@ class ServerConfig:
     def __post_init__(self):
         for name, known in {"cost": ("items", "megabytes"), "state": STATES, "cameraflow": ("", "pose", "video")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; server; one of {', '.join(map(repr, known))}")
-        if set(self.limits) - {f.name for f in fields(Limits)}: raise InputError(f"limits {sorted(self.limits)}; server; known are {', '.join(f.name for f in fields(Limits))}")
+        if set(self.limits) - {f.name for f in fields(Limits)}:
+            raise InputError(f"limits {sorted(self.limits)}; server; known are {', '.join(f.name for f in fields(Limits))}")
         if any(not os.path.isabs(root) or root == "/" for root in self.roots): raise InputError(f"roots={self.roots}; server; give absolute folders, and not /")
         self.folder = Path(self.spool or SHM/f"camflow-{os.getuid()}")
         self.resolved = [os.path.realpath(root) for root in [*self.roots, self.folder]]
@@ -69,7 +70,8 @@ class ServerConfig:
     @classmethod
     def read(cls, config: dict):
         "From a dict; an unknown key is an InputError."
-        if unknown := sorted(set(config) - {f.name for f in fields(cls)}): raise InputError(f"unknown settings {unknown}; server; known are {', '.join(f.name for f in fields(cls))}")
+        if unknown := sorted(set(config) - {f.name for f in fields(cls)}):
+            raise InputError(f"unknown settings {unknown}; server; known are {', '.join(f.name for f in fields(cls))}")
         return cls(**config)
 
 
@@ -82,7 +84,8 @@ def read_token(path: str): # file, or "": none
     try: mode, text = os.stat(path).st_mode, Path(path).read_text().strip()
     except OSError as error: raise InputError(f"token file {path} cannot be read ({error.strerror}); write a long random word into it, chmod 600") from None
     if stat.S_IMODE(mode) & 0o077: raise InputError(f"token file {path} can be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}")
-    if len(text) < 16 or not text.isascii() or len(text.split()) != 1: raise InputError(f"token file {path} must hold one word of at least 16 characters; e.g. python -c 'import secrets; print(secrets.token_urlsafe())'")
+    if len(text) < 16 or not text.isascii() or len(text.split()) != 1:
+        raise InputError(f"token file {path} must hold one word of at least 16 characters; e.g. python -c 'import secrets; print(secrets.token_urlsafe())'")
     return text
 
 # %% ../../nbs/servers/02_service.ipynb #b4d2e706
@@ -129,7 +132,7 @@ def mark_of(item: dict) -> bytes:
     "Digest of a sample as it was sent."
     return hashlib.blake2b(_sorted(item).encode(), digest_size=16).digest()
 
-# %% ../../nbs/servers/02_service.ipynb #fb2ff3e5
+# %% ../../nbs/servers/02_service.ipynb #e483013e
 @dataclass
 class Job:
     "A sample on its way to the worker."
@@ -145,7 +148,8 @@ class Service:
         c.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.limits = Limits(**c.limits)
         self.token, self.admin = read_token(c.token_file), read_token(c.admin_token_file or c.token_file)
-        self.worker = Worker(WorkerSpec(c.reward, c.options, c.resolved, asdict(self.limits), c.start_s, c.hang_s, c.restarts, c.restart_window_s, c.memory_mb * 2**20), c.env)
+        self.worker = Worker(WorkerSpec(c.reward, c.options, c.resolved, asdict(self.limits), c.start_s, c.hang_s, c.restarts, c.restart_window_s,
+                                        c.memory_mb * 2**20), c.env)
         cost = (lambda job: 1) if c.cost == "items" else (lambda job: job.size / 2**20)
         self.batcher = MicroBatcher(self.run, c.batch, cost, c.queue, c.window_s, c.depth)
         self.leases, self.results, self.counts, self.spooled = Leases(), Results(c.remember), Counter(), 0
@@ -161,12 +165,13 @@ class Service:
         "Refuses what may not be read, unread; stored bytes of the clip."
         for ref in (item.video, item.source, item.depth):
             if ref is None: continue
-            if ref.sha256 is not None and ref.sha256 not in parts: raise InputError(f"no binary part of this request has the SHA-256 {ref.sha256[:12]}..; send it in the same request")
+            if ref.sha256 is not None and ref.sha256 not in parts:
+                raise InputError(f"no binary part of this request has the SHA-256 {ref.sha256[:12]}..; send it in the same request")
             real = parts[ref.sha256] if ref.sha256 else allowed(ref.path or ref.shm, self.config.resolved, self.limits.file)
             if ref is item.video: size = os.path.getsize(real)
         return size
 
-# %% ../../nbs/servers/02_service.ipynb #d1ff6cb2
+# %% ../../nbs/servers/02_service.ipynb #d91d50dd
 @patch
 async def score(self: Service,
                 items: list,            # dicts as sent, each with an id
@@ -216,9 +221,10 @@ def row(self: Service, id: str, future) -> dict:
     error = future.exception()
     if error is None: return future.result()
     if isinstance(error, Broken): raise error
-    return no_row(id, "timeout" if isinstance(error, TimeoutError) else "error", f"{error}" if isinstance(error, (Lost, TimeoutError)) else f"{type(error).__name__}: {error}")
+    reason = str(error) if isinstance(error, (Lost, TimeoutError)) else f"{type(error).__name__}: {error}"
+    return no_row(id, "timeout" if isinstance(error, TimeoutError) else "error", reason)
 
-# %% ../../nbs/servers/02_service.ipynb #d1473d85
+# %% ../../nbs/servers/02_service.ipynb #ee997d30
 @patch
 def ready(self: Service) -> bool:
     return self.mode == "active" and self.worker.state != "broken"
@@ -274,7 +280,8 @@ async def set_state(self: Service,
 @patch
 def status(self: Service) -> dict:
     "State, leases and queue."
-    return {"state": self.mode, "worker": self.worker.state, "leases": self.leases.held(), "waiting": len(self.batcher.waiting), "flying": self.batcher.flying, "restarts": self.worker.died,
+    return {"state": self.mode, "worker": self.worker.state, "leases": self.leases.held(), "waiting": len(self.batcher.waiting),
+            "flying": self.batcher.flying, "restarts": self.worker.died,
             "reason": self.worker.reason, "pid": self.worker.pid}
 
 # %% ../../nbs/servers/02_service.ipynb #d35a719c
@@ -310,14 +317,17 @@ async def close(self: Service):
     if self.keeper: self.keeper.cancel()
     await self.worker.stop()
 
-# %% ../../nbs/servers/02_service.ipynb #0917f67f
+# %% ../../nbs/servers/02_service.ipynb #d26404ff
 @patch
 def info(self: Service) -> dict:
     "Body of GET /v1/info."
     from camflow import __version__
     c, told = self.config, self.worker.info
-    return {"protocol": "v1", "name": c.name or told.get("name", ""), "reward": c.reward, "version": __version__, "model_rev": None, "prompt_hash": None, "device": None, "profiles": [],
-            "batch_max": c.batch, "kinds": ["path", "shm", "sha256"], "limits": asdict(self.limits), "scores": []} | {k: v for k, v in told.items() if k != "name"} | {"state": self.mode}
+    ours = {"protocol": "v1", "name": c.name or told.get("name", ""), "reward": c.reward, "version": __version__, "batch_max": c.batch,
+            "kinds": ["path", "shm", "sha256"], "limits": asdict(self.limits)}
+    theirs = {"model_rev": None, "prompt_hash": None, "device": None, "profiles": [], "scores": []} | {k: v for k, v in told.items() if k != "name"}
+    return ours | theirs | {"state": self.mode}
+
 
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -337,9 +347,10 @@ def metrics(self: Service) -> str:
     for bound in (*BUCKETS, float("inf")):
         total += self.buckets[bound]
         out.append(f'camflow_request_seconds_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {total}')
-    gauges = {"camflow_queue_waiting": len(b.waiting), "camflow_batches_flying": b.flying, "camflow_batches_total": b.counts.batches, "camflow_batched_samples_total": b.counts.items,
-              "camflow_batch_seconds_total": b.counts.seconds, "camflow_expired_total": b.counts.expired, "camflow_refused_total": b.counts.refused, "camflow_worker_deaths_total": w.died,
-              "camflow_leases": self.leases.held(), "camflow_worker_resident_bytes": resident(w.pid) if w.pid else 0, "camflow_spooled_bytes": self.spooled,
-              "camflow_request_seconds_count": total, "camflow_uptime_seconds": time.monotonic() - self.begun}
+    gauges = {"queue_waiting": len(b.waiting), "batches_flying": b.flying, "batches_total": b.counts.batches, "batched_samples_total": b.counts.items,
+              "batch_seconds_total": b.counts.seconds, "expired_total": b.counts.expired, "refused_total": b.counts.refused, "leases": self.leases.held(),
+              "worker_deaths_total": w.died, "worker_resident_bytes": resident(w.pid) if w.pid else 0, "spooled_bytes": self.spooled,
+              "request_seconds_count": total, "uptime_seconds": time.monotonic() - self.begun}
+    gauges = {f"camflow_{name}": value for name, value in gauges.items()}
     states = [f'camflow_state{{state="{s}"}} {int(self.mode == s)}' for s in STATES]
     return "\n".join([f"{k} {v:.10g}" for k, v in {**self.counts, **gauges}.items()] + states + out) + "\n"

@@ -26,7 +26,7 @@ from pathlib import Path
 from ..files import InputError, atomic_write, read_json, write_json
 from ..processes import die_with_parent, started
 
-# %% ../../nbs/servers/05_supervisor.ipynb #a9f83eb7
+# %% ../../nbs/servers/05_supervisor.ipynb #9b00aeba
 @dataclass
 class Process:
     "One server process, as planned."
@@ -69,9 +69,11 @@ def run_folder(path, table: dict) -> Path: # the file, its tables
 def read_plan(path) -> Plan:
     "The plan of a servers.toml; InputError names the server and the key."
     table, base = read_file(path), Path(path).resolve().parent
-    if unknown := set(table) - {"supervisor", "servers"}: raise InputError(f"unknown tables {sorted(unknown)}; {path}; known are [supervisor] and [servers.NAME]")
+    if unknown := set(table) - {"supervisor", "servers"}:
+        raise InputError(f"unknown tables {sorted(unknown)}; {path}; known are [supervisor] and [servers.NAME]")
     options, known = table.get("supervisor", {}), {"restarts", "window_s", "start_s", "log_mb", "silent_s"}
-    if unknown := set(options) - known - {"folder"}: raise InputError(f"unknown keys {sorted(unknown)}; {path}, [supervisor]; known are {', '.join(sorted(known))} and folder")
+    if unknown := set(options) - known - {"folder"}:
+        raise InputError(f"unknown keys {sorted(unknown)}; {path}, [supervisor]; known are {', '.join(sorted(known))} and folder")
     processes = [one for name, server in table.get("servers", {}).items() for one in plan_server(name, server, base, path)]
     if not processes: raise InputError(f"no server is described; {path}; add a table [servers.NAME] with reward and port")
     check_ports(processes, path)
@@ -83,17 +85,19 @@ def check_ports(processes: list, path):
     taken = {}
     for one in processes:
         if not 1024 <= one.port <= 65535: raise InputError(f"port {one.port} of {one.name}; {path}; choose one between 1024 and 65535")
-        if one.port in taken: raise InputError(f"port {one.port} is claimed by {taken[one.port]} and {one.name}; {path}; move one of them by the number of its processes")
+        if one.port in taken:
+            raise InputError(f"port {one.port} is claimed by {taken[one.port]} and {one.name}; {path}; move one of them by the number of its processes")
         taken[one.port] = one.name
 
-# %% ../../nbs/servers/05_supervisor.ipynb #9770962d
+# %% ../../nbs/servers/05_supervisor.ipynb #0c41fc54
 def device_numbers(wanted, where: str) -> list: # number, list of numbers, or "all"
     "The devices of a server, in order."
     if wanted == "all":
         from camflow.device import visible_devices
         return list(range(len(visible_devices())))
     numbers = list(range(wanted)) if isinstance(wanted, int) and not isinstance(wanted, bool) else wanted
-    if not isinstance(numbers, list) or not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers): raise InputError(f"devices={wanted!r}; {where}; give a number of processes, a list of device numbers, or \"all\"")
+    if not isinstance(numbers, list) or not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise InputError(f"devices={wanted!r}; {where}; give a number of processes, a list of device numbers, or \"all\"")
     return numbers
 
 
@@ -112,10 +116,11 @@ def plan_server(name: str, server: dict, base: Path, path) -> list: # table of [
         except (InputError, TypeError) as error: raise InputError(f"{error}; {where}") from None
     python = str(base/server["venv"]/"bin/python") if server.get("venv") else sys.executable
     more = {k: str(v) for k, v in server.get("env", {}).items()}
-    return [Process(f"{name}-{i}", server["port"] + i, python, {"name": name} | config | {"port": server["port"] + i}, isolation(device) | more, server.get("module", "camflow.servers.app"))
+    return [Process(f"{name}-{i}", server["port"] + i, python, {"name": name} | config | {"port": server["port"] + i}, isolation(device) | more,
+                    server.get("module", "camflow.servers.app"))
             for i, device in enumerate(device_numbers(server.get("devices", 1), where))]
 
-# %% ../../nbs/servers/05_supervisor.ipynb #3bcf692f
+# %% ../../nbs/servers/05_supervisor.ipynb #d29fd405
 def stamp_of(requirements: Path | None, site: bool) -> str:
     "What an environment was made of."
     return hashlib.sha256((requirements.read_text() if requirements else "").encode() + bytes([site])).hexdigest()[:16]
@@ -129,7 +134,9 @@ def build_venv(folder: Path, requirements: Path | None, site: bool): # site: see
     if lines: steps.append([str(folder/"bin/python"), "-m", "pip", "install", "-r", str(requirements)])
     for words in steps:
         done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode: raise InputError(f"{' '.join(words[1:4])} failed; {folder}; mend the requirements or the network and try again:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+        if done.returncode:
+            last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise InputError(f"{' '.join(words[1:4])} failed; {folder}; mend the requirements or the network:\n{last}")
     paths = [str(Path(sys.modules["camflow"].__file__).resolve().parents[1])]
     if site: paths += [p for p in sys.path if p.endswith("site-packages")]      # of the environment that this one was made from
     next((folder/"lib").glob("python*/site-packages")).joinpath("camflow-servers.pth").write_text("\n".join(paths) + "\n")
@@ -142,13 +149,15 @@ def check_venvs(path, install: bool = False): # servers.toml; build what is miss
     for name, server in read_file(path).get("servers", {}).items():
         if not server.get("venv"): continue
         folder, requirements = base/server["venv"], base/server["requirements"] if server.get("requirements") else None
-        if requirements and not requirements.is_file(): raise InputError(f"{requirements} does not exist; {path}, [servers.{name}]; write the requirements of this server")
+        if requirements and not requirements.is_file():
+            raise InputError(f"{requirements} does not exist; {path}, [servers.{name}]; write the requirements of this server")
         site = server.get("system_site_packages", False)
         good = (folder/".stamp").is_file() and (folder/".stamp").read_text() == stamp_of(requirements, site)
-        if not good and not install: raise InputError(f"the environment {folder} is missing or was made from other requirements; {path}, [servers.{name}]; camflow serve up --install {path} builds it")
+        if not good and not install:
+            raise InputError(f"the environment {folder} is missing or has other requirements; {path}, [servers.{name}]; build it with camflow serve up --install")
         if not good: build_venv(folder, requirements, site)
 
-# %% ../../nbs/servers/05_supervisor.ipynb #cb096226
+# %% ../../nbs/servers/05_supervisor.ipynb #659ee0e7
 def ask(port: int, path: str, patience: float = 2.0): # seconds
     "(status, body) of a GET on this machine; None if nobody answers."
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
@@ -173,7 +182,8 @@ class Child:
         root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p), **self.spec.env}
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen([self.spec.python, "-m", self.spec.module, "--config", str(self.folder/f"{self.spec.name}.json")], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            self.process = subprocess.Popen([self.spec.python, "-m", self.spec.module, "--config", str(self.folder/f"{self.spec.name}.json")], env=env,
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                             start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
         (self.folder/f"{self.spec.name}.pid").write_text(f"{self.process.pid}\n")
         self.state, self.since = "starting", time.monotonic()
@@ -191,7 +201,8 @@ class Child:
         return lines[-1][-300:] if lines else "nothing was logged"
 
     def row(self) -> dict:
-        return {"name": self.spec.name, "port": self.spec.port, "state": self.state, "pid": self.process.pid if self.process and self.process.poll() is None else None, "restarts": self.restarts,
+        return {"name": self.spec.name, "port": self.spec.port, "state": self.state,
+                "pid": self.process.pid if self.process and self.process.poll() is None else None, "restarts": self.restarts,
                 "reason": self.reason, "log": str(self.log)}
 
 # %% ../../nbs/servers/05_supervisor.ipynb #85294521
@@ -260,7 +271,7 @@ def supervise(plan: Plan) -> int:
     (folder/"supervisor.json").unlink(missing_ok=True)
     return 0
 
-# %% ../../nbs/servers/05_supervisor.ipynb #38a18194
+# %% ../../nbs/servers/05_supervisor.ipynb #3919591d
 def supervisor_pid(folder: Path): # run folder
     "Pid of the supervisor that runs there, or None."
     try: found = read_json(folder/"supervisor.json")
@@ -282,7 +293,8 @@ def busy_ports(plan: Plan) -> list:
 def prepare(path, install: bool = False) -> Plan: # servers.toml; build environments
     "The plan, when nothing stands in its way."
     plan = read_plan(path)
-    if pid := supervisor_pid(Path(plan.folder)): raise InputError(f"these servers are up already (supervisor {pid}); {path}; camflow serve status, or camflow serve down first")
+    if pid := supervisor_pid(Path(plan.folder)):
+        raise InputError(f"these servers are up already (supervisor {pid}); {path}; camflow serve status, or camflow serve down first")
     if busy := busy_ports(plan): raise InputError(f"somebody listens on {', '.join(busy)} already; {path}; end that program or choose other ports")
     check_venvs(path, install)
     write_json(Path(plan.folder)/"plan.json", asdict(plan))
@@ -301,7 +313,8 @@ def up(path, install: bool = False, wait_s: float | None = None) -> list: # seco
     folder = Path(plan.folder)
     (folder/"state.json").unlink(missing_ok=True)
     with open(folder/"supervisor.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "camflow.servers.supervisor", "--plan", str(folder/"plan.json")], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", "camflow.servers.supervisor", "--plan", str(folder/"plan.json")], stdin=subprocess.DEVNULL,
+                                   stdout=log, stderr=log, start_new_session=True)
     end = time.monotonic() + (plan.start_s if wait_s is None else wait_s)
     while time.monotonic() < end:
         rows = status(path)
@@ -329,7 +342,8 @@ def down(path, wait_s: float = 40.0) -> bool: # seconds
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + wait_s
     while started(pid) == born:
-        if time.monotonic() > end: raise InputError(f"supervisor {pid} did not end within {wait_s:.0f} s; {path}; see {folder/'supervisor.log'}, then kill {pid}: its servers end with it")
+        if time.monotonic() > end:
+            raise InputError(f"supervisor {pid} did not end within {wait_s:.0f} s; see {folder/'supervisor.log'}, then kill {pid}: its servers end with it")
         time.sleep(0.05)
     return True
 

@@ -33,7 +33,7 @@ from ..files import InputError
 from ..processes import die_with_parent, resident
 from .batcher import Lost
 
-# %% ../../nbs/servers/01_worker.ipynb #d6d84142
+# %% ../../nbs/servers/01_worker.ipynb #fd8f64bb
 @dataclass
 class WorkerSpec:
     "A reward and the patience with it."
@@ -52,7 +52,8 @@ def reward_class(place: str): # package.module:Class
     "The class; InputError says what is wrong with the name."
     module, _, name = place.partition(":")
     try: return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error: raise InputError(f"reward {place!r} cannot be imported ({error}); give package.module:Class of an installed package") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"reward {place!r} cannot be imported ({error}); give package.module:Class of an installed package") from error
 
 
 def make_reward(place: str, options: dict):
@@ -87,7 +88,7 @@ def decode(message: dict, roots, limits):
         try: message["samples"].append(item_to_sample(Item.model_validate(item), roots, limits, message.get("parts")))
         except (InputError, ValidationError, OSError, MemoryError, ValueError) as error: message["samples"].append(f"{error}"[:500] or type(error).__name__)
 
-# %% ../../nbs/servers/01_worker.ipynb #02411608
+# %% ../../nbs/servers/01_worker.ipynb #afb847ef
 def judge(reward, message: dict) -> list: # rows
     "Scores a decoded batch."
     from camflow.rewards.protocol import join, run_reward
@@ -104,7 +105,8 @@ def judge(reward, message: dict) -> list: # rows
 
 def describe(reward) -> dict:
     "What the server tells about its reward."
-    return {"name": reward.name, "scores": [{"name": "score", "lo": None, "hi": None, "higher_better": True}]} | (reward.info() if hasattr(reward, "info") else {})
+    return {"name": reward.name, "scores": [{"name": "score", "lo": None, "hi": None, "higher_better": True}]} | (reward.info() if hasattr(reward,
+            "info") else {})
 
 
 def move(reward, op: str): # "park" or "unpark"
@@ -159,7 +161,7 @@ def read_ahead(file, todo, roots, limits):
         del message
     todo.put(None)
 
-# %% ../../nbs/servers/01_worker.ipynb #654f7732
+# %% ../../nbs/servers/01_worker.ipynb #1bcc54bc
 class Broken(RuntimeError):
     "The worker cannot be started, or died too often."
 
@@ -187,9 +189,9 @@ class Worker:
         while self.deaths and now - self.deaths[0] > self.spec.window_s: self.deaths.popleft()
         if len(self.deaths) <= self.spec.restarts: return
         self.state = "broken"
-        raise Broken(f"the worker died {len(self.deaths)} times in {self.spec.window_s:.0f} s, last: {self.reason}; see the server's log, and restart the server")
+        raise Broken(f"the worker died {len(self.deaths)} times in {self.spec.window_s:.0f} s, last: {self.reason}; see its log, and restart the server")
 
-# %% ../../nbs/servers/01_worker.ipynb #e5b7b31c
+# %% ../../nbs/servers/01_worker.ipynb #17528b05
 @patch
 async def start(self: Worker):
     "Starts the child unless it runs; returns when the reward is made."
@@ -199,7 +201,8 @@ async def start(self: Worker):
         self.spend()
         self.state, self.reason = "starting", ""
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())], pass_fds=[theirs.fileno()],
+        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())],
+                                        pass_fds=[theirs.fileno()],
                                         start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, **self.env})
         theirs.close()
         reader, self.writer = await asyncio.open_unix_connection(sock=ours)

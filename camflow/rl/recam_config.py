@@ -17,12 +17,13 @@ from .losses import FORWARD
 from ..training.loop import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
-REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward", "appearance": "camflow.rewards.appearance:AppearanceReward"}
+REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward", "appearance": "camflow.rewards.appearance:AppearanceReward",
+           "remote": "camflow.rewards.client:RemoteReward"}
 
 
 def reward_class(name: str): # of REWARDS, or package.module:Class
     "The class of a reward."
-    place = REWARDS.get(name, name)
+    place = REWARDS.get("remote" if name.startswith("remote_") else name, name)
     if ":" not in place: raise InputError(f"unknown reward {name!r}; choose from {', '.join(REWARDS)} or give package.module:Class")
     module, cls = place.split(":")
     try: return getattr(importlib.import_module(module), cls)

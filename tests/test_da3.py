@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from camflow.depth.da3 import CONFIGS, DepthAnything3, init_weights, load_da3, save_da3
+from camflow.depth.da3 import CONFIGS, DepthAnything3, init_weights
+from camflow.depth.da3_files import load_da3, save_da3
 from camflow.files import InputError
 from tests.parity import da3 as parity
 

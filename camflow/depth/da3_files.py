@@ -137,7 +137,7 @@ def convert_raw(path,       # raw checkpoint, a .pt or .pth of tensors, or of {"
     _write(folder, {"model_name": name}, {f"model.{k}": v.contiguous().clone() for k, v in model.state_dict().items()})
     return Path(folder)
 
-# %% ../../nbs/depth/06_da3_files.ipynb #0217926a
+# %% ../../nbs/depth/06_da3_files.ipynb #a449682d
 TOY = DA3Config(48, 6, 3, img_size=70, alt_start=2, out_layers=(2, 3, 4, 5), head_features=16, head_channels=(8, 12, 16, 24), cam_enc=False)
 
 
@@ -145,4 +145,8 @@ def random_da3(seed: int = 0,                 # of the weights
                config: DA3Config | str = TOY  # or a name in CONFIGS
               ) -> DepthAnything3:
     "An untrained Depth Anything 3, the same for the same seed; eval mode, on the host."
-    return init_weights(DepthAnything3(config), generator(seed, "random da3")).eval()
+    model = init_weights(DepthAnything3(config), generator(seed, "random da3")).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("output_conv2.2.weight"): weight.mul_(0.02)   # depth is an exponential: keep it near 1
+    return model

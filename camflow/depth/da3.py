@@ -111,8 +111,9 @@ def rope_positions(h: int, w: int, local: bool = True) -> Tensor:
 def _turn(x, table, every):
     "Rotary positions of all tokens, or of each `every`-th one."
     if every == 1: return rope(x, *table)
-    views = x.unflatten(2, (-1, every))
-    return torch.cat([rope(views[:, :, :, :1], *table), views[:, :, :, 1:]], 3).flatten(2, 3)
+    few = x[:, :, ::every]
+    few.copy_(rope(few, *table))   # in place: x is the fresh result of a norm, which no gradient needs
+    return x
 
 
 class Attention(nn.Module):

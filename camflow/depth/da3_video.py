@@ -175,11 +175,10 @@ class Prediction:
         if not torch.isfinite(self.c2w).all(): return torch.full((total, 4, 4), torch.nan, dtype=torch.float64)
         return fill_poses(self.c2w, self.index, total)
 
-# %% ../../nbs/depth/03_da3_video.ipynb #b9fb0268
+# %% ../../nbs/depth/03_da3_video.ipynb #b05e9420
 DEAD_FOCAL = 1e5  # image sides; a longer focal length is a field of view of zero
 
 
-@torch.inference_mode()
 def predict(model,                       # of `load_da3`: DepthAnything3 or NestedDA3, eval mode, on its device
             frames,                      # Frames or uint8 [T,3,H,W]
             views: int = 21,             # frames that the network sees
@@ -198,8 +197,8 @@ def predict(model,                       # of `load_da3`: DepthAnything3 or Nest
     cameras, dense = config.cam_dec, bool(config.head) and (depth is None or len(depth) > 0)
     if rays and config.head != "dual": raise InputError(f"this Depth Anything 3 (head {config.head!r}) has no rays; da3 predict; set rays=False")
     heads = ("camera",) * cameras + ("depth",) * dense + ("rays",) * rays
-    out = model(x.to(where), ref_view, heads, views=None if rays else depth, dtype=compute_dtype(where))
-    out = {name: value[0].cpu() for name, value in out.items() if torch.is_tensor(value) and value.dim() > 1}
+    with torch.inference_mode(): out = model(x.to(where), ref_view, heads, views=None if rays else depth, dtype=compute_dtype(where))
+    out = {name: value[0].cpu().clone() for name, value in out.items() if torch.is_tensor(value) and value.dim() > 1}
     at = list(range(len(index))) if depth is None else list(depth) if dense else []
     rows = lambda name: None if name not in out or not at else out[name][at] if len(out[name]) != len(at) else out[name]
     if "sky" in out and not cameras: out["depth"] = fill_sky(out["depth"], out["sky"], torch.Generator().manual_seed(0))

@@ -130,13 +130,12 @@ def test_the_da3_reward_never_sees_the_target(judge, scenes):
     network.register_forward_pre_hook(lambda m, args, kwargs: told.append([k for k, v in kwargs.items() if k in ("extrinsics", "intrinsics") and v is not None]), with_kwargs=True)
     network.register_forward_hook(lambda m, args, out: seen.append(out["extrinsics"].clone()))
     source, made = scenes[0]
-    values = []
+    values, measured = [], []
     for path in (PATH, preset("zoom_in", 9)):
         seen.clear()
         values.append(float(reward([Sample(made, path, source=source)]).values[0]))
-        measured = seen[0] if path is PATH else measured
-        assert torch.equal(seen[0], measured)
-    assert not any(told) and values[0] != values[1]
+        measured.append(seen[0])
+    assert torch.equal(*measured) and not any(told) and values[0] != values[1]
 
 
 def test_the_da3_reward_is_a_backend(scenes, tmp_path):

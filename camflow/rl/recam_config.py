@@ -18,12 +18,13 @@ from ..training.loop import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
 REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward", "appearance": "camflow.rewards.appearance:AppearanceReward",
-           "da3": "camflow.rewards.da3_reward:DA3Reward", "synchrony": "camflow.rewards.synchrony:SynchronyReward", "smoothness": "camflow.rewards.smoothness:SmoothnessReward", "truth": "camflow.rewards.truth:TruthReward"}
+           "da3": "camflow.rewards.da3_reward:DA3Reward", "synchrony": "camflow.rewards.synchrony:SynchronyReward", "smoothness": "camflow.rewards.smoothness:SmoothnessReward", "truth": "camflow.rewards.truth:TruthReward",
+           "remote": "camflow.rewards.client:RemoteReward"}
 
 
 def reward_class(name: str): # of REWARDS, or package.module:Class
     "The class of a reward."
-    place = REWARDS.get(name, name)
+    place = REWARDS.get("remote" if name.startswith("remote_") else name, name)
     if ":" not in place: raise InputError(f"unknown reward {name!r}; choose from {', '.join(REWARDS)} or give package.module:Class")
     module, cls = place.split(":")
     try: return getattr(importlib.import_module(module), cls)

@@ -1,0 +1,239 @@
+"What goes wrong with reward servers, made to go wrong: no sample lost, none judged into the books twice, no number that nobody measured."
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+import torch
+
+from camflow.processes import die_with_parent, resident, started
+from camflow.rewards.client import RemoteReward
+from camflow.rewards.protocol import RewardStop, Sample, run_reward
+from camflow.rewards.wire import SHM
+from tests.serving import ENV, ROOT, SLEEP, Process, clip, running, wait_for
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with running(roots=[str(folder)], restarts=1000, hang_s=1.5, idle_s=0.2) as server: yield server
+
+
+def sample(value, prompt="", group=0): return Sample(torch.full((1, 3, 32, 32), value, dtype=torch.uint8), prompt=prompt, id=f"{value}", meta={"group": group})
+
+
+def true(scores, samples):
+    "Every ok is the brightness of its own sample."
+    for value, status, one in zip(scores.values.tolist(), scores.status, samples):
+        assert (status == "ok") == (value == value) and (status != "ok" or abs(value - float(one.frames[0, 0, 0, 0]) / 255) < 1e-6)
+
+
+def test_worker_killed_under_a_batch(server, folder):
+    "The batch is judged again by the next worker; the client sees a delay."
+    samples = [sample(n, f"die once:{folder}/died" if n == 3 else "") for n in range(8)]
+    before, reward = server.service.worker.died, RemoteReward(server.url)
+    scores = reward(samples)
+    true(scores, samples)
+    assert scores.status == ["ok"] * 8 and server.service.worker.died == before + 1
+
+
+def test_a_sample_that_always_kills(server):
+    "It gets an error of its own; its neighbours in the batch lose nothing."
+    samples = [sample(n, "die" if n == 5 else "") for n in range(8)]
+    scores = RemoteReward(server.url)(samples)
+    true(scores, samples)
+    assert scores.status == ["failed" if n == 5 else "ok" for n in range(8)] and "signal 9" in scores.details[5]["reason"]
+
+
+def test_a_hang_is_killed(server, folder):
+    "A model that hangs for longer than hang_s is killed with its batch, which is judged again; health answers all the while."
+    samples, begun, pid = [sample(n, f"hang once:{folder}/hung" if n == 1 else "") for n in range(4)], time.monotonic(), server.service.worker.pid
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(RemoteReward(server.url), samples)
+        while time.monotonic() - begun < 1.3:
+            asked = time.monotonic()
+            assert server.http.get("/healthz").status_code == 200 and time.monotonic() - asked < 1
+        scores = call.result()
+    true(scores, samples)
+    assert scores.status == ["ok"] * 4 and time.monotonic() - begun > 1.5 and started(pid) is None
+
+
+def test_budget_of_restarts(server):
+    "A worker that dies again and again is given up: 503, so that clients go elsewhere; nothing is invented."
+    spec = server.service.worker.spec
+    kept, spec.restarts = spec.restarts, 0
+    try:
+        server.service.worker.deaths.clear()
+        with pytest.raises(RewardStop, match="no score"):
+            RemoteReward(server.url, deadline_s=4, backoff_s=0.1)([sample(n, "die") for n in range(4)])
+        reply = server.http.post("/v1/score", json={"items": [{"id": "x", "video": {"path": "/nothing"}}]})
+        assert reply.status_code == 200                      # refused unread: needs no worker
+        assert server.http.get("/readyz").status_code == 503 and "died" in server.http.get("/readyz").text
+    finally:
+        spec.restarts = kept
+        server.service.worker.deaths.clear()
+        server.service.worker.state = "dead"
+    scores = RemoteReward(server.url)([sample(9)])
+    assert scores.status == ["ok"]
+
+
+def test_too_many_invalid_stop_the_training(server):
+    "Half may fail; more ends the run with the reason, also through `run_reward` and `combine`."
+    from camflow.rewards.combine import combine
+    reward = RemoteReward(server.url, name="judge", max_invalid=0.5)
+    assert reward([sample(n, "raise" if n < 2 else "") for n in range(4)]).counts() == {"ok": 2, "failed": 2}
+    many = [sample(n, "raise" if n < 3 else "") for n in range(4)]
+    for call in (lambda: reward(many), lambda: run_reward(reward, many), lambda: combine({"judge": reward})(many)):
+        with pytest.raises(RewardStop, match="judge.*3 of 4 samples got no score.*as asked.*resume"): call()
+
+
+GARBAGE = [b"", b"{", b"[]", b"null", b"<html>proxy error</html>", b'{"items": 7}', b'{"items": []}', b'{"items": [{"id": "ID", "status": "ok", "scores": {}}]}', b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": NaN}}]}',
+           b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": "5"}}]}', b'{"items": [{"id": "ID", "status": "fine", "scores": {"score": 5}}]}', b'{"items": [{"id": "other", "status": "ok", "scores": {"score": 5}}]}',
+           b'{"items": [{"id": "ID", "status": "invalid", "scores": {"score": 5}}]}', b'{"items": [{"id": "ID", "status": "ok", "scores": {"score": 1e999}}]}', b"\xff\xfe\x00"]
+
+
+@contextlib.contextmanager
+def liar():
+    "A server that answers every request with the next piece of garbage."
+    asked = []
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *words): pass
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            data = GARBAGE[len(asked) % len(GARBAGE)].replace(b"ID", body["items"][0]["id"].encode())
+            asked.append(data)
+            self.send_response(200), self.send_header("content-length", str(len(data))), self.end_headers(), self.wfile.write(data)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}", asked
+    finally: server.shutdown(), server.server_close()
+
+
+def test_garbage_answers(server):
+    "A server that answers nonsense is like one that does not answer: the honest one is asked, and without one there is no score."
+    with liar() as (url, asked):
+        reward = RemoteReward([url, server.url], rank=0, breaker_after=100)
+        for n in range(len(GARBAGE)):
+            scores = reward([sample(n)])
+            assert scores.status == ["ok"] and abs(float(scores.values[0]) - n / 255) < 1e-6
+        assert len(asked) == len(GARBAGE)
+        with pytest.raises(RewardStop, match="1 of 1 samples got no score"): RemoteReward(url, deadline_s=1.0, backoff_s=0.01, breaker_after=100)([sample(1)])
+
+
+def test_a_server_killed_then_all_down(server, folder):
+    """One of two servers is killed while it judges: its group is scored by the other. Then the only server is gone for a while (20 s in the long test below): the call waits, says
+    so once, and ends with every sample scored when the server is back. A worker dies with its server."""
+    outage(server, folder, 2.0)
+
+
+@pytest.mark.slow
+def test_all_down_for_twenty_seconds(server, folder): outage(server, folder, 20.0)
+
+
+def outage(server, folder, seconds):
+    said, samples = [], [sample(n, group=n // 8) for n in range(16)]
+    with Process(folder, SLEEP, {"seconds": 0.3}, batch=2) as first, ThreadPoolExecutor(1) as pool:
+        worker = first.worker()
+        call = pool.submit(RemoteReward([first.url, server.url], rank=0, deadline_s=180, parallel=2), samples)
+        time.sleep(0.5)
+        first.kill()
+        scores = call.result()
+        true(scores, samples)
+        assert scores.status == ["ok"] * 16
+        wait_for(lambda: started(worker) is None, 10, "the end of the worker of a killed server")
+        alone = RemoteReward(first.url, deadline_s=180, breaker_s=30.0, backoff_max_s=0.5, parallel=2)
+        announce, alone.announce = alone.announce, lambda down, last: said.append(down) or announce(down, last)
+        call, begun = pool.submit(alone, samples), time.monotonic()
+        time.sleep(seconds)
+        assert not call.done()
+        first.start(wait=False)
+        scores = call.result()
+        true(scores, samples)
+        assert scores.status == ["ok"] * 16 and time.monotonic() - begun >= seconds
+        assert said.count(True) >= 1 and said[-1] is False
+    assert not list((SHM/f"camflow-{os.getuid()}").glob(f"{os.getpid()}-*"))
+
+
+TRAINER = """
+import sys, time, torch
+from camflow.rewards.client import RemoteReward
+from camflow.rewards.protocol import Sample
+reward = RemoteReward(sys.argv[1], lease_s=2.0)
+reward.hold(reward.urls[0], 10)
+print("held", flush=True)
+reward([Sample(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), prompt="", id=str(n)) for n in range(4)])
+"""
+
+
+def test_trainer_killed_while_it_holds_a_lease(folder):
+    "The lease runs out, the model parks and then goes, its memory is free; the next trainer gets its scores."
+    with running(SLEEP, {"seconds": 3.0, "ballast_mb": 200}, roots=[str(folder)], state="off", idle_s=0.1) as server:
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER, server.url], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        assert trainer.stdout.readline() == "held\n" and server.service.leases.held() == 1
+        pid = server.service.worker.pid
+        assert resident(pid) > 200 * 2**20
+        trainer.kill(), trainer.wait(), trainer.stdout.close()
+        wait_for(lambda: server.service.mode == "off", 30, "the end of the lease")
+        assert started(pid) is None and resident(pid) == 0 and server.service.leases.held() == 0
+
+
+def soak(server, folder, requests, seed, rate=0.01):
+    "Requests with faults among them, sixteen at a time; each is answered exactly once, and only a faulty one may lack a score. Returns how many were judged and how many were faulty."
+    draw = random.Random(seed)
+    faults = ("die", "hang", "raise", "nan", "short", "missing", "outside", "half", "garbage", "killed")
+    work = [(n, draw.choice(faults) if draw.random() < rate else "") for n in range(requests)]
+    books, lock = {}, threading.Lock()
+    before = server.service.batcher.counts.items
+    def one(job):
+        n, fault = job
+        value = n % 256
+        video = {"missing": {"path": f"{folder}/none.npy"}, "outside": {"path": "/etc/passwd"}}.get(fault) or clip(folder, f"{value}.npy", value, 1, 16)
+        item = {"id": f"soak {seed} {n}", "video": video, "prompt": fault if fault in ("die", "hang", "raise", "nan", "short") else ""}
+        body = {"items": [item], "deadline_ms": 60_000}
+        if fault == "killed": server.service.worker.kill("killed by the test")
+        if fault in ("half", "garbage"):
+            with socket.create_connection(("127.0.0.1", server.service.config.port)) as link:
+                data = json.dumps(body).encode()
+                link.sendall(f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + (data[:-3] if fault == "half" else b"\x00" * len(data)))
+        for _ in range(1000):
+            with contextlib.suppress(httpx.HTTPError):
+                reply = server.http.post("/v1/score", json=body)
+                if reply.status_code == 200:
+                    rows = reply.json()["items"]
+                    with lock: books.setdefault(n, []).append((fault, value, rows))
+                    return
+                assert reply.status_code in (429, 503), reply.text
+            time.sleep(0.05)
+        raise AssertionError(f"sample {n} was never answered")
+    with ThreadPoolExecutor(16) as pool: list(pool.map(one, work))
+    judged = server.service.batcher.counts.items - before
+    assert sorted(books) == list(range(requests)) and all(len(rows) == 1 for rows in books.values())
+    for n, [(fault, value, [row])] in books.items():
+        assert row["id"] == f"soak {seed} {n}"
+        if fault in ("die", "hang", "raise", "nan", "short", "missing", "outside"): assert row["status"] in ("error", "invalid") and "score" not in row["scores"], (fault, row)
+        else: assert row["status"] == "ok" and abs(row["scores"]["score"] - value / 255) < 1e-6, (fault, row)
+    return judged, sum(bool(fault) for _, fault in work)
+
+
+def test_soak(server, folder):
+    "500 requests, one in a hundred faulty: every one is accounted for."
+    judged, faulty = soak(server, folder, 500, seed=5)
+    assert judged >= 490 and faulty >= 1
+
+
+@pytest.mark.slow
+def test_soak_of_ten_thousand(server, folder):
+    judged, faulty = soak(server, folder, 10_000, seed=1)
+    assert judged >= 9_900 and 60 <= faulty <= 140

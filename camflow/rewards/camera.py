@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['path_errors', 'camera_penalty', 'tiny_estimator', 'CameraReward', 'follow_errors', 'FollowReward', 'same_length',
-           'cam_score', 'parse_answer', 'unified_score', 'multi_score']
+           'cam_score', 'answer_text', 'parse_answer', 'unified_score', 'multi_score']
 
 # %% ../../nbs/rewards/01_camera.ipynb #d17b9caf
 import math
@@ -142,10 +142,15 @@ def cam_score(rot_err: float,   # mean geodesic error, radians
     return {"score": 0.8 * rot + 0.2 * trans, "rot_score": rot, "trans_score": trans, "raw_rot": rot_err, "raw_trans": trans_err}
 
 
+def answer_text(reply: str) -> str | None:
+    "What stands in the first <answer>...</answer>, or None."
+    found = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
+    return found[1].strip() if found else None
+
+
 def parse_answer(reply: str) -> float | None:
     "The number in the first <answer>...</answer>, or None."
-    found = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
-    try: return float(found[1].strip()) if found else None
+    try: return None if (text := answer_text(reply)) is None else float(text)
     except ValueError: return None
 
 

@@ -9,6 +9,8 @@ SYSTEMS = {
     "recam": ["wan", "cameras"],
     "rl": ["rl", "cameras", "rewards"],
     "da3": ["da3", "cameras"],
+    "qwen3vl": ["qwen3vl"],
+    "metrics": ["metrics"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
 }

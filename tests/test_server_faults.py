@@ -80,7 +80,7 @@ def test_budget_of_restarts(server):
             RemoteReward(server.url, deadline_s=4, backoff_s=0.1)([sample(n, "die") for n in range(4)])
         reply = server.http.post("/v1/score", json={"items": [{"id": "x", "video": {"path": "/nothing"}}]})
         assert reply.status_code == 200                      # refused unread: needs no worker
-        assert server.http.get("/readyz").status_code == 503 and "died" in server.http.get("/readyz").text
+        assert server.http.get("/readyz").status_code == 503 and server.http.get("/readyz").json()["worker"] == "broken"
     finally:
         spec.restarts = kept
         server.service.worker.deaths.clear()
@@ -171,7 +171,7 @@ import sys, time, torch
 from camflow.rewards.client import RemoteReward
 from camflow.rewards.protocol import Sample
 reward = RemoteReward(sys.argv[1], lease_s=2.0)
-reward.hold(reward.urls[0], 10)
+reward.hold(reward.urls[0], 120)
 print("held", flush=True)
 reward([Sample(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), prompt="", id=str(n)) for n in range(4)])
 """

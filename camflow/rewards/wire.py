@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHM', 'VIDEO_MAGIC', 'NPY_MAGIC', 'Limits', 'Video', 'Camera', 'Item', 'ScoreRequest', 'Row', 'Reply', 'allowed',
            'open_allowed', 'npy_header', 'read_npy', 'check_size', 'decode_file', 'decode_video', 'SharedMemory',
-           'sample_to_item', 'target_poses', 'item_to_sample', 'Garbage', 'to_rows', 'no_row', 'from_rows']
+           'sample_to_item', 'target_poses', 'item_to_sample', 'Garbage', 'plain', 'to_rows', 'no_row', 'from_rows']
 
-# %% ../../nbs/rewards/05_wire.ipynb #e27285cf
+# %% ../../nbs/rewards/05_wire.ipynb #92abdd9e
 # shape suffixes: T frames, H rows, W columns, C channels, 44 pose
 import json
 import math
@@ -23,12 +23,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
 
 from ..files import InputError
 from .protocol import Sample, Scores, byte_frames
 
-# %% ../../nbs/rewards/05_wire.ipynb #843e9809
+# %% ../../nbs/rewards/05_wire.ipynb #139e71ad
 @dataclass(frozen=True)
 class Limits:
     "Sizes above which a request is refused unread."
@@ -61,8 +61,8 @@ class Video(_Strict):
 
 class Camera(_Strict):
     "A path: one pose per named frame of the clip."
-    c2w: list[list[float]]     # [n][12], row-major 3x4, metres
-    frame_idx: list[int]       # [n] number of the frame that each pose belongs to
+    c2w: list[list[StrictFloat]] # [n][12], row-major 3x4, metres
+    frame_idx: list[StrictInt] # [n] number of the frame that each pose belongs to
     convention: Literal["opencv_c2w", "opencv_w2c", "opengl_c2w"] # never guessed
 
 
@@ -75,7 +75,7 @@ class Item(_Strict):
     group_id: str | int | None = None
     source: Video | None = None # the clip that was re-rendered
     depth: Video | None = None  # .npy float32 [H,W], metres, of the source's first frame
-    K: list[list[float]] | None = None # 3x3 intrinsics of the source, pixels
+    K: list[list[StrictFloat]] | None = None # 3x3 intrinsics of the source, pixels
     meta: dict[str, float | int | str | bool | None] = {}
 
 
@@ -89,7 +89,7 @@ class Row(_Strict):
     "The answer for one sample: a number only where the status is ok."
     id: str
     status: Literal["ok", "invalid", "error", "timeout"]
-    scores: dict[str, float] = {} # "score" and the reward's components
+    scores: dict[str, StrictFloat] = {} # "score" and the reward's components
     raw: dict | None = None       # reasons, replies, and whatever is not a number
     seconds: float = 0.0          # that the batch took
 
@@ -279,9 +279,18 @@ def item_to_sample(item: Item,
     meta = dict(item.meta) | ({"group": item.group_id} if item.group_id is not None else {})
     return Sample(frames, target, item.prompt, clip(item.source) if item.source else None, depth, K, item.id, meta)
 
-# %% ../../nbs/rewards/05_wire.ipynb #6a1ac381
+# %% ../../nbs/rewards/05_wire.ipynb #6d3f3c2e
 class Garbage(RuntimeError):
     "An answer that cannot be one."
+
+
+def plain(obj):
+    "JSON-ready: arrays become lists, NaN and infinities null, what JSON does not know its text."
+    if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)): return [plain(v) for v in obj]
+    if isinstance(obj, float): return obj if math.isfinite(obj) else None
+    if obj is None or isinstance(obj, (bool, int, str)): return obj
+    return plain(obj.tolist()) if hasattr(obj, "tolist") else str(obj)
 
 
 def to_rows(ids: list,       # of the samples, in order
@@ -291,13 +300,10 @@ def to_rows(ids: list,       # of the samples, in order
     "Rows of a reply as dicts."
     rows = []
     for id, value, status, detail in zip(ids, scores.values.tolist(), scores.status, scores.details):
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) or hasattr(v, "item") and getattr(v, "size", 1) in (1, ()) and getattr(v, "ndim", 0) == 0
-        numbers = {k: float(v) for k, v in detail.items() if number(v)}
-        rest = {k: v if isinstance(v, (str, bool, list, dict, type(None))) else str(v) for k, v in detail.items() if k not in numbers}
-        row = {"id": id, "status": "error" if status == "failed" else status, "scores": {k: v for k, v in numbers.items() if math.isfinite(v)}, "raw": rest or None, "seconds": seconds}
-        if status == "ok": row["scores"]["score"] = value
-        else: row["scores"].pop("score", None)
-        rows.append(row)
+        detail = {k: v for k, v in plain(detail).items() if k != "score" or isinstance(v, str)}
+        numbers = {k: float(v) for k, v in detail.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        rest = {k: v for k, v in detail.items() if k not in numbers and v is not None}
+        rows.append({"id": id, "status": "error" if status == "failed" else status, "scores": numbers | ({"score": value} if status == "ok" else {}), "raw": rest or None, "seconds": seconds})
     return rows
 
 

@@ -218,7 +218,7 @@ def row(self: Service, id: str, future) -> dict:
     if isinstance(error, Broken): raise error
     return no_row(id, "timeout" if isinstance(error, TimeoutError) else "error", f"{error}" if isinstance(error, (Lost, TimeoutError)) else f"{type(error).__name__}: {error}")
 
-# %% ../../nbs/servers/02_service.ipynb #a68e551e
+# %% ../../nbs/servers/02_service.ipynb #d1473d85
 @patch
 def ready(self: Service) -> bool:
     return self.mode == "active" and self.worker.state != "broken"
@@ -263,6 +263,7 @@ async def set_state(self: Service,
             if lease_s: self.leases.take(client, lease_s)
             self.rest = "parked" if lease_s and self.rest != "off" else self.rest if lease_s else "active"
             await self.move("active")
+            if lease_s: self.leases.take(client, lease_s)   # counted from when the model is there: loading may take longer than the lease
         else:
             self.leases.give(client)
             self.rest = target

@@ -1,0 +1,7 @@
+"CameraFlow's pose server of rank 0 alone, in the foreground."
+from pathlib import Path
+
+from camflow.servers.app import make_server
+from camflow.servers.service import ServerConfig
+
+if __name__ == "__main__": make_server(ServerConfig("camflow.rewards.camera:CameraReward", port=34567, cameraflow="pose", roots=[str(Path.cwd())])).run()

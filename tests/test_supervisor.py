@@ -1,0 +1,124 @@
+"camflow serve: eight fake devices on the CPU, what dies is started again, and nothing is left behind."
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from camflow.files import InputError
+from camflow.processes import die_with_parent, free_port, started
+from camflow.servers import supervisor
+from camflow.servers.supervisor import ask, check_venvs, down, prepare, read_plan, status, supervisor_pid, up
+from tests.serving import ENV, ROOT, wait_for
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def ports(n):
+    "The first of n free ports in a row."
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + n): stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
+def write(tmp_path, **servers):
+    "A servers.toml with stub servers."
+    text = "[supervisor]\nlog_mb = 0.5\nrestarts = 2\nstart_s = 20\n"
+    for name, keys in servers.items(): text += f"[servers.{name}]\nmodule = \"tests.stub_server\"\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
+    (tmp_path/"servers.toml").write_text(text)
+    return tmp_path/"servers.toml"
+
+
+def state(path, name): return next(row for row in status(path) if row["name"] == name)
+
+
+def test_eight_devices(tmp_path):
+    "Up, told apart, one killed and back, down by pid; a second `up` is refused while they run."
+    first = ports(8)
+    path = write(tmp_path, camera={"port": first, "devices": 8})
+    rows = up(path, wait_s=30)
+    pids = [row["pid"] for row in rows]
+    try:
+        assert [row["state"] for row in rows] == ["ready"] * 8 and [row["port"] for row in rows] == list(range(first, first + 8))
+        told = [json.loads(ask(row["port"], "/v1/info")[1]) for row in rows]
+        assert [t["device"] for t in told] == [str(n) for n in range(8)] and [t["pid"] for t in told] == pids
+        assert [int((tmp_path/f".run/servers/camera-{n}.pid").read_text()) for n in range(8)] == pids
+        with pytest.raises(InputError, match="are up already"): up(path)
+        os.kill(pids[3], signal.SIGKILL)
+        wait_for(lambda: state(path, "camera-3")["restarts"] == 1 and state(path, "camera-3")["state"] == "ready", 20)
+        again = status(path)
+        assert again[3]["pid"] not in pids and [row["pid"] for n, row in enumerate(again) if n != 3] == [pid for n, pid in enumerate(pids) if n != 3]
+        table = subprocess.run([sys.executable, "-m", "camflow.lab.cli", "serve", "status", str(path)], env=ENV, capture_output=True, text=True)
+        assert table.returncode == 0 and table.stdout.count("ready") == 8
+        pids = [row["pid"] for row in again]
+    finally: assert down(path)
+    assert all(started(pid) is None for pid in pids) and supervisor_pid(tmp_path/".run/servers") is None and not list((tmp_path/".run/servers").glob("*.pid"))
+    assert {row["state"] for row in status(path)} == {"stopped"} and down(path) is False
+
+
+def test_budget_logs_and_bad_settings(tmp_path):
+    "A server that always dies is given up after its budget, with its last line; a wrong configuration at once; logs stay small; the good server goes on."
+    first = ports(4)
+    path = write(tmp_path, good={"port": first, "chatter": True}, dying={"port": first + 1, "die_after": 0.1}, wrong={"port": first + 2, "wrong": True})
+    try:
+        up(path, wait_s=0)
+        wait_for(lambda: len(status(path)) == 3 and state(path, "dying-0")["state"] == "failed" and state(path, "good-0")["state"] == "ready", 30)
+        assert state(path, "dying-0")["restarts"] == 2 and "status 7: going down" in state(path, "dying-0")["reason"]
+        assert state(path, "wrong-0")["state"] == "failed" and state(path, "wrong-0")["restarts"] == 0 and "configuration is wrong" in state(path, "wrong-0")["reason"]
+        log = tmp_path/".run/servers/good-0.log"
+        wait_for(lambda: log.with_suffix(".log.1").exists(), 10)
+        wait_for(lambda: log.stat().st_size < 600_000, 10)
+    finally: assert down(path)
+
+
+def test_nothing_outlives_the_supervisor(tmp_path):
+    "Its servers get a signal when it is killed; `status` says lost and `down` finds nothing."
+    path = write(tmp_path, a={"port": ports(2), "devices": 2})
+    process = subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", "serve", "up", "--foreground", str(path)], env=ENV, cwd=ROOT, preexec_fn=die_with_parent)
+    wait_for(lambda: [row["state"] for row in status(path)] == ["ready"] * 2, 60)
+    pids = [row["pid"] for row in status(path)]
+    process.kill(), process.wait()
+    wait_for(lambda: all(started(pid) is None for pid in pids), 10)
+    assert {row["state"] for row in status(path)} == {"lost"} and down(path) is False
+
+
+def test_a_port_that_is_taken(tmp_path):
+    first = ports(2)
+    path = write(tmp_path, a={"port": first, "devices": 2})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", first + 1)), s.listen()
+        with pytest.raises(InputError, match=rf"listens on {first + 1} \(a-1\)"): prepare(path)
+
+
+def test_environments(tmp_path):
+    "Built once and on request; again when the requirements change; a failure says what pip said."
+    (tmp_path/"need.txt").write_text("# nothing yet\n")
+    path = write(tmp_path, a={"port": free_port(), "venv": "venvs/a", "requirements": "need.txt", "system_site_packages": True})
+    with pytest.raises(InputError, match="serve up --install"): check_venvs(path)
+    check_venvs(path, install=True)
+    python = tmp_path/"venvs/a/bin/python"
+    assert read_plan(path).processes[0].python == str(python)
+    born = python.lstat().st_mtime_ns
+    check_venvs(path), check_venvs(path, install=True)
+    assert python.lstat().st_mtime_ns == born
+    assert subprocess.run([python, "-c", "import camflow.files, numpy"], cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}).returncode == 0
+    (tmp_path/"need.txt").write_text("--no-index\nno-such-package-of-camflow==1\n")
+    with pytest.raises(InputError, match="other requirements"): check_venvs(path)
+    with pytest.raises(InputError, match="no-such-package-of-camflow"): check_venvs(path, install=True)
+
+
+def test_the_file_of_the_repository():
+    "servers/servers.toml plans, and every folder it names has what it promises."
+    path = ROOT/"servers/servers.toml"
+    plan = read_plan(path)
+    assert len({one.port for one in plan.processes}) == len(plan.processes)
+    assert "ExecStart" in supervisor.systemd_unit(path)
+    for folder in [p for p in (ROOT/"servers").iterdir() if p.is_dir() and not p.name.startswith(".")]:
+        assert (folder/"README.md").is_file() and (folder/"requirements.txt").is_file()
+        assert len([line for line in (folder/"serve.py").read_text().splitlines() if line.strip()]) <= 8

@@ -145,7 +145,7 @@ def test_the_da3_reward_is_a_backend(scenes, tmp_path):
     sample = [Sample(scenes[0][1], PATH)]
     before, info = reward(sample), reward.info()
     reward.park(), reward.unpark()
-    assert torch.equal(reward(sample).values, before.values) and info["scores"]["lo"] == -2 and len(info["model_rev"]) == 16 and info["device"] == "cpu"
+    assert torch.equal(reward(sample).values, before.values) and info["scores"][0]["lo"] == -2 and len(info["model_rev"]) == 16 and info["device"] == "cpu"
     assert {"rot_deg", "trans_m"} <= set(before.details[0])
     other = DA3Reward(str(tmp_path), judge="camera", process_res=70)
     assert other.info()["model_rev"] == info["model_rev"] and other.info()["prompt_hash"] != info["prompt_hash"]

@@ -54,4 +54,4 @@ class DA3Reward:
         revision = sha256_file(file)[:16] if file.is_file() else self.weights
         settings = f"{self.judge} {self.views} {self.process_res} {self.ref_view} {self.rays} {sorted(self.options.items())}"
         return {"device": str(next(self.eye.model.parameters()).device), "model_rev": revision, "prompt_hash": hashlib.sha256(settings.encode()).hexdigest()[:16],
-                "scores": {"name": self.judge, "lo": -float(self.inner.limit), "hi": 0.0, "higher_better": True}}
+                "scores": [{"name": "score", "lo": -float(self.inner.limit), "hi": 0.0, "higher_better": True}]}

@@ -48,4 +48,4 @@ class SynchronyReward:
     def info(self) -> dict:
         "What a server tells about it."
         return {"device": str(next(self.features.model.parameters()).device) if self.features else "none", "model_rev": self.features.revision if self.features else "none",
-                "scores": {"name": "clip_v", "lo": -1.0, "hi": 1.0, "higher_better": True}}
+                "scores": [{"name": "score", "lo": -1.0, "hi": 1.0, "higher_better": True}]}

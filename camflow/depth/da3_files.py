@@ -31,7 +31,8 @@ class NestedDA3(nn.Module):
                  metric: DA3Config | str = "da3metric-large"):            # single-view branch with depth and sky
         super().__init__()
         self.da3, self.da3_metric = DepthAnything3(config), DepthAnything3(metric)
-        if not self.da3.config.cam_dec or self.da3.config.head != "dual": raise InputError("the any-view branch of a nested Depth Anything 3 needs camera and depth heads")
+        if not self.da3.config.cam_dec or self.da3.config.head != "dual":
+            raise InputError("the any-view branch of a nested Depth Anything 3 needs camera and depth heads")
         if self.da3_metric.config.head != "sky": raise InputError("the metric branch of a nested Depth Anything 3 must be a single-view model with a sky head")
 
     @property
@@ -60,7 +61,8 @@ def published_names(raw: dict  # tensors of a raw training checkpoint
     for old, tensor in raw.items():
         name = old
         for pattern, new in RAW_NAMES: name = re.sub(pattern, new, name)
-        if name in found: raise InputError(f"two tensors of the checkpoint become {name!r}, one of them {old!r}; Depth Anything 3; is it two checkpoints in one file?")
+        if name in found:
+            raise InputError(f"two tensors of the checkpoint become {name!r}, one of them {old!r}; Depth Anything 3; is it two checkpoints in one file?")
         found[name] = tensor
     return found
 
@@ -97,10 +99,13 @@ def read_tensors(path  # model.safetensors
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path} does not exist; give the folder of a published Depth Anything 3 (config.json and model.safetensors), or convert a raw checkpoint with convert_raw")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the folder of a published Depth Anything 3 (config.json and model.safetensors), or convert a "
+                         f"raw checkpoint with convert_raw")
     try: return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} ({path.stat().st_size} bytes) is no whole safetensors file ({error}); download it again; a few hundred bytes of text are a pointer of Git LFS") from error
+        raise InputError(f"{path} ({path.stat().st_size} bytes) is no whole safetensors file ({error}); download it again; a few hundred bytes of "
+                         f"text are a pointer of Git LFS") from error
 
 
 def load_da3(folder  # config.json and model.safetensors: of `save_da3`, or a published repository

@@ -76,7 +76,8 @@ def preprocess(images,                             # uint8 RGB [H,W,3] each, siz
     "(normalised images [1,S,3,h,w], K [1,S,3,3] or None); views of different size are cropped to the smallest."
     done = [process_image(np.asarray(im), process_res, method, None if K is None else K[i]) for i, im in enumerate(images)]
     size = tuple(min(im.shape[a] for im, _ in done) for a in (0, 1))
-    if min(size) < 14: raise InputError(f"views of {size[0]}x{size[1]} pixels after resizing; da3 preprocess; a side under 7 pixels has no patch, use a larger process_res")
+    if min(size) < 14:
+        raise InputError(f"views of {size[0]}x{size[1]} pixels after resizing; da3 preprocess; a side under 7 pixels has no patch, use a larger process_res")
     done = [_crop(im, size, k) for im, k in done]
     x = torch.stack([torch.from_numpy(np.ascontiguousarray(im)).permute(2, 0, 1).float() / 255 for im, _ in done])
     return ((x - MEAN) / STD)[None], None if K is None else torch.from_numpy(np.stack([k for _, k in done])).float()[None]
@@ -189,7 +190,8 @@ def predict(model,                       # of `load_da3`: DepthAnything3 or Nest
            ) -> Prediction:
     "Cameras, depth and confidence of a clip; never told a camera."
     clip = frames.byte().data if isinstance(frames, Frames) else torch.as_tensor(frames)
-    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[1] != 3: raise InputError(f"frames {tuple(clip.shape)} {clip.dtype}; da3 predict; give Frames or uint8 [T,3,H,W]")
+    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[1] != 3:
+        raise InputError(f"frames {tuple(clip.shape)} {clip.dtype}; da3 predict; give Frames or uint8 [T,3,H,W]")
     if ref_view not in REF_VIEWS: raise InputError(f"ref_view {ref_view!r}; da3 predict; one of {', '.join(REF_VIEWS)}")
     index = pick_views(len(clip), views)
     x, _ = preprocess([clip[i].permute(1, 2, 0).cpu().numpy() for i in index], process_res)

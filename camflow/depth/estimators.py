@@ -29,10 +29,10 @@ def estimate(estimator: Callable,  # list of uint8 [T,3,H,W] -> c2w [B,T,4,4], o
     return c2w, depth
 
 # %% ../../nbs/depth/04_estimators.ipynb #bba80f3d
-def load_estimator(folder=None,  # of save_pose, save_da3 or a published Depth Anything 3; None or "": the tiny estimator of this repository; "random": an untrained Depth Anything 3 of toy size
+def load_estimator(folder=None,  # of save_pose, save_da3 or a published Depth Anything 3; None or "": the tiny one; "random": untrained, toy size
                    **options     # of DA3Cameras: views, process_res, ref_view, rays
                   ) -> Callable:
-    "What `estimate` calls."
+    "What `estimate` calls: the tiny estimator of this repository, or a Depth Anything 3."
     if not folder or folder != "random" and read_json(Path(folder)/"config.json").get("model") == "PoseNet":
         from camflow.depth.pose_train import estimate_batch, load_pose
         if options: raise InputError(f"the tiny estimator takes no {', '.join(options)}; they belong to Depth Anything 3: give its folder, or leave them out")

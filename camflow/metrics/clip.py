@@ -77,11 +77,16 @@ def load_clip(weights: str  # folder of a published CLIP (transformers' layout),
     if weights == "random": return random_clip()
     from transformers import CLIPVisionModelWithProjection
     folder = Path(weights)
-    if not (folder/"config.json").is_file(): raise InputError(f"{folder} holds no config.json; CLIP; give the folder of a published CLIP in transformers' layout, e.g. of CLIP-ViT-H-14-laion2B-s32B-b79K")
+    if not (folder/"config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; CLIP; give the folder of a published CLIP in transformers' layout, e.g. of "
+                         f"CLIP-ViT-H-14-laion2B-s32B-b79K")
     try: model, told = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error: raise InputError(f"{folder} cannot be loaded as a CLIP ({str(error).splitlines()[0]}); download it again, or check that it is a CLIP") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} cannot be loaded as a CLIP ({str(error).splitlines()[0]}); download it again, or check that it is a CLIP") from error
     wrong = [*told["missing_keys"], *map(str, told["mismatched_keys"])]
-    if wrong: raise InputError(f"{len(wrong)} tensors of the CLIP in {folder} are missing or have other shapes ({', '.join(sorted(wrong)[:3])}); is it a CLIP with a vision part?")
+    if wrong:
+        raise InputError(f"{len(wrong)} tensors of the CLIP in {folder} are missing or have other shapes ({', '.join(sorted(wrong)[:3])}); is it a "
+                         f"CLIP with a vision part?")
     meta = read_json(folder/"preprocessor_config.json") if (folder/"preprocessor_config.json").is_file() else {}
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
     revision = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()[:16]
@@ -99,7 +104,8 @@ def clip_v(features,                # of ClipFeatures
            most: int = 60           # frames compared
           ) -> Tensor:
     "Cosines per compared frame; their mean is CLIP-V."
-    if len(video_T3HW) != len(source_T3HW): raise InputError(f"{len(video_T3HW)} frames against {len(source_T3HW)} of the source; CLIP-V; cut both to the same frames")
+    if len(video_T3HW) != len(source_T3HW):
+        raise InputError(f"{len(video_T3HW)} frames against {len(source_T3HW)} of the source; CLIP-V; cut both to the same frames")
     if len(video_T3HW) == 0: raise InputError("no frames; CLIP-V; give at least one")
     at = spread_frames(len(video_T3HW), most)
     return (features(video_T3HW[at]) * features(source_T3HW[at])).sum(1)

@@ -34,9 +34,11 @@ class DA3Reward:
     name: str = "da3"
 
     def __post_init__(self):
-        if not self.weights: raise InputError("no weights; DA3Reward; give the folder of a published Depth Anything 3 (e.g. of DA3-LARGE-1.1), or 'random' for a test")
+        if not self.weights:
+            raise InputError("no weights; DA3Reward; give the folder of a published Depth Anything 3 (e.g. of DA3-LARGE-1.1), or 'random' for a test")
         if self.judge not in JUDGES: raise InputError(f"judge {self.judge!r}; DA3Reward; one of {', '.join(JUDGES)}")
-        if self.ref_view not in ("first", "middle"): raise InputError(f"ref_view {self.ref_view!r}; DA3Reward; 'first' or 'middle', so that the clips of a group are measured alike")
+        if self.ref_view not in ("first", "middle"):
+            raise InputError(f"ref_view {self.ref_view!r}; DA3Reward; 'first' or 'middle', so that the clips of a group are measured alike")
         self.eye = load_estimator(self.weights, views=self.views, process_res=self.process_res, ref_view=self.ref_view, rays=self.rays)
         poses_only = lambda clips: found[0] if isinstance(found := self.eye(clips), tuple) else found
         try: self.inner = JUDGES[self.judge](self.eye if self.judge == "segments" else poses_only, **self.options)
@@ -53,5 +55,6 @@ class DA3Reward:
         file = Path(self.weights)/"model.safetensors"
         revision = sha256_file(file)[:16] if file.is_file() else self.weights
         settings = f"{self.judge} {self.views} {self.process_res} {self.ref_view} {self.rays} {sorted(self.options.items())}"
-        return {"device": str(next(self.eye.model.parameters()).device), "model_rev": revision, "prompt_hash": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        return {"device": str(next(self.eye.model.parameters()).device), "model_rev": revision, "prompt_hash": settings,
                 "scores": [{"name": "score", "lo": -float(self.inner.limit), "hi": 0.0, "higher_better": True}]}

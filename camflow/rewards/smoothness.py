@@ -67,7 +67,8 @@ def flow_statistics(frames,            # Frames or uint8 [T,3,H,W], at least thr
     change = [mean(length(_follow(g, f) - f), ok) for f, g, ok in zip(there[:-1], there[1:], sure[:-1])]
     if np.isnan(motion).all() or np.isnan(change).all(): raise InputError("no pixel can be followed from frame to frame; flow smoothness; is it noise?")
     steps = float(np.nanmean(motion))
-    return {"jerk": float(np.nanmean(change)) / (steps + STEP), "flicker": float(np.mean([r.mean() for r in residual])), "motion": steps * unit, "seen": float(np.mean(sure))}
+    flicker = float(np.mean([r.mean() for r in residual]))
+    return {"jerk": float(np.nanmean(change)) / (steps + STEP), "flicker": flicker, "motion": steps * unit, "seen": float(np.mean(sure))}
 
 # %% ../../nbs/rewards/10_smoothness.ipynb #2ad50f71
 @dataclass
@@ -81,7 +82,8 @@ class SmoothnessReward:
     name: str = "smoothness"
 
     def __post_init__(self):
-        if not min(self.jerk, self.flicker, self.least, self.still) > 0 or self.side < 16: raise InputError("jerk, flicker, least and still must be above 0 and side at least 16; SmoothnessReward")
+        if not min(self.jerk, self.flicker, self.least, self.still) > 0 or self.side < 16:
+            raise InputError("jerk, flicker, least and still must be above 0 and side at least 16; SmoothnessReward")
 
     def __call__(self, samples: list) -> Scores:
         rows = [self.one(s) for s in samples]
@@ -94,7 +96,7 @@ class SmoothnessReward:
             c2w = torch.as_tensor(sample.target).double()
             turn = (c2w[:-1, :3, :3].mT @ c2w[1:, :3, :3] - torch.eye(3)).flatten(1).norm(dim=1).mean() / math.sqrt(2)   # radians
             step = (c2w[1:, :3, 3] - c2w[:-1, :3, 3]).norm(dim=1).mean() / 10                                            # seen at ten metres: a lower bound
-            moves = max(moves, float(turn + step) * self.side)                                                           # a lens of 53 degrees shows one radian as `side` pixels
+            moves = max(moves, float(turn + step) * self.side)       # a lens of 53 degrees shows one radian as `side` pixels
         return moves if moves > self.still else 0.0
 
     def one(self, sample):
@@ -103,5 +105,6 @@ class SmoothnessReward:
         except InputError as error: return math.nan, "invalid", {"reason": f"sample {sample.id!r}: {error}"}
         over = lambda name, slack: max(0.0, found[name] - (usual[name] if usual else 0.0) - slack)
         wanted = self.expected(sample, usual)
-        parts = {"smooth": math.exp(-over("jerk", 0.2) / self.jerk), "steady": math.exp(-over("flicker", 0.01) / self.flicker), "moves": min(1.0, found["motion"] / (self.least * wanted)) if wanted else 1.0}
+        parts = {"smooth": math.exp(-over("jerk", 0.2) / self.jerk), "steady": math.exp(-over("flicker", 0.01) / self.flicker),
+                 "moves": min(1.0, found["motion"] / (self.least * wanted)) if wanted else 1.0}
         return math.prod(parts.values()), "ok", found | parts | {"expected_motion": wanted}

@@ -28,7 +28,8 @@ class SynchronyReward:
         if self.features is None and self.weights: self.features = load_clip(self.weights)
 
     def __call__(self, samples: list) -> Scores:
-        if self.features is None: return no_scores(len(samples), "failed", "no CLIP weights; synchrony; set weights to the folder of a published CLIP in transformers' layout")
+        if self.features is None:
+            return no_scores(len(samples), "failed", "no CLIP weights; synchrony; set weights to the folder of a published CLIP in transformers' layout")
         rows = [self.one(s) for s in samples]
         return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
 
@@ -47,5 +48,6 @@ class SynchronyReward:
 
     def info(self) -> dict:
         "What a server tells about it."
-        return {"device": str(next(self.features.model.parameters()).device) if self.features else "none", "model_rev": self.features.revision if self.features else "none",
+        where = str(next(self.features.model.parameters()).device) if self.features else "none"
+        return {"device": where, "model_rev": self.features.revision if self.features else "none",
                 "scores": [{"name": "score", "lo": -1.0, "hi": 1.0, "higher_better": True}]}

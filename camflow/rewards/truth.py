@@ -35,10 +35,15 @@ class TruthReward:
 
     def one(self, sample):
         "(value, status, details) of one sample."
-        if sample.truth is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no true video; truth reward; use paired data (the world, or MultiCamVideo with cameras='paired')"}
+        if sample.truth is None:
+            return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no true video; truth reward; use paired data (the world, or "
+                                                   f"MultiCamVideo with cameras='paired')"}
         made, true = byte_frames(sample.frames)[self.skip:], byte_frames(sample.truth)[self.skip:]
-        if made.shape != true.shape or not len(made): return math.nan, "invalid", {"reason": f"sample {sample.id!r}: {tuple(made.shape)} against a truth of {tuple(true.shape)} after {self.skip} skipped frames; give clips of one length and size"}
-        try: per_frame = {"psnr": lambda: psnr(made, true, "byte", per_frame=True).clamp(max=self.limit), "ssim": lambda: ssim(made, true, "byte", per_frame=True),
+        if made.shape != true.shape or not len(made):
+            return math.nan, "invalid", {"reason": f"sample {sample.id!r}: {tuple(made.shape)} against a truth of {tuple(true.shape)} after "
+                                                   f"{self.skip} skipped frames; give clips of one length and size"}
+        try: per_frame = {"psnr": lambda: psnr(made, true, "byte", per_frame=True).clamp(max=self.limit),
+                          "ssim": lambda: ssim(made, true, "byte", per_frame=True),
                           "error": lambda: -(made.float() - true.float()).abs().mean((1, 2, 3)) / 255}[self.measure]()
         except InputError as error: return math.nan, "invalid", {"reason": f"sample {sample.id!r}: {error}"}
         return float(per_frame.mean()), "ok", {self.measure: float(per_frame.mean()), "worst_frame": float(per_frame.min())}

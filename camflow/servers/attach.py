@@ -70,14 +70,18 @@ def attached(path,                    # servers.toml
     folder = Path(plan.folder)
     (folder/"state.json").unlink(missing_ok=True)
     with open(folder/"supervisor.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "camflow.servers.supervisor", "--plan", str(folder/"plan.json")], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        words = [sys.executable, "-m", "camflow.servers.supervisor", "--plan", str(folder/"plan.json")]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                    start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
     try:
         end, rows = time.monotonic() + wait_s, []
         while not rows or any(row["state"] != "ready" for row in rows):
             if process.poll() is not None: raise InputError(f"the supervisor ended with status {process.returncode}; {path}; see {folder/'supervisor.log'}")
-            if failed := [row for row in rows if row["state"] == "failed"]: raise InputError(f"server {failed[0]['name']} gave up: {failed[0]['reason']}; {path}; see {failed[0]['log']}")
-            if time.monotonic() > end: raise InputError(f"not ready after {wait_s:.0f} s: {', '.join(row['name'] for row in rows if row['state'] != 'ready') or 'all'}; {path}; see the logs in {folder}")
+            if failed := [row for row in rows if row["state"] == "failed"]:
+                raise InputError(f"server {failed[0]['name']} gave up: {failed[0]['reason']}; {path}; see {failed[0]['log']}")
+            if time.monotonic() > end:
+                raise InputError(f"not ready after {wait_s:.0f} s: {', '.join(row['name'] for row in rows if row['state'] != 'ready') or 'all'}; "
+                                 f"{path}; see the logs in {folder}")
             time.sleep(0.2)
             rows = status(path)
         yield rows

@@ -6,22 +6,18 @@
 __all__ = ['CONFIGS', 'REF_VIEWS', 'DA3Config', 'config_from_reference', 'rope', 'rope_positions', 'Attention', 'Mlp', 'SwiGlu',
            'LayerScale', 'Block', 'select_reference', 'view_order', 'take_views', 'PatchEmbed', 'Backbone', 'Features',
            'quaternion_to_matrix', 'matrix_to_quaternion', 'decode_pose', 'encode_pose', 'invert_pose', 'CameraDecoder',
-           'normalize_extrinsics', 'CameraEncoder', 'DepthAnything3', 'init_weights', 'load_state', 'save_da3',
-           'load_da3']
+           'normalize_extrinsics', 'CameraEncoder', 'DepthAnything3', 'init_weights']
 
 # %% ../../nbs/depth/00_da3.ipynb #a5adf0f6
-import json
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..files import InputError, atomic_write, read_json, write_json
+from ..files import InputError
 
 # %% ../../nbs/depth/00_da3.ipynb #83d9c0d7
 @dataclass(frozen=True)
@@ -78,6 +74,7 @@ def config_from_reference(numbers: dict  # the constructor numbers of the origin
 
 # %% ../../nbs/depth/00_da3.ipynb #f19e6acf
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _rope_table(h: int, w: int, d: int, views: int, local: bool, base: float = 100.0):
     "cos and sin, each [views*(1+h*w), d], made on the host."
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -99,11 +96,26 @@ def rope(x: Tensor,         # [..., tokens, d]
     return x * cos.to(x.dtype) + torch.cat([-b, a, -e, c], -1) * sin.to(x.dtype)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # tables made while measuring must also serve training
+def _rope_on(device: torch.device, *key):
+    "cos and sin of `_rope_table(*key)` on a device."
+    return tuple(table.to(device) for table in _rope_table(*key)[1:])
+
+
 def rope_positions(h: int, w: int, local: bool = True) -> Tensor:
     "Token positions [1+h*w, 2] (row, column) as rotary angles see them."
     return _rope_table(h, w, 4, 1, local)[0]
 
 # %% ../../nbs/depth/00_da3.ipynb #5fab435b
+def _turn(x, table, every):
+    "Rotary positions of all tokens, or of each `every`-th one."
+    if every == 1: return rope(x, *table)
+    few = x[:, :, ::every]
+    few.copy_(rope(few, *table))   # in place: x is the fresh result of a norm, which no gradient needs
+    return x
+
+
 class Attention(nn.Module):
     "Multi-head self-attention with packed qkv, optional norms of q and k, optional rotary positions."
     def __init__(self, dim, heads, qk_norm=False):
@@ -113,11 +125,11 @@ class Attention(nn.Module):
         if qk_norm: self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
         self.qk_norm = qk_norm
 
-    def forward(self, x: Tensor, table=None) -> Tensor:  # x [B,N,C]; table: cos and sin [N,d]
+    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:  # x [B,N,C]; table: cos and sin [N,d], or [1,d] for each `every`-th token
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         if self.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
-        if table is not None: q, k = rope(q, *table), rope(k, *table)
+        if table is not None: q, k = (_turn(y, table, every) for y in (q, k))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(B, N, C))
 
@@ -161,8 +173,8 @@ class Block(nn.Module):
         self.mlp = SwiGlu(dim, hidden) if ffn == "swiglu" else Mlp(dim, hidden)
         self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
-    def forward(self, x: Tensor, table=None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), table))
+    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), table, every))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/depth/00_da3.ipynb #eb1f8f04
@@ -199,7 +211,8 @@ def view_order(index_B: Tensor, S: int) -> Tensor:
 
 def take_views(x: Tensor, order_BS: Tensor) -> Tensor:
     "x [B,S,...] with its views in the given order; `take_views(y, order.argsort(1))` undoes it."
-    return x.gather(1, order_BS.reshape(*order_BS.shape, *[1] * (x.dim() - 2)).expand_as(x))
+    if len(x) == 1: return x.index_select(1, order_BS[0])
+    return x.gather(1, order_BS.reshape(*order_BS.shape, *[1] * (x.dim() - 2)).expand(*order_BS.shape, *x.shape[2:]))
 
 # %% ../../nbs/depth/00_da3.ipynb #72d6e078
 class PatchEmbed(nn.Module):
@@ -250,7 +263,7 @@ class Backbone(nn.Module):
 @dataclass
 class Features:
     "What the backbone hands to the heads, one entry per out layer, views in the order given."
-    maps: list                      # each [B,S,h*w,width]: first half raw, second half normalised
+    maps: list                      # each [B,V,h*w,width] of the views asked for: first half raw, second half normalised
     tokens: list                    # each [B,S,width]: the camera token, raw
     reference: Tensor | None = None # [B], None where no view was chosen
     trace: dict = field(default_factory=dict)
@@ -260,12 +273,11 @@ class Features:
 def run_block(self: Backbone, i: int, x: Tensor, h: int, w: int) -> Tensor:
     "Block i on x [B,S,N,C]: local blocks see one view, global blocks all of them."
     B, S, N, C = x.shape
-    joint = self.is_global(i)
-    table = None
-    if self.in_second_part(i):
-        table = [t.to(x.device) for t in _rope_table(h, w, C // self.config.num_heads, S if joint else 1, not joint)[1:]]
+    joint, d = self.is_global(i), C // self.config.num_heads
     flat = x.reshape(B, S * N, C) if joint else x.reshape(B * S, N, C)
-    return self.blocks[i](flat, table)
+    if not self.in_second_part(i): return self.blocks[i](flat)
+    cos, sin = _rope_on(x.device, 1, 1, d, 1, False) if joint else _rope_on(x.device, h, w, d, 1, True)
+    return self.blocks[i](flat, (cos[1:], -sin[1:]), N) if joint else self.blocks[i](flat, (cos, sin))
 
 # %% ../../nbs/depth/00_da3.ipynb #d75a5b22
 @patch
@@ -274,6 +286,7 @@ def forward(self: Backbone,
             ref_view: str = "saddle_balanced", # how to choose the reference view from three views on
             cam_token: Tensor | None = None,   # [B,S,C] tokens of known cameras (then no view is moved)
             trace: bool = False,               # keep every block's output
+            views: list | None = None,         # whose maps are wanted; None: all, []: tokens only
            ) -> Features:
     "Runs all blocks; returns the out layers' features."
     cfg, x = self.config, self.tokens(images_BSCHW)
@@ -283,8 +296,7 @@ def forward(self: Backbone,
     for i in range(cfg.depth):
         if self.alternates and i == cfg.alt_start - 1 and S >= 3 and cam_token is None:
             out.reference = select_reference(x[:, :, 0].float(), ref_view)
-            order = view_order(out.reference, S)
-            x = take_views(x, order)
+            if ref_view != "first": x = take_views(x, order := view_order(out.reference, S))
         if self.alternates and i == cfg.alt_start:
             cam = cam_token if cam_token is not None else torch.cat([self.camera_token[:, :1], self.camera_token[:, 1:].expand(1, S - 1, C)], 1).expand(B, S, C)
             x = torch.cat([cam[:, :, None].to(x.dtype), x[:, :, 1:]], 2)
@@ -292,18 +304,22 @@ def forward(self: Backbone,
         if trace: out.trace[f"block{i}"] = flat
         x = flat.reshape(B, S, N, C)
         if not self.is_global(i): local = x
-        if i in cfg.out_layers: self.append(out, local, x, order)
+        if i in cfg.out_layers: self.append(out, local, x, order, views)
     return out
 
 
 @patch
-def append(self: Backbone, out: Features, local: Tensor, x: Tensor, order):
+def append(self: Backbone, out: Features, local: Tensor, x: Tensor, order, views):
     "Adds one out layer's maps and tokens, with the views put back in their order."
-    y = torch.cat([local, x], -1) if self.alternates else x
-    if order is not None: y, x, local = (take_views(a, order.argsort(1)) for a in (y, x, local))
-    normed = self.norm(x)
-    out.tokens.append(y[:, :, 0])
-    out.maps.append(torch.cat([local[:, :, 1:], normed[:, :, 1:]], -1) if self.alternates else normed[:, :, 1:])
+    token = torch.cat([local[:, :, 0], x[:, :, 0]], -1) if self.alternates else x[:, :, 0]
+    out.tokens.append(token if order is None else take_views(token, order.argsort(1)))
+    if views is not None and not len(views): return
+    if order is not None:
+        places = order.argsort(1) if views is None else order.argsort(1)[:, views]
+        local, x = take_views(local, places), take_views(x, places)
+    elif views is not None: local, x = local[:, views], x[:, views]
+    normed = self.norm(x[:, :, 1:])
+    out.maps.append(torch.cat([local[:, :, 1:], normed], -1) if self.alternates else normed)
 
 # %% ../../nbs/depth/00_da3.ipynb #e000d130
 def quaternion_to_matrix(q: Tensor  # [...,4] order x y z w, any length but zero
@@ -414,15 +430,18 @@ class DepthAnything3(nn.Module):
                 heads: tuple = ("camera", "depth"),   # of camera, depth, rays
                 extrinsics: Tensor | None = None,     # [B,S,4,4] known w2c, used as given; leave out to measure
                 intrinsics: Tensor | None = None,     # [B,S,3,3] of the known cameras
+                views: list | None = None,            # whose depth and rays are wanted; None: all
+                dtype: torch.dtype = torch.float32,   # of the backbone (camflow.device.compute_dtype()); heads are float32
                ) -> dict:
         "pose_enc, extrinsics (w2c), intrinsics, depth, depth_conf, ray, ray_conf, sky: what the heads asked for give."
-        size = tuple(images_BSCHW.shape[-2:])
+        size, where = tuple(images_BSCHW.shape[-2:]), images_BSCHW.device.type
+        dense = bool(self.config.head) and ("depth" in heads or "rays" in heads)
         cam = None if extrinsics is None else self.cam_enc(extrinsics.float(), intrinsics.float(), size)
-        features = self.backbone["pretrained"](images_BSCHW, ref_view, cam)
+        with torch.autocast(where, dtype, enabled=dtype != torch.float32):
+            features = self.backbone["pretrained"](images_BSCHW, ref_view, cam, views=views if dense else [])
         out = {"camera_feature": features.tokens[-1], "reference_view": features.reference, "cam_token": cam}
         if "camera" in heads and self.config.cam_dec: out |= self.cameras(features.tokens[-1].float(), size)
-        if self.config.head and ("depth" in heads or "rays" in heads):
-            out |= self.head([m.float() for m in features.maps], size, rays="rays" in heads)
+        if dense: out |= self.head([m.float() for m in features.maps], size, rays="rays" in heads)
         return {k: v for k, v in out.items() if v is not None}
 
     def cameras(self, token: Tensor, size: tuple) -> dict:
@@ -445,35 +464,3 @@ def init_weights(model: DepthAnything3, generator: torch.Generator, std: float =
             model.cam_dec.fc_qvec.bias[3] = 1
             model.cam_dec.fc_fov[0].bias.fill_(0.7)
     return model
-
-# %% ../../nbs/depth/00_da3.ipynb #9adf367f
-def load_state(model: nn.Module, state: dict, where: str = "the state dict") -> nn.Module:
-    "Strict load of tensors with or without the published prefix; Gaussian-head tensors of the giant model are left aside."
-    state = {k.removeprefix("model."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith("gs_head.")}
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {list(state[k].shape)}, wanted {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong: raise InputError(f"{len(wrong)} tensors of {where} do not fit: {'; '.join(wrong[:5])}; load the configuration that the file was made with")
-    model.load_state_dict(state)
-    return model
-
-
-def save_da3(model: DepthAnything3, folder, dtype=torch.float16):
-    "Writes config.json and model.safetensors (published names)."
-    from safetensors.torch import save
-    write_json(Path(folder) / "config.json", {"model": "DepthAnything3", "config": asdict(model.config)})
-    state = {f"model.{k}": v.detach().to("cpu", dtype).contiguous().clone() for k, v in model.state_dict().items()}
-    with atomic_write(Path(folder) / "model.safetensors") as file: file.write(save(state))
-
-
-def load_da3(folder) -> DepthAnything3:
-    "Reads a folder that `save_da3` wrote, or a downloaded published repository; float32, eval mode."
-    from safetensors.torch import load_file
-    meta = read_json(Path(folder) / "config.json")
-    name = meta.get("model_name")
-    if name is not None and name not in CONFIGS: raise InputError(f"{folder}/config.json names {name!r}; known: {', '.join(CONFIGS)}")
-    if name is None and "config" not in meta: raise InputError(f"{folder}/config.json has neither model_name nor config; write it with save_da3")
-    config = CONFIGS[name] if name else DA3Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
-    state = {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}
-    return load_state(DepthAnything3(config), state, str(folder)).eval()

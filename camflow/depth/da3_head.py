@@ -6,7 +6,7 @@
 __all__ = ['uv_embedding', 'ResidualUnit', 'Fusion', 'DualDPT', 'SkyDPT', 'fill_sky', 'metric_scale']
 
 # %% ../../nbs/depth/01_da3_head.ipynb #45ab2eb2
-import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,24 @@ def uv_embedding(channels: int,  # a multiple of 4
     a, b = u * omega[:, None, None], v * omega[:, None, None]
     return (0.1 * torch.cat([a.sin(), a.cos(), b.sin(), b.cos()])).float()
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # tables made while measuring must also serve training
+def _uv_on(device: torch.device, *key):
+    "`uv_embedding(*key)` as [1,channels,p,q], channels-last, on a device: a few million sines that every clip of one size shares."
+    return uv_embedding(*key)[None].contiguous(memory_format=torch.channels_last).to(device)
+
+
+def _placed(x, size):
+    "x [V,c,p,q] with the embedding of its places."
+    return x + _uv_on(x.device, *x.shape[1:], size)
+
 # %% ../../nbs/depth/01_da3_head.ipynb #74379990
 def _conv3(a, b, bias=True, stride=1): return nn.Conv2d(a, b, 3, stride, 1, bias=bias)
+
+
+def _point(conv, x):
+    "A 1x1 convolution as one matrix product over channels-last pixels."
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
 
 
 def _resize(x, size): return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
@@ -43,7 +59,7 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = _conv3(f, f), _conv3(f, f)
 
-    def forward(self, x): return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+    def forward(self, x): return x + self.conv2(F.relu_(self.conv1(F.relu(x))))
 
 
 class Fusion(nn.Module):
@@ -55,7 +71,7 @@ class Fusion(nn.Module):
 
     def forward(self, y, skip, size):
         if skip is not None: y = y + self.resConfUnit1(skip)
-        return self.out_conv(_resize(self.resConfUnit2(y), size))
+        return _resize(_point(self.out_conv, self.resConfUnit2(y)), size)
 
 # %% ../../nbs/depth/01_da3_head.ipynb #df056a0b
 class _DPT(nn.Module):
@@ -75,8 +91,8 @@ class _DPT(nn.Module):
         h, w = size[0] // 14, size[1] // 14
         out = []
         for k, x in enumerate(maps):
-            x = self.projects[k](x.transpose(1, 2).reshape(len(x), -1, h, w))
-            if uv: x = x + uv_embedding(x.shape[1], h, w, size).to(x)
+            x = _point(self.projects[k], x.transpose(1, 2).unflatten(2, (h, w)))
+            if uv: x = _placed(x, size)
             out.append(getattr(self.scratch, f"layer{k + 1}_rn")(self.resize_layers[k](x)))
         return out
 
@@ -87,6 +103,15 @@ class _DPT(nn.Module):
             size = levels[k - 1].shape[2:] if k else (2 * x.shape[2], 2 * x.shape[3])
             y = getattr(self.scratch, f"refinenet{k + 1}{suffix}")(x if y is None else y, None if y is None else x, size)
         return y
+
+    def last(self, y, stages):
+        "3x3 convolution, ReLU, 1x1 convolution."
+        return _point(stages[2], F.relu_(stages[0](y)))
+
+    def forward(self, maps, size, rays=False, chunk=8):  # maps: four [B,V,h*w,width]; size (H,W); chunk: views at a time, for memory -> dict of [B,V,...]
+        flat = [m.flatten(0, 1) for m in maps]
+        parts = [self.views([m[n:n + chunk] for m in flat], size, rays) for n in range(0, len(flat[0]), chunk)]
+        return {name: torch.cat([part[name] for part in parts]).unflatten(0, maps[0].shape[:2]) for name in parts[0]}
 
 # %% ../../nbs/depth/01_da3_head.ipynb #4f5146e7
 class DualDPT(_DPT):
@@ -101,21 +126,19 @@ class DualDPT(_DPT):
         s.output_conv1_aux = nn.ModuleList(chain() for _ in range(4))
         s.output_conv2_aux = nn.ModuleList(nn.ModuleDict({"0": _conv3(half, 32), "2": shared, "5": nn.Conv2d(32, 7, 1)}) for _ in range(4))
 
-    def forward(self, maps, size, rays=False):  # maps: four [B,S,h*w,width]; size (H,W) -> dict of [B,S,...]
-        B, S = maps[0].shape[:2]
-        levels = self.levels([self.norm(m.flatten(0, 1)) for m in maps], size, uv=True)
-        y = _resize(self.scratch.output_conv1(self.fuse(levels)), size)
-        y = self.scratch.output_conv2(y + uv_embedding(y.shape[1], *size, size).to(y)).reshape(B, S, 2, *size)
-        out = {"depth": y[:, :, 0].exp(), "depth_conf": y[:, :, 1].exp() + 1}
-        return out | self.rays(levels, size, B, S) if rays else out
+    def views(self, maps, size, rays):
+        "Of maps [V,h*w,width]: depth and confidence [V,H,W], and where asked for rays [V,8h,8w,6] and theirs."
+        levels = self.levels([self.norm(m) for m in maps], size, uv=True)
+        y = _placed(_resize(self.scratch.output_conv1(self.fuse(levels)), size), size)
+        y = self.last(y, self.scratch.output_conv2)
+        out = {"depth": y[:, 0].exp(), "depth_conf": y[:, 1].exp() + 1}
+        return out | self.rays(levels, size) if rays else out
 
-    def rays(self, levels, size, B, S):
-        y = self.scratch.output_conv1_aux[3](self.fuse(levels, "_aux"))
-        y = y + uv_embedding(y.shape[1], *y.shape[2:], size).to(y)
-        last = self.scratch.output_conv2_aux[3]
-        y = last["0"](y).permute(0, 2, 3, 1)
-        y = last["5"](F.relu(last["2"](y)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = y.reshape(B, S, *y.shape[1:])
+    def rays(self, levels, size):
+        y = _placed(self.scratch.output_conv1_aux[3](self.fuse(levels, "_aux")), size)
+        stages = self.scratch.output_conv2_aux[3]
+        y = stages["2"](stages["0"](y).permute(0, 2, 3, 1))
+        y = _point(stages["5"], F.relu(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return {"ray": y[..., :6], "ray_conf": y[..., 6].exp() + 1}
 
 # %% ../../nbs/depth/01_da3_head.ipynb #f25e5a8a
@@ -125,11 +148,9 @@ class SkyDPT(_DPT):
         super().__init__(width, features, channels, 1)
         self.scratch.sky_output_conv2 = nn.Sequential(_conv3(features // 2, 32), nn.ReLU(), nn.Conv2d(32, 1, 1))
 
-    def forward(self, maps, size, rays=False):
-        B, S = maps[0].shape[:2]
-        y = self.scratch.output_conv1(self.fuse(self.levels([m.flatten(0, 1) for m in maps], size, uv=False)))
-        y = _resize(y, size)
-        return {"depth": self.scratch.output_conv2(y).exp().reshape(B, S, *size), "sky": self.scratch.sky_output_conv2(y).relu().reshape(B, S, *size)}
+    def views(self, maps, size, rays):
+        y = _resize(self.scratch.output_conv1(self.fuse(self.levels(maps, size, uv=False))), size)
+        return {"depth": self.last(y, self.scratch.output_conv2)[:, 0].exp(), "sky": self.last(y, self.scratch.sky_output_conv2)[:, 0].relu()}
 
 # %% ../../nbs/depth/01_da3_head.ipynb #4411a876
 def _sample(x: Tensor, generator, most=100_000):

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .da3 import DA3Config, DepthAnything3, init_weights, load_state
+from .da3 import DA3Config, DepthAnything3, init_weights
+from .da3_files import load_state
 from ..device import generator, ranks_share
 from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
 from ..media.frames import Frames

@@ -27,6 +27,7 @@ class Sample:
     K: Tensor | None = None       # [3,3] its intrinsics, pixels of the frames
     id: str = ""                  # for messages and records
     meta: dict = field(default_factory=dict)  # group, seed, step, ...
+    truth: Any = None             # Frames or uint8 tensor: what should have come out, where it is known
 
     def __post_init__(self):
         if (self.depth is None) != (self.K is None): raise InputError(f"sample {self.id!r}: depth and K belong together; give both or none")

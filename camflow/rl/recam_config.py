@@ -17,8 +17,10 @@ from .losses import FORWARD
 from ..training.loop import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
-REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward", "appearance": "camflow.rewards.appearance:AppearanceReward",
-           "remote": "camflow.rewards.client:RemoteReward"}
+REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward",
+           "appearance": "camflow.rewards.appearance:AppearanceReward", "da3": "camflow.rewards.da3_reward:DA3Reward",
+           "synchrony": "camflow.rewards.synchrony:SynchronyReward", "smoothness": "camflow.rewards.smoothness:SmoothnessReward",
+           "truth": "camflow.rewards.truth:TruthReward", "remote": "camflow.rewards.client:RemoteReward"}
 
 
 def reward_class(name: str): # of REWARDS, or package.module:Class

@@ -134,7 +134,8 @@ def to_sample(frames, cond, item):
     "What rewards judge: the clip, what was asked, and what it was made from."
     from camflow.rewards.protocol import Sample
     clip = cond["clip"]
-    return Sample(frames=frames, target=clip.path_T44, prompt=clip.prompt, source=clip.source, depth=clip.depth, K=clip.K, id=f"{clip.id} #{item.member}", meta=item._asdict())
+    return Sample(frames=frames, target=clip.path_T44, prompt=clip.prompt, source=clip.source, depth=clip.depth, K=clip.K,
+                  id=f"{clip.id} #{item.member}", meta=item._asdict(), truth=clip.truth)
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #fc7af2de
 class Judge:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from camflow.depth import da3, da3_head, da3_video
+from camflow.depth import da3, da3_files, da3_head, da3_video
 from tests.parity.seeded import seeded_array
 
 NETWORK, UNIT, FOCAL = 5e-5, 2e-6, 1e-4  # pass lines of the goldens' README: |a-b| <= tolerance * max(1,|b|); intrinsics relative to |b|
@@ -34,7 +34,7 @@ class Folder:
         if self.model_of[0] != name:
             self.model_of = (name, None)
             numbers, state = self.configs[name], self.weights(name)
-            build = lambda c, s: da3.load_state(da3.DepthAnything3(da3.config_from_reference(c)), s).eval()
+            build = lambda c, s: da3_files.load_state(da3.DepthAnything3(da3.config_from_reference(c)), s).eval()
             if "net" in numbers: self.model_of = (name, build(numbers, state))
             else: self.model_of = (name, {k: build(numbers[k], {n.removeprefix(f"model.{k}."): v for n, v in state.items() if n.startswith(f"model.{k}.")}) for k in numbers})
         return self.model_of[1]

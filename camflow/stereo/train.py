@@ -173,7 +173,7 @@ DEFAULTS = dict(model="tiny", start=None,                                       
                 steps=4000, batch_size=1, lr=1e-3, weight_decay=1e-5, schedule="onecycle", grad_clip=1.0, ema_decay=0.995,
                 checkpoint_every=0, checkpoint_seconds=60.0, validate_every=500, log_every=10, seed=0, card="")
 
-
+# %% ../../nbs/stereo/08_train.ipynb #0ef3cb1d
 def crop_length(frames,   # T, or a list of lengths
                 seed: int, step: int): # of the run; done
     "T of a step's crops, the same on all ranks."

@@ -35,7 +35,7 @@ def test_it_is_fast_and_leaves_torch_alone():
     ("recam_grpo", "npu32", ([2**36], 2**40, 64), "not here", "asks for 8 devices on each of 4 machines; here are 1 accelerators"),
     ("recam_finetune", "npu8", SERVER, "not here", "data=multicam needs -p root=FOLDER"),
     ("multicam_prepare", "npu8", SERVER, "not here", "root=MultiCamVideo-Dataset is not there"),
-    ("multicam_caption", "npu32", LAPTOP, "not here", "asks for 8 devices on each of 4 machines"),
+    ("multicam_caption", "npu32", ([], 2**34, 2), "not here", "asks for 8 devices on each of 4 machines"),
     ("webvid_prepare", "smoke", LAPTOP, "runs", ""),
     ("recam_finetune", "gpu", ([2**36], 2**38, 16), "runs", "GiB"),
     ("recam_generate", "wan", SERVER, "not here", "weights=weights/recam-wan2.1-1.3b is not there; give it with -p weights=PATH"),

@@ -33,8 +33,8 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        "Whether there is a number."
-        return not math.isnan(self.value)
+        "Whether there is a number that means something; what drawn weights say does not."
+        return self.status != "random_weights" and not math.isnan(self.value)
 
 # %% ../../nbs/metrics/00_interface.ipynb #427bec3b
 class Metric(Protocol):

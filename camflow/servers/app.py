@@ -300,7 +300,7 @@ def add_routes(app: FastAPI):
     @app.get("/readyz", response_class=Response)
     async def readyz(request: Request):
         service = request.app.state.service
-        good = service.mode in ("active", "moving", "parked") and service.worker.state not in ("broken", "starting", "dead") and not service.draining
+        good = (service.mode in ("active", "moving", "parked") or service.mode == service.rest == "off") and service.worker.state not in ("broken", "starting", "dead") and not service.draining
         return answer({"ready": good, **service.status()}, 200 if good else 503)
     @app.get("/metrics", response_class=Response)
     async def metrics(request: Request): return Response(request.app.state.service.metrics(), media_type="text/plain; version=0.0.4")

@@ -295,7 +295,8 @@ def test_states_and_memory(folder):
         assert state(target="off", client="a")["state"] == "active"                   # b needs it
         wait_for(lambda: server.service.mode == "off", 20)                            # b never came back
         assert started(pid) is None and resident(pid) == 0
-        assert server.http.get("/readyz").status_code == 503 and server.http.get("/healthz").status_code == 200
+        ready = server.http.get("/readyz")                                            # off on purpose: a sample sent now would wake it
+        assert ready.status_code == 200 and ready.json()["state"] == "off" and server.http.get("/healthz").status_code == 200
         assert ask(server, {"video": clip(folder)})[0]["status"] == "ok"
         for bad in ({"target": "asleep"}, {}, {"target": "off", "lease_s": -1}, {"target": "off", "force": True}): assert server.http.post("/v1/state",
                 json=bad).status_code == 400

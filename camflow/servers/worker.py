@@ -134,7 +134,8 @@ def child(fd: int,      # its end of the socket pair
     try:
         reward = make_reward(spec.reward, spec.options)
         send(out, {"n": 0, "info": describe(reward)})
-    except Exception as error: return send(out, {"n": 0, "failed": f"{type(error).__name__}: {error}"[:2000]}) # the parent raises it
+    except Exception as error:                     # the parent raises it
+        return send(out, {"n": 0, "failed": f"{type(error).__name__}: {error}"[:2000], "wrong": isinstance(error, InputError)})
     todo = queue.Queue(1)
     threading.Thread(target=read_ahead, args=(file, todo, roots, limits), daemon=True).start()
     while message := todo.get():
@@ -176,6 +177,7 @@ class Worker:
         self.flying, self.number, self.since = {}, 0, 0.0
         self.deaths, self.died, self.reason, self.info = deque(), 0, "", {}
         self.state, self.lock = "off", None        # off, starting, active, parked, broken
+        self.wrong = False                         # the reward refused its settings: starting again will not help
 
     @property
     def alive(self) -> bool: return self.writer is not None and self.process is not None and self.process.poll() is None
@@ -212,6 +214,7 @@ async def start(self: Worker):
         except TimeoutError: answer = {"failed": f"not ready after {self.spec.start_s:.0f} s"}
         except Lost as error: answer = {"failed": str(error)}
         if "failed" in answer:
+            self.wrong = answer.get("wrong", False)
             self.kill(answer["failed"])
             self.state = "broken"
             raise Broken(f"the reward {self.spec.reward} could not be made: {answer['failed']}")

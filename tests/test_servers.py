@@ -151,6 +151,9 @@ def test_paths_outside(server, folder):
     assert len({reason(rows[n]).split("is ")[-1] for n in (0, 3, 4)}) == 1
 
 
+def test_relative_paths(server): assert "relative" in reason(ask(server, {"video": {"path": "clip.npy"}})[0])
+
+
 def test_bombs(server, folder):
     "Small files that promise much: refused by their headers, in milliseconds, without the memory."
     with open(folder/"bomb.npy", "wb") as file: np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**4, 10**4,
@@ -321,19 +324,16 @@ def test_states_and_memory(folder):
             assert all(row.result()[0]["status"] == "ok" for row in rows)
 
 
-class Sticky(SleepReward):
-    "Can neither let go of its memory nor take it back."
-    def park(self): raise RuntimeError("it sticks")
-    def unpark(self):
-        if hasattr(self, "ballast"): raise RuntimeError("no room")
-        super().unpark()
-
-
 class Full(SleepReward):
     "Parks, and then finds its place taken."
     def unpark(self):
         if hasattr(self, "ballast"): raise RuntimeError("no room")
         super().unpark()
+
+
+class Sticky(Full):
+    "Cannot let go of its memory."
+    def park(self): raise RuntimeError("it sticks")
 
 
 @pytest.mark.parametrize("reward", ["Sticky", "Full"])
@@ -345,8 +345,6 @@ def test_a_reward_that_parks_badly(folder, reward):
         assert (started(pid) is None) == (reward == "Sticky")
         assert ask(server, {"video": clip(folder)})[0]["status"] == "ok" and server.service.worker.pid != pid
         wait_for(lambda: server.service.mode == "parked")         # by itself: the keeper lives
-
-
 
 
 def test_open_addresses_need_a_token(tmp_path):

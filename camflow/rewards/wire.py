@@ -109,7 +109,8 @@ def allowed(path: str,             # as asked
            ) -> str:
     "The resolved path of a regular file under one of the folders."
     real = os.path.realpath(path)
-    if not os.path.isabs(path) or not any(real.startswith(root + os.sep) for root in roots):
+    if not os.path.isabs(path): raise InputError(f"{path} is relative; give the absolute path, the server works in another folder")
+    if not any(real.startswith(root + os.sep) for root in roots):
         raise InputError(f"{path} is outside the allowed folders; put the file under one of `roots`")
     try: found = os.stat(real)
     except OSError: raise InputError(f"{path} does not exist; check the path, and that client and server share the file system") from None

@@ -3439,6 +3439,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'camflow/vlm/endpoint.py'),
                                       'camflow.vlm.endpoint.Endpoint.unpark': ( 'vlm/endpoint.html#endpoint.unpark',
                                                                                 'camflow/vlm/endpoint.py'),
+                                      'camflow.vlm.endpoint.Endpoint.wait_for': ( 'vlm/endpoint.html#endpoint.wait_for',
+                                                                                  'camflow/vlm/endpoint.py'),
                                       'camflow.vlm.endpoint.Garbage': ('vlm/endpoint.html#garbage', 'camflow/vlm/endpoint.py'),
                                       'camflow.vlm.endpoint._by_pattern': ('vlm/endpoint.html#_by_pattern', 'camflow/vlm/endpoint.py'),
                                       'camflow.vlm.endpoint._expected': ('vlm/endpoint.html#_expected', 'camflow/vlm/endpoint.py'),

@@ -281,6 +281,19 @@ def test_a_server_that_is_down_ends_the_pass(videos, tmp_path):
     assert len(again.captions) == 6
 
 
+def test_a_question_that_was_lost_is_not_asked_twice(videos, tmp_path):
+    "An endpoint has waited for its deadline already; one lost question takes no other with it."
+    from camflow.vlm.prompt import Reply
+    class Server:
+        asked = 0
+        def replies(self, clips, prompts, tokens):
+            self.asked += len(clips)
+            return [Reply("", status="timeout", reason="no answer within 600 s") if n == 1 else Reply("A person walks.") for n in range(len(clips))]
+    server = Server()
+    made = caption_videos(tmp_path, videos[1], lambda: server, "m", batch=6)
+    assert server.asked == 6 and len(made.captions) == 5 and list(made.failed.values()) == ["no answer within 600 s"]
+
+
 def test_any_openai_compatible_server_is_a_captioner(videos, tmp_path):
     from camflow.vlm.caption import main
     class Fake(BaseHTTPRequestHandler):

@@ -87,7 +87,7 @@ async def in_memory(request: Request, most: int, patience: float) -> bytes:
     except TimeoutError: raise Refused(408, f"the body did not come within {patience:.0f} s; send it in one go") from None
     return b"".join(found)
 
-
+# %% ../../nbs/servers/03_app.ipynb #633361df
 async def in_spool(request: Request, service: Service) -> Path:
     "A large body, as a file."
     path, size = service.config.folder/f"{os.getpid()}-{uuid.uuid4().hex}.npy", 0
@@ -172,7 +172,7 @@ def single(path: Path, text: str) -> tuple: # body; header x-item
     with open(path, "rb") as file: sha = hashlib.file_digest(file, "sha256").hexdigest()
     return {"items": [item | {"video": {"sha256": sha} | {k: v for k, v in item.get("video", {}).items() if k == "fps"}}]}, {sha: str(path)}
 
-
+# %% ../../nbs/servers/03_app.ipynb #da683205
 def refuse(word): raise ValueError(f"{word} is no number")
 
 
@@ -265,7 +265,7 @@ async def told(request: Request, function, service=None) -> Response: # None: of
         traceback.print_exc()
         return answer({"detail": f"the server failed ({type(error).__name__}); see its log"}, 500)
 
-
+# %% ../../nbs/servers/03_app.ipynb #73ea333c
 async def timed_score(request: Request, service: Service) -> Response:
     "A request for scores, counted."
     begun = time.monotonic()
@@ -283,7 +283,7 @@ class Direct:
         response = await timed_score(Request(scope, receive), self.app.state.service)
         await response(scope, receive, send)
 
-
+# %% ../../nbs/servers/03_app.ipynb #17ecdf66
 def add_routes(app: FastAPI):
     "The endpoints of the protocol."
     schema = {"requestBody": {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}}

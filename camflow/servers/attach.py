@@ -43,7 +43,7 @@ def free_ports(n: int # in a row
             return port
     raise InputError(f"no {n} free ports in a row were found; servers; give ports in the tables")
 
-
+# %% ../../nbs/servers/07_attach.ipynb #b9222a78
 def planned(servers,  # path of a servers.toml, or {name: table of [servers.name]}
             folder    # where a dict is written, with state and logs
            ) -> tuple: # (path of the servers.toml, {name: list of URLs})

@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool: # as a server listens
     "Whether only this machine can connect."
     return host in ("localhost", "::1") or host.startswith("127.")
 
-
+# %% ../../nbs/servers/02_service.ipynb #04e2d7e3
 @dataclass
 class ServerConfig:
     "One reward, one port."
@@ -97,7 +97,7 @@ class ServerConfig:
             raise InputError(f"unknown settings {unknown}; server; known are {', '.join(f.name for f in fields(cls))}")
         return cls(**config)
 
-
+# %% ../../nbs/servers/02_service.ipynb #d7e059ab
 STATES = ("active", "parked", "off")
 
 
@@ -227,7 +227,7 @@ def enqueue(self: Service, fresh: list, futures: dict, deadline: float):
         self.results.add(id, mark, future)
         futures[id] = future
 
-
+# %% ../../nbs/servers/02_service.ipynb #d3eecb88
 @patch
 async def enqueue_later(self: Service, fresh: list, futures: dict, deadline: float):
     "The same for a model that must wake first; another request may have brought the same sample meanwhile."
@@ -257,7 +257,7 @@ def ready(self: Service) -> bool:
 async def wake(self: Service):
     async with self.lock: await self.move("active")
 
-
+# %% ../../nbs/servers/02_service.ipynb #12c57e79
 @patch
 async def move(self: Service, target: str): # with the lock held
     "Brings the worker into a state, when no batch is in flight."
@@ -284,7 +284,7 @@ async def move(self: Service, target: str): # with the lock held
     self.mode = target
     if self.batcher.waiting: await self.move("active")
 
-
+# %% ../../nbs/servers/02_service.ipynb #2f69371e
 @patch
 async def set_state(self: Service,
                     target: str,          # active, parked or off

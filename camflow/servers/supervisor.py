@@ -62,7 +62,7 @@ def read_file(path) -> dict: # servers.toml
     except OSError as error: raise InputError(f"{path} cannot be read ({error.strerror}); give a servers.toml") from None
     except tomllib.TOMLDecodeError as error: raise InputError(f"{path} is not TOML ({error}); mend it") from None
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #7eef921f
 def run_folder(path, table: dict) -> Path: # the file, its tables
     "Where the state of these servers is kept."
     path = Path(path).resolve()
@@ -87,7 +87,7 @@ def read_plan(path) -> Plan:
     check_ports(processes, path)
     return Plan(str(run_folder(path, table)), processes, **{k: v for k, v in options.items() if k in known})
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #dd168d09
 def check_ports(processes: list, path):
     "Every process a port of its own: ranges that touch are where a ninth rank talks to the wrong model."
     taken = {}
@@ -186,7 +186,7 @@ def ask(port: int, path: str, patience: float = 2.0, host: str = "127.0.0.1"): #
     except (OSError, http.client.HTTPException): return None
     finally: link.close()
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #064fedc9
 class Child:
     "A server process and its record."
     def __init__(self, plan: Plan, spec: Process):
@@ -257,7 +257,7 @@ def given_up(body: bytes) -> str: # of /readyz
     except ValueError: return ""
     return f"its worker is broken: {told.get('reason')}" if isinstance(told, dict) and told.get("worker") == "broken" else ""
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #a30923e6
 def kill(child: Child, reason: str):
     "Ends a process that is no use; the next look finds it dead."
     with open(child.log, "a") as log: log.write(f"supervisor: {reason}, so it was killed\n")
@@ -331,7 +331,7 @@ def prepare(path, install: bool = False) -> Plan: # servers.toml; build environm
     write_json(Path(plan.folder)/"plan.json", asdict(plan))
     return plan
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #424eb380
 def load_plan(file) -> Plan: # plan.json
     "A plan as `prepare` wrote it."
     table = read_json(file)
@@ -363,7 +363,7 @@ def status(path) -> list: # servers.toml
     running = supervisor_pid(folder) is not None
     return rows if running else [row | {"state": row["state"] if row["state"] in ("failed", "stopped") else "lost", "pid": None} for row in rows]
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #50c3eb9a
 def down(path, wait_s: float = 40.0) -> bool: # seconds
     "Ends the supervisor and its servers; False if none ran."
     folder = run_folder(path, read_file(path))

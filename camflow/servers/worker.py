@@ -147,7 +147,7 @@ def child(fd: int,      # its end of the socket pair
         del message                                # its frames
         send(out, answer)
 
-
+# %% ../../nbs/servers/01_worker.ipynb #ebbbe906
 def reuse_memory():
     "Lets the allocator keep the pages of decoded clips (glibc gives large ones back at once, and every batch then faults them in anew); parking trims them."
     with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-3, 2**30)       # M_MMAP_THRESHOLD
@@ -220,7 +220,7 @@ async def start(self: Worker):
             raise Broken(f"the reward {self.spec.reward} could not be made: {answer['failed']}")
         self.info, self.state = answer["info"], "active"
 
-
+# %% ../../nbs/servers/01_worker.ipynb #cbaddc46
 @patch
 def post(self: Worker, message: dict, number: int) -> asyncio.Future:
     "Sends a message; the future of its answer."
@@ -274,7 +274,7 @@ async def ended(self: Worker):
         if not future.done(): future.set_exception(Lost(f"the worker was lost: {reason}"))
     if wanted and self.state != "starting": self.state = "dead"
 
-
+# %% ../../nbs/servers/01_worker.ipynb #06b0da71
 @patch
 async def watch(self: Worker):
     "Kills a child that hangs or has grown too large."
@@ -299,7 +299,7 @@ def kill(self: Worker, reason: str):
     self.reason = reason
     self.strike()
 
-
+# %% ../../nbs/servers/01_worker.ipynb #6f153c06
 @patch
 async def stop(self: Worker,
                grace: float = 3.0): # seconds for what flies

@@ -15,7 +15,7 @@ import pytest
 
 from camflow.data.caption import Measured, caption_videos, write_captions
 from camflow.data.captions import KINDS, clean, read_table, scene_of, split_scenes, write_clean
-from camflow.data.contradictions import scene_findings
+from camflow.data.contradictions import read_luminance, scene_findings
 from camflow.data.multicam import read_captions
 from camflow.data.prepare import list_items
 from camflow.files import InputError, read_json
@@ -97,6 +97,24 @@ def test_a_sound_table_has_no_findings(tmp_path):
     assert clean(tmp_path/"t.csv").findings == []
     (tmp_path/"t.csv").write_bytes(b"\n".join(sound) + b"\n")
     assert clean(tmp_path/"t.csv").counts == {"header": 1} and len(clean(tmp_path/"t.csv").captions) == 12
+
+
+def test_a_table_without_a_single_video_is_refused(tmp_path):
+    "Empty, or columns in another order: nothing would be kept, and the run would end well."
+    for data, words in ((b"", "it is empty"), (b"text,file_name\nA man walks.,a/videos/1.mp4\n", "line 2 is 'A man walks"), (b"<html>\n", "line 1 is .*html")):
+        (tmp_path/"t.csv").write_bytes(data)
+        with pytest.raises(InputError, match=f"{words}.*t.csv.*in this order"): clean(tmp_path/"t.csv")
+    (tmp_path/"t.csv").write_bytes(b"file_name,text\n")
+    assert clean(tmp_path/"t.csv").captions == {}
+
+
+def test_a_manifest_of_something_else(tmp_path):
+    (tmp_path/"m.csv").write_text("file_name,status,luminance\na.mp4,ok,12.5\nb.mp4,failed,\n")
+    assert read_luminance(tmp_path/"m.csv") == {"a.mp4": 12.5}
+    for text, words in (("text,file_name\n", "luminance.*missing"), ("file_name,luminance\na.mp4,dark\n", "no number.*line 2")):
+        (tmp_path/"m.csv").write_text(text)
+        with pytest.raises(InputError, match=words): read_luminance(tmp_path/"m.csv")
+    with pytest.raises(InputError, match="cannot be read"): read_luminance(tmp_path/"none.csv")
 
 
 def test_all_defects_at_once(tmp_path):
@@ -261,6 +279,19 @@ def test_a_server_that_is_down_ends_the_pass(videos, tmp_path):
     with pytest.raises(InputError, match="questions in a row were not answered"): caption_videos(tmp_path, videos[1], Down, "m", batch=1)
     again = caption_videos(tmp_path, videos[1], Measured, "m", retry=True)
     assert len(again.captions) == 6
+
+
+def test_a_question_that_was_lost_is_not_asked_twice(videos, tmp_path):
+    "An endpoint has waited for its deadline already; one lost question takes no other with it."
+    from camflow.vlm.prompt import Reply
+    class Server:
+        asked = 0
+        def replies(self, clips, prompts, tokens):
+            self.asked += len(clips)
+            return [Reply("", status="timeout", reason="no answer within 600 s") if n == 1 else Reply("A person walks.") for n in range(len(clips))]
+    server = Server()
+    made = caption_videos(tmp_path, videos[1], lambda: server, "m", batch=6)
+    assert server.asked == 6 and len(made.captions) == 5 and list(made.failed.values()) == ["no answer within 600 s"]
 
 
 def test_any_openai_compatible_server_is_a_captioner(videos, tmp_path):

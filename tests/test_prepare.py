@@ -168,6 +168,15 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(root, tmp_path):
     assert (result["ok"], result["failed"], result["encoded"]) == (5, 1, 1) and "5 there" in result["first_failure"]
 
 
+def test_a_table_of_another_set_is_refused(tmp_path):
+    "It was given on purpose, and no caption of it would be encoded."
+    from camflow.wan.prepare import captions_of, checked
+    (tmp_path/"metadata.csv").write_text("file_name,text\n1.mp4,A man walks.\n")
+    names = ["f24_aperture5/scene1/videos/cam01.mp4"]
+    with pytest.raises(InputError, match="no row is about a video of the set.*1.mp4.*metadata.csv"): captions_of(checked(dict(root="x", metadata=str(tmp_path/"metadata.csv"))), names)
+    assert captions_of(checked(dict(root=str(tmp_path))), names) == ({}, [])        # lay there by itself
+
+
 def test_distinct_captions_are_encoded_once(tmp_path):
     seen = []
     def embed(texts):

@@ -20,7 +20,8 @@ from camflow.processes import resident, started
 from camflow.rewards.client import RemoteReward
 from camflow.rewards.protocol import RewardStop, Sample
 from camflow.rewards.wire import SharedMemory
-from camflow.servers.service import read_token
+from camflow.servers.fakes import SleepReward
+from camflow.servers.service import ServerConfig, read_token
 from camflow.servers.worker import make_reward
 from tests.serving import SLEEP, clip, running, wait_for
 
@@ -150,6 +151,9 @@ def test_paths_outside(server, folder):
     assert len({reason(rows[n]).split("is ")[-1] for n in (0, 3, 4)}) == 1
 
 
+def test_relative_paths(server): assert "relative" in reason(ask(server, {"video": {"path": "clip.npy"}})[0])
+
+
 def test_bombs(server, folder):
     "Small files that promise much: refused by their headers, in milliseconds, without the memory."
     with open(folder/"bomb.npy", "wb") as file: np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**4, 10**4,
@@ -223,6 +227,19 @@ def test_half_a_body_and_slow_writers(server, folder):
     assert b" 408 " in slow.recv(1000)
     slow.close()
     assert not list(server.service.config.folder.glob(f"{os.getpid()}-*"))
+
+
+def test_strange_uploads(server):
+    "Refused with a reason, and nothing of them is left in the spool folder."
+    left = lambda: list(server.service.config.folder.glob(f"{os.getpid()}-*"))
+    for text in ("", "[]", '{"id": "a", "video": "x"}', '{"id": "a", "video": [1]}'):
+        reply = server.http.post("/v1/score", content=b"x" * 100, headers={"content-type": "application/octet-stream", "x-item": text})
+        assert reply.status_code == 400 and "x-item" in reply.json()["detail"]
+    sha = hashlib.sha256(b"same").hexdigest()
+    parts = "".join(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{data}\r\n' for name, data in
+                    ((sha, "same"), (sha, "same"), ("request", '{"items": [{"id": "twice sent", "video": {"sha256": "' + sha + '"}}]}'))) + "--b--\r\n"
+    assert server.http.post("/v1/score", content=parts.encode(), headers={"content-type": "multipart/form-data; boundary=b"}).json()["items"][0]["status"] == "invalid"
+    wait_for(lambda: not left(), 10)
 
 
 def test_slow_reader(server, folder):
@@ -305,6 +322,35 @@ def test_states_and_memory(folder):
             rows = [pool.submit(ask, server, {"video": clip(folder)}) for _ in range(40)]
             list(pool.map(lambda move: server.http.post("/v1/state", json=move), moves))
             assert all(row.result()[0]["status"] == "ok" for row in rows)
+
+
+class Full(SleepReward):
+    "Parks, and then finds its place taken."
+    def unpark(self):
+        if hasattr(self, "ballast"): raise RuntimeError("no room")
+        super().unpark()
+
+
+class Sticky(Full):
+    "Cannot let go of its memory."
+    def park(self): raise RuntimeError("it sticks")
+
+
+@pytest.mark.parametrize("reward", ["Sticky", "Full"])
+def test_a_reward_that_parks_badly(folder, reward):
+    "Its process ends instead, so the memory is free all the same; the next sample starts another."
+    with running(f"tests.test_servers:{reward}", {"seconds": 0}, roots=[str(folder)], idle_s=0.1) as server:
+        pid = server.service.worker.pid
+        assert server.http.post("/v1/state", json={"target": "parked"}).json()["state"] == "parked"
+        assert (started(pid) is None) == (reward == "Sticky")
+        assert ask(server, {"video": clip(folder)})[0]["status"] == "ok" and server.service.worker.pid != pid
+        wait_for(lambda: server.service.mode == "parked")         # by itself: the keeper lives
+
+
+def test_open_addresses_need_a_token(tmp_path):
+    (tmp_path/"token").write_text(TOKEN)
+    with pytest.raises(InputError, match="without a token"): ServerConfig(SLEEP, host="0.0.0.0")
+    for config in ({"host": "0.0.0.0", "token_file": str(tmp_path/"token")}, {"host": "127.0.0.2"}, {"host": "localhost"}, {"host": "::1"}): ServerConfig(SLEEP, **config)
 
 
 def test_a_reward_that_cannot_be_made():

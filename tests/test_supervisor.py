@@ -116,11 +116,71 @@ def test_environments(tmp_path):
     with pytest.raises(InputError, match="other requirements"): check_venvs(path)
 
 
+def test_paths_in_requirements_are_read_from_their_folder(tmp_path, monkeypatch):
+    "`-e ../..` of servers/NAME/requirements.txt is the repository, from wherever `camflow serve up --install` is called."
+    from pathlib import Path
+    (tmp_path/"need").mkdir()
+    (tmp_path/"need/need.txt").write_text("-e ../..\n")
+    path, asked = write(tmp_path, a={"port": free_port(), "venv": "venvs/a", "requirements": "need/need.txt"}), []
+    def fake(words, **options):
+        asked.append((words, options["cwd"]))
+        Path(words[-1] if "venv" in words else tmp_path/"venvs/a", "lib/python3/site-packages").mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(words, 0, "", "")
+    monkeypatch.setattr(supervisor.subprocess, "run", fake)
+    check_venvs(path, install=True)
+    assert [("pip" in words, cwd) for words, cwd in asked] == [(False, tmp_path/"need"), (True, tmp_path/"need")]
+
+
 @pytest.mark.slow
 def test_an_environment_that_cannot_be_built(tmp_path):
     (tmp_path/"need.txt").write_text("--no-index\nno-such-package-of-camflow==1\n")
     path = write(tmp_path, a={"port": free_port(), "venv": "venvs/a", "requirements": "need.txt"})
     with pytest.raises(InputError, match="no-such-package-of-camflow"): check_venvs(path, install=True)
+
+
+GOOD = '[servers.a]\nreward = "camflow.servers.fakes:SleepReward"\nport = 35000\n'
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "no server is described"), ("[servers\n", "not TOML"), ("servers = [1]\n", "servers is no table"), ("[servers]\na = 3\n", "a is no table"),
+    ("[servers.a]\nport = 35000\n", "reward is missing"), (GOOD + "devicess = 2\n", "unknown settings"), (GOOD + "env = [1]\n", "a table of variables"),
+    (GOOD + "roots = \"x\"\n", "a list of folders"), (GOOD + "batch = \"eight\"\n", "batch='eight'.*a number"), (GOOD + "batch = 0\n", "above 0"), (GOOD + "queue = 1.5\n", "a whole number"),
+    (GOOD + "limits = {items = 0}\n", "items=0"), ("[supervisor]\nrestarts = \"many\"\n" + GOOD, "restarts='many'"), (GOOD.replace("servers.a", 'servers."a/b"'), "letters, digits"),
+    (GOOD + "host = \"0.0.0.0\"\n", "without a token")])
+def test_mistakes_in_the_file(tmp_path, text, words):
+    "Each is told by `camflow serve up` before anything starts, with the place and what to do."
+    (tmp_path/"servers.toml").write_text(text)
+    with pytest.raises(InputError, match=words) as told: read_plan(tmp_path/"servers.toml")
+    assert "servers.toml" in str(told.value)
+
+
+def test_addresses(tmp_path):
+    "A server is asked where it listens; an address that is none is not taken for a busy port."
+    path = write(tmp_path, a={"port": ports(1), "host": "127.0.0.2"})
+    row = up(path, wait_s=30)[0]
+    try: assert row["state"] == "ready" and ask(row["port"], "/healthz", host="127.0.0.2") and ask(row["port"], "/healthz") is None
+    finally: assert down(path)
+    for host, words in (("no.such.host.invalid", "is no address"), ("192.0.2.1", "cannot listen on")):
+        path = write(tmp_path, a={"port": ports(1), "host": host})
+        with pytest.raises(InputError, match=words): prepare(path)
+
+
+def test_a_server_whose_worker_is_given_up_is_started_again(tmp_path):
+    "/healthz answers, and yet no sample will be judged: that is no server that is ready."
+    path = write(tmp_path, a={"port": ports(1), "broken_after": 0.5})
+    try:
+        up(path, wait_s=30)
+        wait_for(lambda: state(path, "a-0")["state"] == "failed", 60)
+        assert "its worker is broken: out of luck" in state(path, "a-0")["reason"]
+    finally: assert down(path)
+
+
+def test_settings_that_the_reward_refuses(tmp_path):
+    "Given up at once and with the reward's own words: starting again would not help."
+    (tmp_path/"servers.toml").write_text(f'[servers.a]\nreward = "camflow.servers.fakes:SleepReward"\noptions = {{ speed = 3 }}\nport = {ports(1)}\n')
+    try: row = up(tmp_path/"servers.toml", wait_s=300)[0]
+    finally: down(tmp_path/"servers.toml")
+    assert row["state"] == "failed" and row["restarts"] == 0 and "speed" in row["reason"] and "it takes seconds" in row["reason"]
 
 
 def test_the_file_of_the_repository():

@@ -280,6 +280,11 @@ def test_trouble_that_stays_is_named(script, status, why):
 def test_nobody_there():
     reply = Endpoint("http://127.0.0.1:9/v1", deadline=0.5, pause=0.05).replies([clip()], "?")[0]
     assert reply.status == "timeout" and "ConnectError" in reply.reason
+    with pytest.raises(InputError, match="nobody answers at http://127.0.0.1:9/v1.*start the server"): Endpoint("http://127.0.0.1:9/v1").wait_for(0.1)
+
+
+def test_an_unknown_attention_is_named():
+    with pytest.raises(InputError, match="attention 'foo'.*sdpa"): QwenVL("random", attention="foo")
 
 
 def test_one_bad_answer_among_good_ones():

@@ -59,8 +59,11 @@ class Captioned:
 
 
 def _ask(captioner, clips, prompt, tokens) -> list:
-    "An answer or an InputError per clip."
-    try: return captioner.ask(clips, [prompt] * len(clips), max_new_tokens=tokens)
+    "An answer or an error per clip; a captioner that tells of each question by itself (`replies`) is not asked twice."
+    try:
+        if not hasattr(captioner, "replies"): return captioner.ask(clips, [prompt] * len(clips), max_new_tokens=tokens)
+        return [r.text if r.status == "ok" else (TimeoutError if r.status == "timeout" else ConnectionError)(r.reason)
+                for r in captioner.replies(clips, [prompt] * len(clips), tokens)]
     except (InputError, ConnectionError, TimeoutError) as error:
         if len(clips) == 1: return [error]
     return [answer for clip in clips for answer in _ask(captioner, [clip], prompt, tokens)]

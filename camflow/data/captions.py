@@ -157,6 +157,10 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
         if number == 1: reader.note("header", "", 1, "read as file_name, text", "the table begins without column names")
         reader.line(number, line)
     reader.finish()
+    strange = [f for f in reader.findings if f.kind in ("name", "header")]
+    if not reader.rows and (strange or not raw.strip()):
+        where = f"line {strange[-1].row} is {(strange[-1].before or strange[-1].detail)[:60]!r}" if strange else "it is empty"
+        raise InputError(f"no row begins with the name of a video: {where}; {path}; expected the columns file_name (or filename), text, in this order")
     return reader.rows, sorted(reader.findings, key=lambda f: f.row)
 
 # %% ../../nbs/data/12_captions.ipynb #4df1cb4a

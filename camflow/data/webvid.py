@@ -98,7 +98,7 @@ def _described(path) -> dict:
     seen, number = probe(path), lambda x: x if x == x else None # JSON has no NaN
     return dict(status="ok", bytes=path.stat().st_size, sha256=sha256_file(path), seconds=number(seen.duration), frames=seen.frames, fps=number(seen.fps))
 
-
+# %% ../../nbs/data/15_webvid.ipynb #a0e0e1eb
 def download_videos(entries, folder,          # of `read_webvid`; videos, the ledger and parts go there
                     parallel: int = 8,        # threads
                     per_second: float = 4.0,  # requests per second of all threads; 0: no limit
@@ -160,7 +160,7 @@ def select(entries, got: dict,           # of `read_webvid`, `download_videos`
         else: chosen.append(entry)
     return chosen, why
 
-
+# %% ../../nbs/data/15_webvid.ipynb #5894f1bf
 def write_evaluation(chosen, folder, out,    # Entries; downloaded videos; the set, e.g. .WebVID
                      frames: int = 81):      # poses of each camera
     "Writes videos/videoNN.mp4, metadata.csv, cameras/camera_extrinsics.json and sources.json; complete when sources.json names the videos."

@@ -170,7 +170,7 @@ def post(self: RemoteReward, url: str, path: str, limit: float, **body): # secon
     if not isinstance(answer, dict): raise Down(f"{url} answers no JSON object")
     return answer
 
-
+# %% ../../nbs/rewards/06_client.ipynb #f36af26f
 @patch
 def ask(self: RemoteReward, url: str, items: list, put, limit: float) -> Scores:
     "One request for scores."
@@ -203,7 +203,7 @@ def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Sc
         found.append(scores)
     return join(found)
 
-
+# %% ../../nbs/rewards/06_client.ipynb #27ac487b
 @patch
 def group(self: RemoteReward, key: str, items: list, put, end: float) -> Scores: # end: of time.monotonic()
     "The scores of a group by whichever server gives them."
@@ -231,7 +231,7 @@ def group(self: RemoteReward, key: str, items: list, put, end: float) -> Scores:
         time.sleep(min(left, pause))
         self.probe()
 
-
+# %% ../../nbs/rewards/06_client.ipynb #339e1af9
 @patch
 def announce(self: RemoteReward, down: bool, last: str):
     "One line when all servers are gone, one when the first is back."
@@ -281,7 +281,7 @@ def judge_of_judges(self: RemoteReward, scores: Scores):
                          f"max_invalid={self.max_invalid}; first reason: {bad[0][1]}; "
                          "mend the servers (camflow serve status) and resume the run from its checkpoint")
 
-
+# %% ../../nbs/rewards/06_client.ipynb #7ee2ac29
 @patch
 def release(self: RemoteReward):
     "Gives back the leases of this call."

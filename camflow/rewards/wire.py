@@ -58,7 +58,7 @@ class Video(_Strict):
         if sum(v is not None for v in (self.path, self.shm, self.sha256)) != 1: raise ValueError("give exactly one of path, shm and sha256")
         return self
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #1867ed3a
 class Camera(_Strict):
     "A path: one pose per named frame of the clip."
     c2w: list[list[StrictFloat]] # [n][12], row-major 3x4, metres
@@ -84,7 +84,7 @@ class ScoreRequest(_Strict):
     items: list[Item]
     deadline_ms: int | None = Field(None, gt=0) # after which what is missing is answered as timeout
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #2ecb35b1
 class Row(_Strict):
     "The answer for one sample: a number only where the status is ok."
     id: str
@@ -109,7 +109,8 @@ def allowed(path: str,             # as asked
            ) -> str:
     "The resolved path of a regular file under one of the folders."
     real = os.path.realpath(path)
-    if not os.path.isabs(path) or not any(real.startswith(root + os.sep) for root in roots):
+    if not os.path.isabs(path): raise InputError(f"{path} is relative; give the absolute path, the server works in another folder")
+    if not any(real.startswith(root + os.sep) for root in roots):
         raise InputError(f"{path} is outside the allowed folders; put the file under one of `roots`")
     try: found = os.stat(real)
     except OSError: raise InputError(f"{path} does not exist; check the path, and that client and server share the file system") from None
@@ -160,7 +161,7 @@ def read_npy(file, dtype, most: int) -> np.ndarray: # an open, unbuffered .npy f
         raise InputError(f"array {shape}: the file became shorter while it was read; write clips once and leave them alone")
     return array
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #ede7b29d
 def check_size(frames: int, size, limits: Limits): # of a clip, before it is decoded
     "Refuses what would not fit."
     pixels = size[0] * size[1]
@@ -183,7 +184,7 @@ def decode_file(file, fps: float | None, limits: Limits): # open file; rate of a
         raise InputError(f"{file.name} is no mp4, mov, mkv, avi or .npy file; convert it")
     return decode_video(file.name, limits)
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #4be864ea
 def decode_video(path: str, limits: Limits):
     "Frames of a video: size from the header, number from the packets, then pixels."
     import av
@@ -225,7 +226,7 @@ def _put_clip(frames, put) -> dict:
     ref = put(np.ascontiguousarray(byte_frames(frames).permute(0, 2, 3, 1).numpy()))
     return ref | ({"fps": frames.fps} if getattr(frames, "fps", None) else {})
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #5b817efe
 def sample_to_item(sample: Sample,
                    id: str, # names the sample for good
                    put      # array -> {"shm": ..} or {"sha256": ..}
@@ -261,7 +262,7 @@ def target_poses(camera: Camera, # as received
     if camera.convention == "opengl_c2w": pose = pose @ torch.diag(torch.tensor([1.0, -1, -1, 1], dtype=torch.float64))
     return (pose if torch.equal(pose[0], torch.eye(4, dtype=pose.dtype)) else inverse(pose[:1]) @ pose), at
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #fd2351a8
 def item_to_sample(item: Item,
                    roots,                    # resolved folders that may be read
                    limits: Limits = Limits(),
@@ -318,7 +319,7 @@ def no_row(id: str, status: str, reason: str) -> dict: # on the wire: invalid, e
     "The row of a sample without a score."
     return {"id": id, "status": status, "scores": {}, "raw": {"reason": reason}, "seconds": 0.0}
 
-
+# %% ../../nbs/rewards/05_wire.ipynb #4258c24c
 def from_rows(reply,     # decoded JSON of an answer
               ids: list  # that were asked
              ) -> Scores:

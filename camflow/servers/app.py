@@ -87,7 +87,7 @@ async def in_memory(request: Request, most: int, patience: float) -> bytes:
     except TimeoutError: raise Refused(408, f"the body did not come within {patience:.0f} s; send it in one go") from None
     return b"".join(found)
 
-
+# %% ../../nbs/servers/03_app.ipynb #633361df
 async def in_spool(request: Request, service: Service) -> Path:
     "A large body, as a file."
     path, size = service.config.folder/f"{os.getpid()}-{uuid.uuid4().hex}.npy", 0
@@ -122,12 +122,12 @@ def split_parts(body: Path,      # file with a multipart body
                 if name and name[1] == b"request": text = content if len(content) <= most else None
                 elif not name or hashlib.sha256(content).hexdigest().encode() != name[1]:
                     raise Refused(400, "a binary part does not have the SHA-256 that names it; send it again")
-                else:
+                elif name[1].decode() not in found:
                     found[name[1].decode()] = str(path := body.with_name(f"{os.getpid()}-{uuid.uuid4().hex}.npy"))
                     path.write_bytes(content)
                 at = end + 2
     except ValueError: text = None  # an empty file cannot be mapped
-    except Refused:
+    except (Refused, OSError):      # OSError: no room
         remove(found.values())
         raise
     if text is None:
@@ -166,13 +166,13 @@ def single(path: Path, text: str) -> tuple: # body; header x-item
     "The request of a raw clip: its item without a video stands in the header `x-item`."
     try: item = json.loads(text)
     except ValueError: item = None
-    if not isinstance(item, dict):
+    if not isinstance(item, dict) or not isinstance(item.get("video", {}), dict):
         remove([path])
         raise Refused(400, "application/octet-stream is one clip; give its item as JSON in the header x-item, e.g. {\"id\": \"a\"}")
     with open(path, "rb") as file: sha = hashlib.file_digest(file, "sha256").hexdigest()
     return {"items": [item | {"video": {"sha256": sha} | {k: v for k, v in item.get("video", {}).items() if k == "fps"}}]}, {sha: str(path)}
 
-
+# %% ../../nbs/servers/03_app.ipynb #da683205
 def refuse(word): raise ValueError(f"{word} is no number")
 
 
@@ -241,7 +241,10 @@ def create_app(config: ServerConfig) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app):
         service = app.state.service = Service(config)
-        await service.begin()
+        try: await service.begin()
+        except (InputError, Broken) as error:
+            app.state.failure = error
+            raise
         yield
         await service.close()
     app = FastAPI(title="camflow reward server", version="1", lifespan=lifespan)
@@ -262,7 +265,7 @@ async def told(request: Request, function, service=None) -> Response: # None: of
         traceback.print_exc()
         return answer({"detail": f"the server failed ({type(error).__name__}); see its log"}, 500)
 
-
+# %% ../../nbs/servers/03_app.ipynb #73ea333c
 async def timed_score(request: Request, service: Service) -> Response:
     "A request for scores, counted."
     begun = time.monotonic()
@@ -280,7 +283,7 @@ class Direct:
         response = await timed_score(Request(scope, receive), self.app.state.service)
         await response(scope, receive, send)
 
-
+# %% ../../nbs/servers/03_app.ipynb #17ecdf66
 def add_routes(app: FastAPI):
     "The endpoints of the protocol."
     schema = {"requestBody": {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}}
@@ -323,10 +326,15 @@ def main(argv=None) -> int:
         if not config.port: raise InputError("port is 0; server; give the port to listen on")
         server = make_server(config)
         Service(config)             # token files and folders, before anything is loaded
-        server.run()
+        try: server.run()
+        finally:                    # uvicorn ends the process when the start fails; the reason is ours to tell
+            if failure := getattr(server.config.app.app.state, "failure", None): raise failure
     except (InputError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Broken as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 3
     return 0 if server.started else 3
 
 # %% ../../nbs/servers/03_app.ipynb #043ad156

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..files import InputError, atomic_write
 from ..processes import die_with_parent
-from .supervisor import prepare, read_plan, status
+from .supervisor import prepare, reached, read_plan, status
 
 # %% ../../nbs/servers/07_attach.ipynb #6bfed143
 def toml_value(value) -> str:
@@ -43,7 +43,7 @@ def free_ports(n: int # in a row
             return port
     raise InputError(f"no {n} free ports in a row were found; servers; give ports in the tables")
 
-
+# %% ../../nbs/servers/07_attach.ipynb #b9222a78
 def planned(servers,  # path of a servers.toml, or {name: table of [servers.name]}
             folder    # where a dict is written, with state and logs
            ) -> tuple: # (path of the servers.toml, {name: list of URLs})
@@ -58,7 +58,9 @@ def planned(servers,  # path of a servers.toml, or {name: table of [servers.name
         with atomic_write(folder/"servers.toml", "w") as file: file.write("\n".join(lines))
         servers = folder/"servers.toml"
     urls = {}
-    for one in read_plan(servers).processes: urls.setdefault(one.name.rsplit("-", 1)[0], []).append(f"http://127.0.0.1:{one.port}")
+    for one in read_plan(servers).processes:
+        host = reached(one.config.get("host", "127.0.0.1"))
+        urls.setdefault(one.name.rsplit("-", 1)[0], []).append(f"http://[{host}]:{one.port}" if ":" in host else f"http://{host}:{one.port}")
     return Path(servers), urls
 
 # %% ../../nbs/servers/07_attach.ipynb #ea5e1ae4

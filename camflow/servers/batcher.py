@@ -108,7 +108,7 @@ def room(self: MicroBatcher) -> bool:
     alone = self.solo or bool(self.waiting) and self.waiting[0].alone
     return not self.paused and self.flying < (1 if alone else self.depth)
 
-
+# %% ../../nbs/servers/00_batcher.ipynb #d4905ed9
 @patch
 def pump(self: MicroBatcher):
     "Starts batches while there is room for them."
@@ -140,7 +140,7 @@ def start(self: MicroBatcher, batch: list):
     self.tasks.add(task)                # the loop alone would let it be collected
     task.add_done_callback(self.tasks.discard)
 
-
+# %% ../../nbs/servers/00_batcher.ipynb #818ae4b0
 @patch
 async def fly(self: MicroBatcher, batch: list):
     "Runs a batch and hands out its results."

@@ -116,8 +116,11 @@ def add_cameraflow(app: FastAPI, kind: str): # "pose" or "video"
     loads = deque()
     async def load(request, service):
         permitted(request, service.admin)
-        loads.append(f"cameraflow {uuid.uuid4().hex}")
-        return {"status": "loaded", **await service.set_state("active", loads[-1], LOAD_S)}
+        loads.append(one := f"cameraflow {uuid.uuid4().hex}")
+        try: return {"status": "loaded", **await service.set_state("active", one, LOAD_S)}
+        except Broken as error:
+            loads.remove(one)
+            raise Refused(503, str(error), **{"Retry-After": "5"}) from None
     async def unload(request, service):
         permitted(request, service.admin)
         found = await service.set_state("parked", loads.popleft() if loads else "cameraflow")

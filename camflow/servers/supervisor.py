@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['OWN', 'UNIT', 'Process', 'Plan', 'read_file', 'run_folder', 'read_plan', 'check_ports', 'device_numbers',
-           'plan_server', 'stamp_of', 'build_venv', 'check_venvs', 'ask', 'Child', 'died', 'look', 'kill', 'rotate',
-           'supervise', 'supervisor_pid', 'busy_ports', 'prepare', 'load_plan', 'up', 'status', 'down', 'systemd_unit']
+           'plan_server', 'stamp_of', 'build_venv', 'check_venvs', 'reached', 'ask', 'Child', 'died', 'look',
+           'given_up', 'kill', 'rotate', 'supervise', 'supervisor_pid', 'busy_ports', 'prepare', 'load_plan', 'up',
+           'status', 'down', 'systemd_unit']
 
 # %% ../../nbs/servers/05_supervisor.ipynb #2d2e286a
+import errno
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -59,7 +62,7 @@ def read_file(path) -> dict: # servers.toml
     except OSError as error: raise InputError(f"{path} cannot be read ({error.strerror}); give a servers.toml") from None
     except tomllib.TOMLDecodeError as error: raise InputError(f"{path} is not TOML ({error}); mend it") from None
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #7eef921f
 def run_folder(path, table: dict) -> Path: # the file, its tables
     "Where the state of these servers is kept."
     path = Path(path).resolve()
@@ -71,15 +74,20 @@ def read_plan(path) -> Plan:
     table, base = read_file(path), Path(path).resolve().parent
     if unknown := set(table) - {"supervisor", "servers"}:
         raise InputError(f"unknown tables {sorted(unknown)}; {path}; known are [supervisor] and [servers.NAME]")
+    for name in ("supervisor", "servers"):
+        if not isinstance(table.get(name, {}), dict): raise InputError(f"{name} is no table; {path}; write [supervisor] and [servers.NAME]")
     options, known = table.get("supervisor", {}), {"restarts", "window_s", "start_s", "log_mb", "silent_s"}
     if unknown := set(options) - known - {"folder"}:
         raise InputError(f"unknown keys {sorted(unknown)}; {path}, [supervisor]; known are {', '.join(sorted(known))} and folder")
+    for key in known & set(options):
+        if isinstance(options[key], bool) or not isinstance(options[key], (int, float)) or options[key] < 0:
+            raise InputError(f"{key}={options[key]!r}; {path}, [supervisor]; give a number, 0 or more")
     processes = [one for name, server in table.get("servers", {}).items() for one in plan_server(name, server, base, path)]
     if not processes: raise InputError(f"no server is described; {path}; add a table [servers.NAME] with reward and port")
     check_ports(processes, path)
     return Plan(str(run_folder(path, table)), processes, **{k: v for k, v in options.items() if k in known})
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #dd168d09
 def check_ports(processes: list, path):
     "Every process a port of its own: ranges that touch are where a ninth rank talks to the wrong model."
     taken = {}
@@ -105,7 +113,12 @@ def plan_server(name: str, server: dict, base: Path, path) -> list: # table of [
     "The processes of one server."
     from camflow.device import isolation
     where = f"{path}, [servers.{name}]"
+    if not re.fullmatch(r"[\w.-]+", name): raise InputError(f"name {name!r}; {where}; it names files too: letters, digits, _ . and - only")
+    if not isinstance(server, dict): raise InputError(f"{name} is no table; {where}; give it reward and port")
     if "port" not in server or not isinstance(server["port"], int): raise InputError(f"port is missing; {where}; give the port of its first process")
+    for key, kind, what in (("env", dict, "a table of variables"), ("roots", list, "a list of folders")):
+        if not isinstance(server.get(key, kind()), kind): raise InputError(f"{key}={server[key]!r}; {where}; give {what}")
+    if "reward" not in server and "module" not in server: raise InputError(f"reward is missing; {where}; give the class that judges, package.module:Class")
     config = {k: v for k, v in server.items() if k not in OWN}
     for key in ("token_file", "admin_token_file", "spool"):
         if config.get(key): config[key] = str((base/config[key]).resolve())
@@ -133,7 +146,7 @@ def build_venv(folder: Path, requirements: Path | None, site: bool): # site: see
     steps = [[sys.executable, "-m", "venv", *(["--system-site-packages"] if site else []), *([] if lines else ["--without-pip"]), str(folder)]]
     if lines: steps.append([str(folder/"bin/python"), "-m", "pip", "install", "-r", str(requirements)])
     for words in steps:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=requirements.parent if requirements else None) # pip reads `-e ../..` from there
         if done.returncode:
             last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
             raise InputError(f"{' '.join(words[1:4])} failed; {folder}; mend the requirements or the network:\n{last}")
@@ -158,9 +171,14 @@ def check_venvs(path, install: bool = False): # servers.toml; build what is miss
         if not good: build_venv(folder, requirements, site)
 
 # %% ../../nbs/servers/05_supervisor.ipynb #659ee0e7
-def ask(port: int, path: str, patience: float = 2.0): # seconds
+def reached(host: str) -> str: # that a server listens on
+    "Where this machine finds it: a server that listens everywhere is found on the loopback interface."
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def ask(port: int, path: str, patience: float = 2.0, host: str = "127.0.0.1"): # seconds; as the server listens
     "(status, body) of a GET on this machine; None if nobody answers."
-    link = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
+    link = http.client.HTTPConnection(reached(host), port, timeout=patience)
     try:
         link.request("GET", path)
         reply = link.getresponse()
@@ -168,7 +186,7 @@ def ask(port: int, path: str, patience: float = 2.0): # seconds
     except (OSError, http.client.HTTPException): return None
     finally: link.close()
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #064fedc9
 class Child:
     "A server process and its record."
     def __init__(self, plan: Plan, spec: Process):
@@ -225,13 +243,21 @@ def look(child: Child, now: float):
     if child.process.poll() is not None: return died(child, now)
     if now < child.next: return
     child.next = now + (0.3 if child.state == "starting" else 5.0)
-    answer = ask(child.spec.port, "/readyz" if child.state == "starting" else "/healthz")
+    answer = ask(child.spec.port, "/readyz", host=child.spec.config.get("host", "127.0.0.1"))
     if answer: child.heard = now
+    if answer and answer[0] == 503 and (why := given_up(answer[1])): return kill(child, why)
     if child.state == "starting" and answer and answer[0] == 200: child.state, child.reason = "ready", ""
     if child.state == "starting" and now - child.since > child.plan.start_s: kill(child, f"not ready after {child.plan.start_s:.0f} s")
     if child.state == "ready" and now - child.heard > child.plan.silent_s: kill(child, f"silent for {now - child.heard:.0f} s")
 
 
+def given_up(body: bytes) -> str: # of /readyz
+    "Why the server will start its worker no more, or ''."
+    try: told = json.loads(body)
+    except ValueError: return ""
+    return f"its worker is broken: {told.get('reason')}" if isinstance(told, dict) and told.get("worker") == "broken" else ""
+
+# %% ../../nbs/servers/05_supervisor.ipynb #a30923e6
 def kill(child: Child, reason: str):
     "Ends a process that is no use; the next look finds it dead."
     with open(child.log, "a") as log: log.write(f"supervisor: {reason}, so it was killed\n")
@@ -283,10 +309,15 @@ def busy_ports(plan: Plan) -> list:
     "Names and ports of the plan that somebody listens on."
     found = []
     for one in plan.processes:
-        with socket.socket() as s:
+        host = one.config.get("host", "127.0.0.1")
+        try: kind, *_, address = socket.getaddrinfo(host, one.port, type=socket.SOCK_STREAM)[0]
+        except OSError as error: raise InputError(f"host {host!r} of {one.name} is no address ({error.strerror}); servers; give one of this machine") from None
+        with socket.socket(kind) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try: s.bind((one.config.get("host", "127.0.0.1"), one.port))
-            except OSError: found.append(f"{one.port} ({one.name})")
+            try: s.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE: raise InputError(f"{one.name} cannot listen on {host} ({error.strerror}); servers; give an address of this machine") from None
+                found.append(f"{one.port} ({one.name})")
     return found
 
 
@@ -300,7 +331,7 @@ def prepare(path, install: bool = False) -> Plan: # servers.toml; build environm
     write_json(Path(plan.folder)/"plan.json", asdict(plan))
     return plan
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #424eb380
 def load_plan(file) -> Plan: # plan.json
     "A plan as `prepare` wrote it."
     table = read_json(file)
@@ -332,7 +363,7 @@ def status(path) -> list: # servers.toml
     running = supervisor_pid(folder) is not None
     return rows if running else [row | {"state": row["state"] if row["state"] in ("failed", "stopped") else "lost", "pid": None} for row in rows]
 
-
+# %% ../../nbs/servers/05_supervisor.ipynb #50c3eb9a
 def down(path, wait_s: float = 40.0) -> bool: # seconds
     "Ends the supervisor and its servers; False if none ran."
     folder = run_folder(path, read_file(path))

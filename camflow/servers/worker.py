@@ -134,7 +134,8 @@ def child(fd: int,      # its end of the socket pair
     try:
         reward = make_reward(spec.reward, spec.options)
         send(out, {"n": 0, "info": describe(reward)})
-    except Exception as error: return send(out, {"n": 0, "failed": f"{type(error).__name__}: {error}"[:2000]}) # the parent raises it
+    except Exception as error:                     # the parent raises it
+        return send(out, {"n": 0, "failed": f"{type(error).__name__}: {error}"[:2000], "wrong": isinstance(error, InputError)})
     todo = queue.Queue(1)
     threading.Thread(target=read_ahead, args=(file, todo, roots, limits), daemon=True).start()
     while message := todo.get():
@@ -146,7 +147,7 @@ def child(fd: int,      # its end of the socket pair
         del message                                # its frames
         send(out, answer)
 
-
+# %% ../../nbs/servers/01_worker.ipynb #ebbbe906
 def reuse_memory():
     "Lets the allocator keep the pages of decoded clips (glibc gives large ones back at once, and every batch then faults them in anew); parking trims them."
     with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-3, 2**30)       # M_MMAP_THRESHOLD
@@ -176,6 +177,7 @@ class Worker:
         self.flying, self.number, self.since = {}, 0, 0.0
         self.deaths, self.died, self.reason, self.info = deque(), 0, "", {}
         self.state, self.lock = "off", None        # off, starting, active, parked, broken
+        self.wrong = False                         # the reward refused its settings: starting again will not help
 
     @property
     def alive(self) -> bool: return self.writer is not None and self.process is not None and self.process.poll() is None
@@ -212,12 +214,13 @@ async def start(self: Worker):
         except TimeoutError: answer = {"failed": f"not ready after {self.spec.start_s:.0f} s"}
         except Lost as error: answer = {"failed": str(error)}
         if "failed" in answer:
+            self.wrong = answer.get("wrong", False)
             self.kill(answer["failed"])
             self.state = "broken"
             raise Broken(f"the reward {self.spec.reward} could not be made: {answer['failed']}")
         self.info, self.state = answer["info"], "active"
 
-
+# %% ../../nbs/servers/01_worker.ipynb #cbaddc46
 @patch
 def post(self: Worker, message: dict, number: int) -> asyncio.Future:
     "Sends a message; the future of its answer."
@@ -271,7 +274,7 @@ async def ended(self: Worker):
         if not future.done(): future.set_exception(Lost(f"the worker was lost: {reason}"))
     if wanted and self.state != "starting": self.state = "dead"
 
-
+# %% ../../nbs/servers/01_worker.ipynb #06b0da71
 @patch
 async def watch(self: Worker):
     "Kills a child that hangs or has grown too large."
@@ -296,7 +299,7 @@ def kill(self: Worker, reason: str):
     self.reason = reason
     self.strike()
 
-
+# %% ../../nbs/servers/01_worker.ipynb #6f153c06
 @patch
 async def stop(self: Worker,
                grace: float = 3.0): # seconds for what flies

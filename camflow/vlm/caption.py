@@ -33,7 +33,9 @@ def build_captioner(config: dict): # full configuration
             raise InputError(f"captioner {config['captioner']!r} cannot be made ({error}); give package.module:Class and options that it takes") from None
     if config["urls"]:
         from camflow.vlm.endpoint import Endpoint
-        return Endpoint(config["urls"][int(os.environ.get("LOCAL_RANK", 0)) % len(config["urls"])], **options)
+        server = Endpoint(config["urls"][int(os.environ.get("LOCAL_RANK", 0)) % len(config["urls"])], **options)
+        server.wait_for()
+        return server
     from camflow.vlm.qwen import QwenVL
     return QwenVL(config["model"], attention=config["attention"], **options)
 

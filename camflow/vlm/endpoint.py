@@ -114,6 +114,18 @@ def _post(self: Endpoint, path, body, seconds) -> tuple: # (status, headers, bod
 
 
 @patch
+def wait_for(self: Endpoint, seconds: float = 30.0): # that the server may still need to come up
+    "InputError unless the server answers: told before hours of questions that nobody hears."
+    import httpx
+    end = time.monotonic() + seconds
+    while True:
+        try: return self.http.get(self.url + "/models", timeout=5.0)
+        except httpx.HTTPError as error:
+            if time.monotonic() > end: raise InputError(f"nobody answers at {self.url} ({type(error).__name__}: {error}); start the server, or mend its address") from None
+        time.sleep(min(1.0, seconds / 5))
+
+
+@patch
 def _model(self: Endpoint, seconds: float) -> str:
     "The model's name on the server."
     if self.model is None:

@@ -141,7 +141,8 @@ class QwenVL:
         self.attention, self.form, self.send, self.frames, self.batch, self.name, self.parked = attention, form, send, frames, batch, str(model), False
         if model == "random":
             net, self.tokenizer = build_tiny(family, seed)
-            net.set_attn_implementation(attention)
+            try: net.set_attn_implementation(attention)
+            except (ValueError, ImportError) as error: raise InputError(f"attention {attention!r}; QwenVL; choose another ({str(error)[:300]})") from None
             settings, self.revision = FAMILIES[family], f"random-{family}-{seed}"
         else:
             net, self.tokenizer, settings = load_folder(model, self.dtype, attention)

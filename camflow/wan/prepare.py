@@ -86,7 +86,10 @@ def captions_of(config: dict, names): # full configuration; videos -> {name: tex
     table = Path(config["metadata"] or Path(config["root"])/"metadata.csv")
     if not config["metadata"] and not table.exists(): return {}, []
     captions, bad = read_captions(table, config["skip_bad"])
-    return {name: captions[name] for name in names if name in captions}, bad
+    found = {name: captions[name] for name in names if name in captions}
+    if config["metadata"] and captions and not found:
+        raise InputError(f"no row is about a video of the set: {next(iter(captions))!r} is none of {names[0]!r}, ..; {table}; give the table of this set")
+    return found, bad
 
 # %% ../../nbs/wan/12_prepare.ipynb #db099681
 def main(config: dict, # overrides of DEFAULTS

@@ -140,7 +140,7 @@ def windows(total: int,      # frames of the clip
     edges = list(range(0, total - 2, span))
     return [(a, min(a + span, total - 1)) for a in edges]
 
-# %% ../../nbs/metrics/18_consistency.ipynb #d7c9fa7f
+# %% ../../nbs/metrics/18_consistency.ipynb #bcb1cc23
 class Consistency:
     "Epipolar and reprojection consistency of a clip."
     name, higher_is_better, inputs = "consistency", False, ("video", "cameras")
@@ -181,7 +181,8 @@ class Consistency:
         if depth.kind == "metric": return maps, 1.0
         if depth.kind != "relative": raise InputError(f"depth of kind {depth.kind}; consistency; give metric or relative depth")
         ratios = np.concatenate([depth_scale(uv, maps[a], cameras, a)[0] for uv, (a, _) in zip(tracks, spans)])
-        if len(ratios) < 8: raise InputError(f"{len(ratios)} tracks show their depth; consistency; a relative depth needs 8 to find its scale: give metric depth")
+        if len(ratios) < 8:
+            raise InputError(f"{len(ratios)} tracks show their depth; consistency; a relative depth needs 8 to find its scale: give metric depth")
         return maps, float(np.median(ratios))
 
     def result(self, number, found, cameras, details) -> Result:

@@ -152,7 +152,7 @@ class LoFTR:
         return tuple(_scaled(torch.stack([c % across, c // across], 1) * stride + (x + 0.5) * unit, self.size, image)
                      for c, x, image in ((i, inside[0], image0), (j, inside[1], image1)))
 
-# %% ../../nbs/metrics/17_matching.ipynb #7f90ec4d
+# %% ../../nbs/metrics/17_matching.ipynb #d34a31f1
 def _classes():
     from transformers import EfficientLoFTRForKeypointMatching, LightGlueForKeypointMatching
     return {"loftr": (LoFTR, EfficientLoFTRForKeypointMatching), "lightglue": (LightGlue, LightGlueForKeypointMatching)}
@@ -186,14 +186,15 @@ def random_matcher(kind: str, seed: int = 0, size: tuple = (96, 128)): # "loftr"
         config = EfficientLoFTRConfig(stage_num_blocks=[1, 1, 1, 1], out_features=[16, 16, 32, 64], hidden_size=64, num_attention_heads=8,
                                       num_attention_layers=1, coarse_matching_threshold=0.0, coarse_matching_border_removal=0)
     else:
-        points = SuperPointConfig(encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, descriptor_decoder_dim=32, max_keypoints=200, keypoint_threshold=0.0)
+        points = SuperPointConfig(encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, descriptor_decoder_dim=32, max_keypoints=200,
+                                  keypoint_threshold=0.0)
         config = LightGlueConfig(keypoint_detector_config=points, descriptor_dim=32, num_hidden_layers=2, num_attention_heads=2, filter_threshold=0.0)
     wrap, cls = _classes()[kind]
     return wrap(random_weights(cls(config), seed).to(device()), size)
 
-# %% ../../nbs/metrics/17_matching.ipynb #1ec6f693
+# %% ../../nbs/metrics/17_matching.ipynb #a04e596e
 class GIM:
-    "DKM with GIM's weights as a matcher of this module."
+    "DKM with GIM's weights: dense, so its density is over pixels that are sure, not over cells."
     name = "gim"
 
     def __init__(self, network=None, count: int = 11000): # of `camflow.metrics.dkm.load_dkm`; pairs of pixels drawn per pair

@@ -125,7 +125,7 @@ def fastest(left, sure, share: float = 0.05) -> float: # [H,W], [H,W] -> pixels;
     count = int(share * calm.size)
     return float(np.partition(calm, -count)[-count:].mean())
 
-# %% ../../nbs/metrics/28_ego_motion.ipynb #08fdcbcd
+# %% ../../nbs/metrics/28_ego_motion.ipynb #5f769775
 class EgoMotion:
     "Dynamic degree without the camera's motion."
     name, higher_is_better = "ego_motion", True
@@ -146,7 +146,8 @@ class EgoMotion:
         names = [f"{self.name}.{n}" for n in NUMBERS]
         if len(video) < 2: return [Result(n, status="invalid", reason=f"{len(video)} frame; ego motion needs two") for n in names]
         if self.use_cameras and cameras is None: return [Result(n, status="skipped", reason="no camera path was asked for") for n in names]
-        if self.use_cameras and len(cameras) != len(video): raise InputError(f"{len(cameras)} poses for {len(video)} frames; ego motion; give one pose per frame")
+        if self.use_cameras and len(cameras) != len(video):
+            raise InputError(f"{len(cameras)} poses for {len(video)} frames; ego motion; give one pose per frame")
         size = tuple(video.shape[-2:])
         if self.use_cameras and tuple(cameras.size) != size: cameras = cameras.resize(size)
         depth = self.depth(video, cameras).data[:, 0].cpu().numpy() if self.depth else None

@@ -21,7 +21,7 @@ from .interface import Result
 
 # T frames, L frames of a window, N tracks, H W pixels; uv are (x, y) in pixels, centres at +0.5
 
-# %% ../../nbs/metrics/18_consistency.ipynb #2c0bf880
+# %% ../../nbs/metrics/18_consistency.ipynb #033402a0
 def grey(video_T3HW: Tensor) -> np.ndarray: # bytes [T,3,H,W]
     "Luminance, uint8 [T,H,W]."
     if video_T3HW.dtype != torch.uint8 or video_T3HW.ndim != 4:
@@ -33,12 +33,12 @@ def grey(video_T3HW: Tensor) -> np.ndarray: # bytes [T,3,H,W]
 def track(grey_LHW: np.ndarray,    # uint8
           points: int = 400,       # corners in the first frame at most
           back: float = 0.5        # pixels by which a point may miss its start on the way back
-         ) -> np.ndarray:          # uv [L,N,2], only points seen in all frames
+         ) -> tuple:               # uv [L,N,2] of the points seen in all frames, number of corners that it began with
     "Corners of the first frame followed through the others."
     import cv2
     first, (H, W) = grey_LHW[0], grey_LHW.shape[1:]
     start = cv2.goodFeaturesToTrack(first, points, 0.005, max(max(H, W) / 80, 3))
-    if start is None: return np.zeros((len(grey_LHW), 0, 2))
+    if start is None: return np.zeros((len(grey_LHW), 0, 2)), 0
     how = dict(winSize=(15, 15), maxLevel=3, criteria=(3, 30, 0.01), flags=cv2.OPTFLOW_USE_INITIAL_FLOW, minEigThreshold=1e-3)
     alive, uv = np.ones(len(start), bool), [start]
     for image in grey_LHW[1:]:
@@ -47,7 +47,7 @@ def track(grey_LHW: np.ndarray,    # uint8
         inside = ((there > 2) & (there < (W - 3, H - 3))).all((1, 2))
         alive &= (found[:, 0] > 0) & (returned[:, 0] > 0) & inside & (np.linalg.norm(again - start, axis=2)[:, 0] < back)
         uv.append(there)
-    return np.stack(uv)[:, alive, 0].astype(np.float64) + 0.5
+    return np.stack(uv)[:, alive, 0].astype(np.float64) + 0.5, len(start)
 
 # %% ../../nbs/metrics/18_consistency.ipynb #dc8b631a
 STILL = 1e-4   # path units (metres): a camera that moves less turns on the spot
@@ -140,7 +140,7 @@ def windows(total: int,      # frames of the clip
     edges = list(range(0, total - 2, span))
     return [(a, min(a + span, total - 1)) for a in edges]
 
-# %% ../../nbs/metrics/18_consistency.ipynb #bcb1cc23
+# %% ../../nbs/metrics/18_consistency.ipynb #b3358187
 class Consistency:
     "Epipolar and reprojection consistency of a clip."
     name, higher_is_better, inputs = "consistency", False, ("video", "cameras")
@@ -169,10 +169,10 @@ class Consistency:
             raise InputError(f"{len(cameras)} poses for {len(video)} frames; consistency; give one pose per frame")
         if cameras is not None and tuple(cameras.size) != tuple(video.shape[-2:]): cameras = cameras.resize(tuple(video.shape[-2:]))
         shades, spans = grey(video), windows(len(video), self.span)
-        tracks = [track(shades[a:b + 1], self.points) for a, b in spans]
+        tracks, started = zip(*[track(shades[a:b + 1], self.points) for a, b in spans])
         depth = None if self.depth is None or cameras is None else self.scaled(self.depth(video, cameras), tracks, spans, cameras)
         found = [self.errors(uv, cameras, a, depth) if uv.shape[1] >= 8 else {} for uv, (a, _) in zip(tracks, spans)]
-        details = {"windows": spans, "tracks": [uv.shape[1] for uv in tracks], "size": list(video.shape[-2:]), "within": self.within}
+        details = {"windows": spans, "corners": list(started), "tracks": [uv.shape[1] for uv in tracks], "size": list(video.shape[-2:]), "within": self.within}
         return [self.result(number, found, cameras, details) for number in NUMBERS]
 
     def scaled(self, depth, tracks, spans, cameras) -> tuple:

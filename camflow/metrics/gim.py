@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fit', 'fit_size', 'fit_image', 'unpadded', 'fundamental', 'sampson', 'PairMatch', 'match_pair', 'total_in_thousands',
-           'MatchedPixels']
+           'over_frames', 'mean_of', 'MatchedPixels']
 
 # %% ../../nbs/metrics/13_gim.ipynb #d08ab956
 import math
@@ -139,6 +139,30 @@ def total_in_thousands(counts: list,        # inliers per pair of frames; None w
     return sum(valid) / 1000
 
 
+def over_frames(match,              # (image [3,H,W] of the result, of the source, both 0..1, frame number) -> PairMatch
+                made: Frames,       # the generated video
+                source: Frames,     # its source
+                frames: int = 80    # pairs looked at, equally spaced
+               ) -> dict:           # counts and densities (None where a pair failed), frames, failed {frame: reason}
+    "Matches of the frames of equal number, one after the other."
+    length = min(len(made), len(source))
+    picked = np.linspace(0, length - 1, min(frames, length)).astype(int).tolist()
+    counts, densities, failed = [], [], {}
+    for i in picked:
+        pair = [x[[i]].byte().data[0].float().expand(3, -1, -1) / 255 for x in (made, source)]
+        try: found = match(*pair, i)
+        except InputError as error: found, failed[i] = None, str(error)
+        counts.append(found and found.count)
+        densities.append(found and found.density)
+    return {"counts": counts, "densities": densities, "frames": picked, "failed": failed}
+
+
+def mean_of(values: list) -> float: # None where there is no value
+    "Mean of those that are there; NaN where none is."
+    valid = [v for v in values if v is not None]
+    return sum(valid) / len(valid) if valid else math.nan
+
+# %% ../../nbs/metrics/13_gim.ipynb #3bd21922
 class MatchedPixels:
     "GIM matched pixels between a generated video and its source, in thousands."
     name, higher_is_better = "matched_pixels", True
@@ -150,19 +174,15 @@ class MatchedPixels:
         self.network = network
         self.frames, self.count, self.seed = frames, count, seed
 
+    def match(self, image0: Tensor, image1: Tensor, i: int) -> PairMatch: # [3,H,W] in 0..1; frame number, for the draw
+        "One pair of frames."
+        return match_pair(self.network, image0, image1, generator(self.seed, "matched pixels", i), self.count)
+
     def __call__(self, frames: Frames, source: Frames) -> Result:
         if self.network is None: raise NoWeights(f"DKM has no weights; {self.name}; pass network=load_dkm(file)")
-        length = min(len(frames), len(source))
-        picked = np.linspace(0, length - 1, min(self.frames, length)).astype(int).tolist()
-        counts, density, failed = [], [], {}
-        for i in picked:
-            pair = [x[[i]].byte().data[0].float().expand(3, -1, -1) / 255 for x in (frames, source)]
-            try: found = match_pair(self.network, *pair, generator(self.seed, "matched pixels", i), self.count)
-            except InputError as error: counts.append(None); failed[i] = str(error)
-            else: counts.append(found.count); density.append(found.density)
-        valid = [c for c in counts if c is not None]
-        details = {"counts": counts, "frames": picked, "failed": failed, "seed": self.seed, "drawn": self.count}
-        if not valid:
-            return Result(self.name, status="failed", reason=f"no pair of frames could be matched; first: {next(iter(failed.values()))}", details=details)
-        details |= {"mean_count": sum(valid) / len(valid), "density": sum(density) / len(density)}
-        return answer(self.name, total_in_thousands(counts), self.network, **details)
+        details = over_frames(self.match, frames, source, self.frames) | {"seed": self.seed, "drawn": self.count}
+        if len(details["failed"]) == len(details["frames"]):
+            reason = f"no pair of frames could be matched; first: {next(iter(details['failed'].values()))}"
+            return Result(self.name, status="failed", reason=reason, details=details)
+        details |= {"mean_count": mean_of(details["counts"]), "density": mean_of(details["densities"])}
+        return answer(self.name, total_in_thousands(details["counts"]), self.network, **details)

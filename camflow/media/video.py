@@ -329,7 +329,8 @@ def video_chunks(path,                  # video file
         try:
             for i, frame in _walk(container, stream, replace(index, keys=[]), range(total)):
                 if piece is None: piece = torch.empty(min(size, total - i), 3, h, w, dtype=torch.uint8)
-                picture = torch.from_numpy(_upright(frame, index.info).copy()).permute(2, 0, 1)
+                shown = _upright(frame, index.info)
+                picture = torch.from_numpy(shown.copy() if index.info.rotation else shown).permute(2, 0, 1)
                 if picture.shape[1:] != index.padded: raise _another_size(index, i, picture)
                 piece[i - done] = picture[:, :h, :w]
                 seen = i + 1

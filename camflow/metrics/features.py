@@ -34,7 +34,7 @@ from .vbench import clip_transform, dino_transform, frame_indices, imaging_trans
 
 # Shapes: T frames of a piece, C channels, H W pixels, D features
 
-# %% ../../nbs/metrics/31_features.ipynb #9e67e9f5
+# %% ../../nbs/metrics/31_features.ipynb #2d96c33e
 class Chunk:
     "Consecutive frames of a video."
     def __init__(self, data: Tensor,  # bytes [T,3,H,W]
@@ -58,9 +58,10 @@ class Chunk:
         "Some of the frames."
         return self.data if len(places) == len(self) else self.data[places]
 
-    def floats(self, places: list) -> Tensor: # float32 0..255
+    def floats(self, places: list, last: bool = False) -> Tensor: # float32 0..255; last: channels last in memory, which bilinear resizing is fast with
         "Some of the frames as floats."
-        return self.made(("floats", tuple(places)), lambda: self.bytes(places).float())
+        make = (lambda: self.floats(places).contiguous(memory_format=torch.channels_last)) if last else lambda: self.bytes(places).float()
+        return self.made(("floats", last, tuple(places)), make)
 
 # %% ../../nbs/metrics/31_features.ipynb #6dcf5dd8
 @lru_cache(maxsize=1)
@@ -115,16 +116,16 @@ class Feature:
     def covers(self, found, wanted): return True      # whether stored arrays hold what is wanted
     def pick(self, found, wanted): return found       # that part of them
 
-# %% ../../nbs/metrics/31_features.ipynb #31d16bd8
+# %% ../../nbs/metrics/31_features.ipynb #1c46c329
 def clip_own(x, side):
     "CLIP's own preprocessing."
     from camflow.metrics.clip import clip_images # transformers takes seconds to import: only who needs it waits
     return clip_images(x, side)
 
 
-TRANSFORMS = {  # (from floats, function of frames and side): floats are 0..255 and shared
-    "clip": (True, clip_transform), "clip_own": (False, clip_own), "dino": (True, dino_transform), "musiq": (True, lambda x, mode: imaging_transform(x, mode)),
-    "unit": (True, lambda x, side: x / 255), "bytes": (False, lambda x, side: x)}
+TRANSFORMS = {  # what it is made from (floats are 0..255 and shared), and a function of frames and side
+    "clip": ("floats", clip_transform), "clip_own": ("bytes", clip_own), "dino": ("floats, channels last", dino_transform),
+    "musiq": ("floats, channels last", imaging_transform), "unit": ("floats", lambda x, side: x / 255), "bytes": ("bytes", lambda x, side: x)}
 
 
 class FrameRows(Feature):
@@ -147,8 +148,9 @@ class FrameRows(Feature):
 
     def inputs(self, chunk, places):
         "What the network sees, made once per piece."
-        floats, function = TRANSFORMS[self.transform]
-        return chunk.made((self.transform, self.side, tuple(places)), lambda: function((chunk.floats if floats else chunk.bytes)(places), self.side))
+        of, function = TRANSFORMS[self.transform]
+        frames = lambda: chunk.bytes(places) if of == "bytes" else chunk.floats(places, "last" in of)
+        return chunk.made((self.transform, self.side, tuple(places)), lambda: function(frames(), self.side))
 
     def start(self, wanted, info): return _Rows(self, wanted)
 
@@ -345,7 +347,7 @@ class Pictures(FrameRows):
         scale = self.longest / max(H, W)
         return chunk.made(("resized", self.longest, tuple(places)), lambda: Frames(x, "byte").resize((max(1, round(H * scale)), max(1, round(W * scale)))).data)
 
-# %% ../../nbs/metrics/31_features.ipynb #3fd6eb10
+# %% ../../nbs/metrics/31_features.ipynb #6aaca5e6
 class Held:
     "Frames in memory in the place of a file."
     def __init__(self, data: Tensor, fps: float = math.nan): self.data, self.fps = data, fps if fps else math.nan # bytes [T,3,H,W]; frames per second
@@ -365,7 +367,7 @@ def _quiet(step: str): "Nobody wants to know."
 
 @torch.inference_mode()
 def stream(requests: dict,     # name -> (feature, wanted frames, (video,) or (video, video), their VideoInfos)
-           size: int = 8,      # frames of a piece
+           size: int = 4,      # frames of a piece
            note=_quiet,        # told what is being done
            seconds=None        # dict: receives the time of each feature
           ) -> dict:           # name -> arrays, or the error in their place

@@ -137,7 +137,7 @@ def as_metric(metric) -> StreamMetric:
     if "." in out.name: raise InputError(f"metric {out.name!r} has a dot; engine; dots separate a metric from its numbers")
     return out
 
-# %% ../../nbs/metrics/33_streaming.ipynb #2ea4f169
+# %% ../../nbs/metrics/33_streaming.ipynb #54bd69ed
 def known_info(video,               # file
                cache: FeatureCache
               ) -> VideoInfo:
@@ -160,7 +160,7 @@ def content_of(videos) -> str: # files
 def gather(clip: Clip,
            needs: list,          # of Need
            cache: FeatureCache,
-           size: int = 8,        # frames of a piece
+           size: int = 4,        # frames of a piece
            note=_quiet           # told what is being done
           ) -> tuple:            # label of the need and frames -> arrays or the error; label -> seconds
     "Features of a clip, from the cache or from one pass through its videos."
@@ -198,7 +198,7 @@ def gather(clip: Clip,
         return whole if isinstance(whole, Exception) else need.feature.pick(whole, wanted)
     return {id(need): arrays(need) for need in needs}, seconds
 
-# %% ../../nbs/metrics/33_streaming.ipynb #437931dc
+# %% ../../nbs/metrics/33_streaming.ipynb #5fbc7700
 def failure(metric, error, status="failed") -> Result:
     "An error as a result."
     return Result(metric.name, status=getattr(error, "status", status), reason=str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
@@ -221,7 +221,7 @@ def measure_clip(clip: Clip,
                  metrics: dict,         # number -> engine metric
                  cache: FeatureCache,
                  seed: int = 0,
-                 size: int = 8,         # frames of a piece
+                 size: int = 4,         # frames of a piece
                  note=_quiet            # told what is being done
                 ):                      # yields (number, list of Results, VideoInfo or None)
     "Every metric of one clip, those that need nothing first."

@@ -12,6 +12,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'IMAGING_MO
 # %% ../../nbs/metrics/27_vbench.ipynb #663aae40
 import math
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _standardise(x_TCHW, mean, std):
     of = lambda v: torch.tensor(v, dtype=x_TCHW.dtype, device=x_TCHW.device)[:, None, None]
-    return (x_TCHW - of(mean)) / of(std)
+    return (x_TCHW - of(mean)).div_(of(std))
 
 
 def resize_shorter(x_TCHW: Tensor, # floats in any range
@@ -54,7 +55,9 @@ def resize_shorter(x_TCHW: Tensor, # floats in any range
     "Shorter side to `side` pixels, the longer one cut by int; float, no antialiasing, not clamped."
     H, W = x_TCHW.shape[-2:]
     size = (side, int(side * W / H)) if H <= W else (int(side * H / W), side)
-    return x_TCHW if size == (H, W) else F.interpolate(x_TCHW, size=size, mode=mode, align_corners=False)
+    if size == (H, W): return x_TCHW
+    if mode == "bilinear": x_TCHW = x_TCHW.contiguous(memory_format=torch.channels_last) # the same numbers, five times as fast; bicubic is faster plane by plane
+    return F.interpolate(x_TCHW, size=size, mode=mode, align_corners=False)
 
 
 def centre_crop(x_TCHW: Tensor, # at least side x side
@@ -101,7 +104,7 @@ def imaging_transform(frames_TCHW: Tensor,  # bytes
     "VBench's input of MUSIQ: bilinear without antialiasing, then divided by 255."
     x = frames_TCHW.float()
     size = imaging_size(*x.shape[-2:], "shorter" if mode == "shorter_centercrop" else mode)
-    if size != tuple(x.shape[-2:]): x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    if size != tuple(x.shape[-2:]): x = F.interpolate(x.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear", align_corners=False)
     return (centre_crop(x, 512) if mode == "shorter_centercrop" and min(frames_TCHW.shape[-2:]) > 512 else x) / 255
 
 # %% ../../nbs/metrics/27_vbench.ipynb #f2ff26b7
@@ -112,7 +115,8 @@ def _two(x, what):
 def frame_differences(frames: Tensor) -> np.ndarray: # bytes [T,...] -> [T-1] mean absolute differences in grey levels
     "How much each frame differs from the one before."
     _two(frames, "temporal_flickering")
-    return np.array([(a.to(torch.int16) - b.to(torch.int16)).abs().double().mean().item() for a, b in zip(frames[:-1], frames[1:])])
+    rows = [x.reshape(len(x), -1).numpy() for x in frames.cpu()]
+    return np.array([cv2.norm(a, b, cv2.NORM_L1) / a.size for a, b in zip(rows[:-1], rows[1:])])  # a sum of whole numbers, exact
 
 
 def temporal_flickering(frames: Tensor) -> float: # bytes [T,...]

@@ -128,17 +128,17 @@ def depth_scale(uv_LN2, depth_HW, cameras: Cameras, first: int = 0, parallax: fl
     good = (rho > 0) & (shift > parallax) & np.isfinite(depth) & (depth > 0) & (error < 1)
     return 1 / (rho[good] * depth[good]), int(good.sum())
 
-# %% ../../nbs/metrics/18_consistency.ipynb #f47f0691
+# %% ../../nbs/metrics/18_consistency.ipynb #050c2415
 NUMBERS = ("best_px", "best_outliers", "asked_px", "asked_outliers", "reprojection_px", "reprojection_outliers")
 
 
 def windows(total: int,      # frames of the clip
             span: int = 8    # steps of a window
            ) -> list:        # (first, last) frames, sharing their ends
-    "Windows of at least two steps."
+    "Windows of at least two steps; the last one takes what is left."
     if total < 3: raise InputError(f"{total} frames; consistency; at least 3 are needed to follow a point")
     edges = list(range(0, total - 2, span))
-    return [(a, min(a + span, total - 1)) for a in edges]
+    return list(zip(edges, [*edges[1:], total - 1]))
 
 # %% ../../nbs/metrics/18_consistency.ipynb #b3358187
 class Consistency:

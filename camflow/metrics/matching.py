@@ -6,13 +6,14 @@
 __all__ = ['GREY', 'SIFT', 'cells_of', 'sparse_match', 'grey_pair', 'LightGlue', 'fine_pairs', 'LoFTR', 'load_matcher',
            'random_matcher', 'GIM', 'SourceMatches']
 
-# %% ../../nbs/metrics/17_matching.ipynb #5d3690ac
+# %% ../../nbs/metrics/17_matching.ipynb #07e4a21a
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..device import device, generator
@@ -152,7 +153,7 @@ class LoFTR:
         return tuple(_scaled(torch.stack([c % across, c // across], 1) * stride + (x + 0.5) * unit, self.size, image)
                      for c, x, image in ((i, inside[0], image0), (j, inside[1], image1)))
 
-# %% ../../nbs/metrics/17_matching.ipynb #d34a31f1
+# %% ../../nbs/metrics/17_matching.ipynb #d290957f
 def _classes():
     from transformers import EfficientLoFTRForKeypointMatching, LightGlueForKeypointMatching
     return {"loftr": (LoFTR, EfficientLoFTRForKeypointMatching), "lightglue": (LightGlue, LightGlueForKeypointMatching)}
@@ -169,7 +170,7 @@ def load_matcher(kind: str,          # "sift", "loftr" or "lightglue"
     file = Path(folder) / "model.safetensors"
     if not file.is_file(): raise NoWeights(f"{kind} has no weights; there is no file {file}; fetch the published checkpoint and pass its folder")
     try: network, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"weights of {kind} cannot be read ({str(error).splitlines()[0][:150]}); {folder}; fetch the folder again") from error
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched") if info[f"{what}_keys"]}
     if wrong:
@@ -192,7 +193,7 @@ def random_matcher(kind: str, seed: int = 0, size: tuple = (96, 128)): # "loftr"
     wrap, cls = _classes()[kind]
     return wrap(random_weights(cls(config), seed).to(device()), size)
 
-# %% ../../nbs/metrics/17_matching.ipynb #a04e596e
+# %% ../../nbs/metrics/17_matching.ipynb #4ecd2744
 class GIM:
     "DKM with GIM's weights: dense, so its density is over pixels that are sure, not over cells."
     name = "gim"
@@ -221,10 +222,12 @@ class SourceMatches:
 
     def __call__(self, *, video: Tensor, source: Tensor = None, seed: int = 0, **_) -> list: # bytes [T,3,H,W]
         names = [f"{self.name}.{number}" for number in ("thousands", "density")]
-        if any(n is None for n in self.matcher.networks): raise NoWeights(f"{self.matcher.name} has no weights; {self.name}; load the published checkpoint")
+        if any(n is None for n in self.matcher.networks):
+            return [Result(n, status="no_weights", reason=f"{self.matcher.name} has no weights; load the published checkpoint") for n in names]
         if source is None: return [Result(n, status="skipped", reason="the clip has no source video to be matched with") for n in names]
         if isinstance(self.matcher, GIM):
-            match = lambda x, y, i: match_pair(self.matcher.network, x, y, generator(seed, "matched pixels", i), self.matcher.count, within=self.within)
+            draws = lambda i: generator(seed, "matched pixels", i)
+            match = lambda x, y, i: match_pair(self.matcher.network, x, y, draws(i), self.matcher.count, within=self.within)
         else: match = lambda x, y, i: sparse_match(self.matcher, x, y, within=self.within)
         found = over_frames(match, Frames(video, "byte"), Frames(source, "byte"), self.frames)
         details = {"frames": found["frames"], "failed": found["failed"], "matcher": self.matcher.name, "size": list(video.shape[-2:])}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from camflow.files import InputError
 from camflow.media.frames import Depth, Flow, Frames, cover_geometry, grid_video
 from camflow.media.video import (VideoError, decodable_frames, frame_times, has_decord, probe, read_video, resample_indices, sample_indices, to_data_uri,
-                                 write_video)
+                                 video_chunks, write_video)
 
 REAL = Path(__file__).resolve().parents[2] / "shared/real"
 needs_decord = pytest.mark.skipif(not has_decord(), reason="decord is not installed (no wheel for this platform)")
@@ -72,6 +72,8 @@ def test_both_readers_give_the_same_frames(name, tmp_path):
         assert torch.equal(read_video(path, backend=backend).data, truth), backend
         assert torch.equal(read_video(path, order, backend=backend).data, truth[order]), backend
         assert torch.equal(read_video(path, [len(truth) - 1], backend=backend).data, truth[-1:]), backend
+    pieces = list(video_chunks(path, 7))
+    assert torch.equal(torch.cat(pieces), truth) and {len(p) for p in pieces[:-1]} <= {7}
 
 
 def test_every_single_frame_by_number(tmp_path):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZE_TAG', 'CONTAINERS', 'VideoError', 'VideoInfo', 'probe', 'frame_times', 'decodable_frames', 'has_decord',
-           'read_video', 'write_video', 'sample_indices', 'resample_indices', 'to_data_uri', 'video_html']
+           'read_video', 'video_chunks', 'write_video', 'sample_indices', 'resample_indices', 'to_data_uri',
+           'video_html']
 
 # %% ../../nbs/media/01_video.ipynb #20590e51
 # Shapes: T frames, C channels, H rows, W columns
@@ -223,7 +224,7 @@ def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,
         try:
             for i, frame in _walk(container, stream, index, wanted):
                 picture = torch.from_numpy(_upright(frame, index.info).copy()).permute(2, 0, 1)
-                if picture.shape != out.shape[1:]: raise VideoError(f"{index.info.path}: frame {i} is {tuple(picture.shape[1:])}, the first {index.padded}; cut the file where its size changes")
+                if picture.shape != out.shape[1:]: raise _another_size(index, i, picture)
                 out[found] = picture
                 found += 1
         except _Missed:
@@ -310,6 +311,37 @@ def _what_is_left(index: _Index) -> _Index:
     left = min(decodable_frames(index.info.path), index.info.frames)
     if left == 0: raise VideoError(f"{index.info.path}: no frame can be decoded; copy or download it again")
     return replace(index, info=replace(index.info, frames=left), times=index.times[:left])
+
+# %% ../../nbs/media/01_video.ipynb #562c60c2
+def video_chunks(path,                  # video file
+                 size: int = 8,         # frames of a piece; the last one may be shorter
+                 partial: bool = False  # of a damaged file, take the frames before the damage
+                ):                      # yields uint8 [n,3,H,W]
+    "All frames of a file from the first to the last, in pieces."
+    import av
+    if size < 1: raise InputError(f"pieces of {size} frames; video_chunks; give at least 1")
+    index = _index(path)
+    if partial: index = _what_is_left(index)
+    elif index.info.damage: raise _damaged(index, index.info.damage)
+    total, (h, w), seen, done, piece = index.info.frames, index.info.size, 0, 0, None
+    container, stream = _open(Path(path))
+    with container:
+        try:
+            for i, frame in _walk(container, stream, replace(index, keys=[]), range(total)):
+                if piece is None: piece = torch.empty(min(size, total - i), 3, h, w, dtype=torch.uint8)
+                picture = torch.from_numpy(_upright(frame, index.info).copy()).permute(2, 0, 1)
+                if picture.shape[1:] != index.padded: raise _another_size(index, i, picture)
+                piece[i - done] = picture[:, :h, :w]
+                seen = i + 1
+                if seen - done < len(piece): continue
+                yield piece
+                done, piece = seen, None
+        except av.FFmpegError as error: raise _damaged(index, _reason(error)) from None
+    if seen < total: raise _damaged(index, f"it ends before frame {seen}")
+
+
+def _another_size(index, i, picture):
+    return VideoError(f"{index.info.path}: frame {i} is {tuple(picture.shape[1:])}, the first {index.padded}; cut the file where its size changes")
 
 # %% ../../nbs/media/01_video.ipynb #32e9dcc9
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..files import InputError
+from ..files import InputError, sha256_file
 from .frechet import SetDistance
 from .interface import Result
 from .weights import NoWeights, answer, load_strict, read_weights
@@ -148,7 +148,7 @@ def load_i3d(path,                 # i3d_pretrained_400.pt, the same as safetens
     except RuntimeError as error:
         why = str(error).splitlines()[0][:120]
         raise InputError(f"{path} is no TorchScript archive ({why}); load_i3d; pass script=False for i3d_pretrained_400.pt") from error
-    net.weights_id = f"{Path(path).name} (TorchScript)"
+    net.weights_id = f"{Path(path).name}:{sha256_file(path)[:12]}"
     return net
 
 # %% ../../nbs/metrics/21_i3d.ipynb #47f96a16

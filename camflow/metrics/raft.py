@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'transposed_pyramid', 'window_index', 'blend_window',
            'lookup', 'cell_grid', 'MotionEncoder', 'SeparableGRU', 'FlowHead', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'load_raft', 'Padder', 'enlarged_size', 'clip_flow', 'top_motion', 'kept_frames', 'dynamic_decision',
-           'DynamicDegree']
+           'load_raft', 'Padder', 'enlarged_size', 'FlowSteps', 'clip_flow', 'top_motion', 'kept_frames',
+           'dynamic_decision', 'DynamicDegree']
 
 # %% ../../nbs/metrics/10_raft.ipynb #58ed10df
 import math
@@ -251,26 +251,36 @@ def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> t
     return max(round(H * factor), smallest), max(round(W * factor), smallest)
 
 
+class FlowSteps:
+    "Flow from each frame to the next one of a clip that comes in pieces; every frame is encoded once."
+    def __init__(self, model: RAFT,
+                 size: tuple,       # (H, W) of the frames, pixels
+                 iters: int = 20):
+        self.model, self.size, self.iters, self.last = model, tuple(size), iters, None
+        self.big = enlarged_size(self.size)
+        self.pad, self.where = Padder(self.big), next(model.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, frames_TCHW: Tensor # bytes; the next frames
+                ) -> Tensor:               # [n,2,H,W] pixels, on the device; n = T, or T - 1 for the first piece
+        x, small = frames_TCHW.to(self.where).float().expand(-1, 3, -1, -1), self.big == self.size
+        features, context = self.model.encode(self.pad(x if small else F.interpolate(x, self.big, mode="bilinear", antialias=False)))
+        if self.last is not None: features, context = torch.cat([self.last[0], features]), torch.cat([self.last[1], context])
+        self.last = features[-1:], context[-1:]
+        if len(features) < 2: return torch.empty(0, 2, *self.size, device=self.where)
+        flow = self.pad.undo(self.model.walk(features[:-1], features[1:], context[:-1], self.iters)[1])
+        return flow if small else Flow(flow, "forward").resize(self.size).data
+
+
 def clip_flow(model: RAFT,
               frames: Frames,      # T frames
               iters: int = 20,
               batch: int = 1       # pairs at once
              ) -> Flow:            # T-1 frames, forward, on the CPU
-    "Flow between neighbouring frames; every frame is encoded once."
+    "Flow between neighbouring frames."
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; clip_flow; flow needs two")
-    big = enlarged_size(frames.size)
-    pad, where = Padder(big), next(model.parameters()).device
-    small, out, last = big == tuple(frames.size), [], None
-    with torch.inference_mode():
-        for i in range(0, len(frames), batch):
-            x = frames[i:i + batch].byte().data.to(where).float().expand(-1, 3, -1, -1)
-            x = pad(x if small else F.interpolate(x, big, mode="bilinear", antialias=False))
-            features, context = model.encode(x)
-            if last is not None: features, context = torch.cat([last[0], features]), torch.cat([last[1], context])
-            if len(features) > 1: out.append(pad.undo(model.walk(features[:-1], features[1:], context[:-1], iters)[1]))
-            last = features[-1:], context[-1:]
-        flow = Flow(torch.cat(out), "forward")
-        return Flow((flow if small else flow.resize(frames.size)).data.cpu(), "forward")
+    steps = FlowSteps(model, frames.size, iters)
+    return Flow(torch.cat([steps(frames[i:i + batch].byte().data).cpu() for i in range(0, len(frames), batch)]), "forward")
 
 # %% ../../nbs/metrics/10_raft.ipynb #c9a313d2
 def top_motion(flow_2HW: Tensor,     # pixels

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'PAIRED', 'checked', 'read_table', 'summary', 'set_lines', 'failures', 'wide', 'paired', 'paired_sets',
            'clip_differences']
 
-# %% ../../nbs/metrics/36_tables.ipynb #1e70ff0b
+# %% ../../nbs/metrics/36_tables.ipynb #82567e79
 import json
 import math
 from pathlib import Path
@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from ..files import InputError
-from .statistics import bootstrap_ci, holm, mcnemar, paired_bootstrap, permutation_test, summarise
+from .statistics import holm, mcnemar, paired_bootstrap, permutation_test, summarise
+from .table import Table
 
-# %% ../../nbs/metrics/36_tables.ipynb #4241cd57
+# %% ../../nbs/metrics/36_tables.ipynb #f3804a49
 COLUMNS = {"clip": str, "video": str, "cluster": str, "group": str, "metric": str, "value": float, "status": str, "reason": str, "seconds": float, "weights": str,
            "version": str, "frames": int, "fps": float, "higher_is_better": bool, "details": str}
 
@@ -34,11 +35,11 @@ def checked(table: pd.DataFrame, where: str = "table") -> pd.DataFrame: # a tabl
 def read_table(path) -> pd.DataFrame: # a parquet file, a folder of parts, or a folder that holds table.parquet (a run)
     "An evaluation table from disk."
     path = Path(path)
-    found = [p for p in (path/"table.parquet", path/"evaluate"/"table.parquet") if p.exists()] if path.suffix != ".parquet" else [path]
-    if not found or not found[0].exists(): raise InputError(f"no table.parquet in {path}; evaluation table; give a folder that recam_evaluate wrote, or the file itself")
-    parts = sorted(found[0].glob("*.parquet")) if found[0].is_dir() else found
-    if not parts: raise InputError(f"{found[0]} holds no part; evaluation table; the run was stopped before its first number, resume it")
-    return checked(pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True), str(path))
+    found = next((p for p in (path, path/"table.parquet", path/"evaluate"/"table.parquet") if p.suffix == ".parquet" and p.exists()), None)
+    if found is None: raise InputError(f"no table.parquet in {path}; evaluation table; give a folder that recam_evaluate wrote, or the file itself")
+    rows = Table(found).read() if found.is_dir() else pd.read_parquet(found)
+    if rows.empty: raise InputError(f"{found} has no rows; evaluation table; the run was stopped before its first number, resume it")
+    return checked(rows, str(path))
 
 # %% ../../nbs/metrics/36_tables.ipynb #b1704a06
 def _state(statuses: dict) -> str:

@@ -267,3 +267,59 @@ def test_weights_are_checked(tmp_path):
     done = subprocess.run([sys.executable, "-m", "camflow.lab.cli", "weights", "raft-things", "aesthetic", "--folder", str(tmp_path), "--check", "--json"], capture_output=True, text=True)
     assert done.returncode == 1 and [r["loads"][:3] for r in json.loads(done.stdout)] == ["yes", "no:"] and "not what they should be: aesthetic" in done.stderr
     assert subprocess.run([sys.executable, "-m", "camflow.lab.cli", "weights", "nonsense"], capture_output=True, text=True).returncode == 2
+
+
+# ---- whole runs
+SMALL = ["-p", "world_sources=2", "-p", "world_paths=[1,5,9]", "-p", "world_frames=9", "-p", "world_size=[32,48]", "-p", "samples=100", "-p", "count=1", "-p", 'metrics=["temporal_flickering","psnr_source"]']
+
+
+def camflow(reports, *words, **options):
+    return subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "CAMFLOW_REPORTS": str(reports), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **options)
+
+
+def ended(process, status=0):
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == status, err[-2000:]
+    return out.strip(), err
+
+
+def measured(run):
+    "What a table says, without the time that it took."
+    rows = read_table(run).drop(columns=["seconds", "video", "job"], errors="ignore")
+    return rows.sort_values(["clip", "metric"], ignore_index=True)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_same_table_and_two_runs_compare(tmp_path):
+    whole, flickering = (Path(ended(camflow(tmp_path/name, "run", "recam_evaluate", "-q", *SMALL, *more))[0]).parent
+                         for name, more in (("whole", []), ("flickering", ["-p", "fault=flicker", "-p", "amount=0.5"])))
+    process, parts = camflow(tmp_path/"killed", "run", "recam_evaluate", "-q", *SMALL), []
+    while not parts and process.poll() is None:
+        time.sleep(0.01)
+        parts = list((tmp_path/"killed").glob("recam_evaluate/*/evaluate/table.parquet/part-*"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = next((tmp_path/"killed").glob("recam_evaluate/*"))
+    assert 0 < len(read_table(killed)) < len(read_table(whole)) and not (killed/"evaluate/result.json").exists()
+    ended(camflow(tmp_path/"killed", "resume", str(killed), "-q"))
+    pd.testing.assert_frame_equal(measured(killed), measured(whole))
+    results = [json.loads((run/"result.json").read_text(encoding="utf-8")) for run in (killed, whole)]
+    assert results[0]["metrics"].keys() == results[1]["metrics"].keys() and results[0]["mean.temporal_flickering"] == results[1]["mean.temporal_flickering"]
+
+    out, err = ended(camflow(tmp_path, "compare", str(whole), str(flickering), "--json"))
+    rows = {r["metric"]: r for r in json.loads(out)}
+    assert rows["temporal_flickering"]["difference"] < -.02 and rows["temporal_flickering"]["pairs"] == 6
+    page = Path(err.strip().splitlines()[-1])
+    assert page.parent == whole.parent and needs_network(page.read_text(encoding="utf-8")) == [] and "data:video/mp4" in page.read_text(encoding="utf-8")
+    assert "verdict" in ended(camflow(tmp_path, "compare", str(whole/"evaluate"), str(whole/"evaluate/table.parquet"), "-n", "100"))[0]
+    assert "is no run" in ended(camflow(tmp_path, "compare", str(whole), "nothing"), 2)[1]
+
+
+def test_whatever_is_asked_wrongly_stops_before_measuring(tmp_path):
+    from camflow.metrics.evaluation import main
+    clip(tmp_path/"v/a.mp4")
+    for config, words in ((dict(folder=str(tmp_path/"v"), metrics=["nonsense"]), "nonsense"), (dict(folder=str(tmp_path/"w")), "is no folder"), (dict(), "no folder"),
+                          (dict(folder=str(tmp_path/"v"), foldr=""), "unknown settings"), (dict(folder=str(tmp_path/"v"), weights="x", random_weights=True), "drawn weights")):
+        with pytest.raises(InputError, match=words): main(config, tmp_path/"run")
+    assert not (tmp_path/"run/table.parquet").exists()

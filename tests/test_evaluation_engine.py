@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-from camflow.files import InputError
 from camflow.geometry.camera import Cameras
 from camflow.media.frames import Frames
 from camflow.media.video import write_video

@@ -62,7 +62,7 @@ class Chunk:
         "Some of the frames as floats."
         return self.made(("floats", tuple(places)), lambda: self.bytes(places).float())
 
-# %% ../../nbs/metrics/31_features.ipynb #5e1a9109
+# %% ../../nbs/metrics/31_features.ipynb #6dcf5dd8
 @lru_cache(maxsize=1)
 def code_hash() -> str:
     "Hash of the sources that features and metrics are made by."
@@ -91,6 +91,7 @@ def describe(obj):
     name = f"{type(obj).__module__}.{type(obj).__qualname__}"
     if isinstance(obj, nn.Module): return [name, weights_hash(obj), str(getattr(obj, "config", "")), repr(obj)]
     if isinstance(obj, (Tensor, np.ndarray)): return [name, hashlib.sha256(np.ascontiguousarray(torch.as_tensor(obj).cpu().numpy()).tobytes()).hexdigest()]
+    if name.startswith("transformers."): return name # tokenizers hold thousands of settings
     if inspect.isroutine(obj) or inspect.isclass(obj): return f"{obj.__module__}.{obj.__qualname__}"
     return [name, {k: describe(v) for k, v in sorted(getattr(obj, "__dict__", {}).items()) if not k.startswith("_")}]
 

@@ -270,7 +270,7 @@ def test_weights_are_checked(tmp_path):
 
 
 # ---- whole runs
-SMALL = ["-p", "world_sources=2", "-p", "world_paths=[1,5,9]", "-p", "world_frames=9", "-p", "world_size=[32,48]", "-p", "samples=100", "-p", "count=1", "-p", 'metrics=["temporal_flickering","psnr_source"]']
+SMALL = ["-p", "world_sources=2", "-p", "world_paths=[1,5,9]", "-p", "world_frames=9", "-p", "world_size=[32,48]", "-p", "samples=100", "-p", "count=1", "-p", 'metrics=["temporal_flickering","psnr","ssim"]']
 
 
 def camflow(reports, *words, **options):
@@ -323,3 +323,22 @@ def test_whatever_is_asked_wrongly_stops_before_measuring(tmp_path):
                           (dict(folder=str(tmp_path/"v"), foldr=""), "unknown settings"), (dict(folder=str(tmp_path/"v"), weights="x", random_weights=True), "drawn weights")):
         with pytest.raises(InputError, match=words): main(config, tmp_path/"run")
     assert not (tmp_path/"run/table.parquet").exists()
+
+
+def test_the_suites_files_are_all_listed():
+    from camflow.metrics.suite import WEIGHTS
+    listed = {Path(f).name for w in published.PUBLISHED.values() for f in (w.file, *w.parts)}
+    for w in WEIGHTS.values():
+        for alternatives in w.files: assert set(alternatives.split("|")) & listed, alternatives
+
+
+def test_infinite_is_a_number_that_no_mean_can_take():
+    "PSNR of equal frames."
+    a = long({"psnr": lambda s, g: np.where(s < 3, np.inf, 30 + HARD[s])}, 10, 1)
+    line = summary(a).iloc[0]
+    assert (line["numbers"], line["infinite"], line["state"], line["clips"]) == (7, 3, "ok", 10) and math.isfinite(line["mean"]) and failures(a).empty
+    every = summary(a.assign(value=np.inf)).iloc[0]
+    assert every["state"] == "ok" and math.isnan(every["mean"]) and every["infinite"] == 10
+    b = a.assign(value=np.where(np.isinf(a["value"]), 20.0, a["value"]))
+    row = paired(a, b, n=200).iloc[0]
+    assert row["pairs"] == 10 and row["lost_a"] == 0 and row["difference"] < 0

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'interval', 'badge', 'arrow', 'metric_table', 'group_table', 'set_table', 'status_table', 'failure_table',
-           'lacking_table', 'distribution', 'distributions', 'thumbnail', 'clip_row', 'extremes', 'measured_path',
-           'camera_views', 'paired_table', 'paired_set_table', 'paired_text', 'compare_page', 'compare_runs']
+           'warning_table', 'lacking_table', 'distribution', 'distributions', 'thumbnail', 'clip_row', 'extremes',
+           'measured_path', 'camera_views', 'frame_curves', 'paired_table', 'paired_set_table', 'paired_text',
+           'compare_page', 'compare_runs']
 
 # %% ../../nbs/lab/12_evaluation.ipynb #bafa0863
 import html
@@ -23,7 +24,7 @@ from ..media.frames import Frames
 from ..media.video import probe, read_video
 from ..metrics.tables import checked, clip_differences, failures, paired, paired_sets, read_table, set_lines, summary
 
-# %% ../../nbs/lab/12_evaluation.ipynb #108e144c
+# %% ../../nbs/lab/12_evaluation.ipynb #f3cd867a
 def interval(mean, low, high) -> str: # numbers
     "12.3 [11.8, 12.9]"
     return "–" if mean is None or not math.isfinite(mean) else f"{show_number(float(mean))} [{show_number(float(low))}, {show_number(float(high))}]"
@@ -48,14 +49,15 @@ def metric_table(table: pd.DataFrame, n: int = 2000, seed: int = 0) -> Html: # t
     return grid(rows, ("metric", "mean [95 %]", "median", "mean, missing as the worst", "clips", "sources", "", "s per clip")) if rows else Html("<p>no metric gave a number</p>")
 
 
-def group_table(table: pd.DataFrame, n: int = 500, seed: int = 0) -> Html: # the long table; bootstrap resamples
-    "Means per group (camera path), metrics in columns."
-    lines = summary(table, "group", n, seed)
-    if lines.empty: return Html("<p>no clips</p>")
-    lines = lines[lines["numbers"] > 0]
+def group_table(table: pd.DataFrame) -> Html: # the long table
+    "Mean of each metric per group (camera path)."
+    lines = summary(table, "group", n=2)
+    lines = lines[lines["numbers"] > 0] if len(lines) else lines
     groups, names = list(dict.fromkeys(lines["group"])), list(dict.fromkeys(lines["metric"]))
-    found = {(r.group, r.metric): interval(r.mean, r.low, r.high) + (f" ({r.clips - r.numbers} missing)" if r.numbers < r.clips else "") for r in lines.itertuples()}
-    return grid([[g or "all", *(found.get((g, m), "–") for m in names)] for g in groups], ("", *names)) if len(groups) > 1 else Html("<p>one group</p>")
+    if len(groups) < 2: return Html("<p>one group</p>")
+    found = {(r.group, r.metric): show_number(r.mean) + (f" ({r.clips - r.numbers} missing)" if r.numbers < r.clips else "") for r in lines.itertuples()}
+    better = dict(zip(lines["metric"], lines["higher_is_better"]))
+    return grid([[arrow(m, better[m]), *(found.get((g, m), "–") for g in groups)] for m in names], ("", *(g or "no group" for g in groups)))
 
 
 def set_table(table: pd.DataFrame) -> Html: # the long table
@@ -64,7 +66,7 @@ def set_table(table: pd.DataFrame) -> Html: # the long table
              f"{show_number(r.n_fake)} / {show_number(r.n_real)}", r.protocol, badge(r.status), r.reason] for r in set_lines(table).itertuples()]
     return grid(rows, ("metric", "value", "real against real", "at infinite N", "N generated / real", "protocol", "", "")) if rows else Html("<p>no set metric was asked for</p>")
 
-# %% ../../nbs/lab/12_evaluation.ipynb #14b9c392
+# %% ../../nbs/lab/12_evaluation.ipynb #991a6cc0
 def status_table(table: pd.DataFrame) -> Html: # the long table
     "Metrics by status: how many clips."
     counts = checked(table).groupby(["metric", "status"], sort=False).size().unstack(fill_value=0)
@@ -78,6 +80,15 @@ def failure_table(table: pd.DataFrame, limit: int = 40) -> Html: # the long tabl
     rows = [[r.metric, badge(r.status), r.clips, r.reason, r.example] for r in lost.head(limit).itertuples()]
     more = f"<p>and {len(lost) - limit} further reasons, in the table</p>" if len(lost) > limit else ""
     return grid(rows, ("metric", "", "clips", "reason", "for example")) + more if rows else Html("<p>nothing failed</p>")
+
+
+def warning_table(table: pd.DataFrame, limit: int = 20) -> Html: # the long table; rows shown
+    "What metrics warn of, such as poses that another convention explains far better."
+    seen = {}
+    for row in checked(table).itertuples():
+        if '"warning"' in row.details: seen.setdefault((row.metric.split(".")[0], str(json.loads(row.details).get("warning"))), []).append(row.clip)
+    rows = [[metric, words, len(set(clips)), clips[0]] for (metric, words), clips in sorted(seen.items(), key=lambda kv: -len(kv[1]))[:limit]]
+    return grid(rows, ("metric", "warning", "clips", "for example")) if rows else Html("")
 
 
 def lacking_table(notes: dict, limit: int = 20) -> Html: # of `find_clips`: clip id -> list; rows shown
@@ -174,6 +185,17 @@ def camera_views(table: pd.DataFrame, clips, count: int = 4) -> Html: # the long
             if (poses := measured_path(row.details)) is not None and (found := _scaled(poses, asked)) is not None: paths[row.metric.split(".")[0]] = found
         out.append(Html(f"<h5>{html.escape(c.id)}</h5>") + camera_plot(paths, 170))
     return side_by_side(*out) if out else Html("<p>no clip has a camera</p>")
+
+# %% ../../nbs/lab/12_evaluation.ipynb #dcb99bd4
+def frame_curves(table: pd.DataFrame, limit: int = 6, clips: int = 5) -> Html: # the long table; metrics, and clips of each
+    "Values by frame of the worst clips."
+    part = checked(table)
+    part, out = part[part["details"].str.contains('"per_frame"', regex=False) & np.isfinite(part["value"])], []
+    for metric, rows in part.groupby("metric", sort=False):
+        worst = rows.sort_values("value", ascending=bool(rows["higher_is_better"].iloc[0]), kind="stable").head(clips)
+        lines = {r.clip: found for r in worst.itertuples() if len(found := json.loads(r.details)["per_frame"]) > 1}
+        if lines: out.append(curves(lines, f"{metric}: worst clips", "looked-at frame", width=380, height=210))
+    return side_by_side(*out[:limit]) if out else Html("<p>no metric left values by frame</p>")
 
 # %% ../../nbs/lab/12_evaluation.ipynb #a8282bdb
 def paired_table(found: pd.DataFrame) -> Html: # of `tables.paired`

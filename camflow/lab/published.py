@@ -31,7 +31,7 @@ class Weights:
 
     def path(self, folder) -> Path: return Path(folder)/self.file # folder of all weights
 
-# %% ../../nbs/lab/11_published.ipynb #76db931f
+# %% ../../nbs/lab/11_published.ipynb #0fa0a659
 HF = "https://huggingface.co/"
 OWN_PAGE = "see the publisher's page"
 METRICS = [
@@ -41,8 +41,10 @@ METRICS = [
     Weights("clip-l14", "ViT-L-14.pt", "aesthetic_quality (VBench)",
             "https://openaipublic.azureedge.net/clip/models/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt", "MIT",
             "camflow.metrics.clip:load_clip", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    Weights("clip-h14", "CLIP-ViT-H-14-laion2B-s32B-b79K", "CLIP-T, CLIP-F, CLIP-V", HF + "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", "camflow.metrics.clip:load_clip",
-            conversion="a transformers folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files); open_clip's single file loads as well"),
+    Weights("clip-h14", "open_clip_pytorch_model.bin", "CLIP-T, CLIP-F, CLIP-V", HF + "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", "camflow.metrics.suite:load_clip_gelu",
+            conversion="used as it is; open_clip_model.safetensors of the same page loads as well"),
+    Weights("clip-tokenizer", "clip-tokenizer/vocab.json", "CLIP-T: its texts; with merges.txt in the same folder", HF + "openai/clip-vit-base-patch32 (vocab.json, merges.txt)", "MIT",
+            "camflow.metrics.suite:load_tokenizer", parts=("clip-tokenizer/merges.txt",)),
     Weights("aesthetic", "sa_0_4_vit_l_14_linear.pth", "aesthetic_quality (VBench), with clip-l14", "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth", "MIT",
             "camflow.metrics.clip:load_aesthetic"),
     Weights("dino-b16", "dino_vitbase16_pretrain.pth", "subject_consistency (VBench)", "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
@@ -58,7 +60,7 @@ METRICS = [
             "camflow.metrics.i3d:load_i3d"),
     Weights("i3d-script", "i3d_torchscript.pt", "FVD by the archive that StyleGAN-V uses, as a cross-check", "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt", OWN_PAGE,
             "camflow.lab.published:load_script"),
-    Weights("lpips-alex", "lpips_alex.pth", "LPIPS", "lpips/weights/v0.1/alex.pth of https://github.com/richzhang/PerceptualSimilarity", "BSD-2-Clause", "camflow.metrics.lpips:load_lpips",
+    Weights("lpips-alex", "alex.pth", "LPIPS", "lpips/weights/v0.1/alex.pth of https://github.com/richzhang/PerceptualSimilarity", "BSD-2-Clause", "camflow.metrics.lpips:load_lpips",
             conversion="needs alexnet beside it; a whole LPIPS state dict needs nothing else", parts=("alexnet-owt-7be5be79.pth",)),
     Weights("alexnet", "alexnet-owt-7be5be79.pth", "LPIPS: its trunk", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "BSD-3-Clause", sha256="7be5be79"),
     Weights("gim-dkm", "gim_dkm_100h.ckpt", "matched pixels (GIM)", "https://github.com/xuelunshen/gim, its README links the file", OWN_PAGE, "camflow.metrics.dkm:load_dkm"),

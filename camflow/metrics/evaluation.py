@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAULTS', 'DEFAULTS', 'spoilt', 'world_results', 'write_exports', 'main']
 
-# %% ../../nbs/metrics/39_evaluation.ipynb #3b08eada
+# %% ../../nbs/metrics/39_evaluation.ipynb #bf938b89
 import math
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from ..media.video import write_video
 from .clips import read_clips
 from .engine import evaluate
 from .layouts import find_clips
-from .suite import SUITE, build
+from .suite import build, names_of
 from .table import export_vbench, write_csv, write_rows
 from .tables import failures, set_lines, summary, wide
 from .vbench import QUALITY, quality_score
 from ..training.metric_writer import MetricWriter
 from ..world.clips import HELD_OUT, scene_clips
 
-# %% ../../nbs/metrics/39_evaluation.ipynb #523ebb36
+# %% ../../nbs/metrics/39_evaluation.ipynb #f285f347
 def _noisy(path_T44, degrees, generator):
     "Every pose after the first turned about a random axis by `degrees`."
     axis = torch.nn.functional.normalize(torch.randn(len(path_T44), 3, generator=generator, dtype=torch.float64), dim=1)
@@ -65,7 +65,7 @@ def world_results(folder,                  # gets results/cam_typeN and WebVID/
                   frames: int = 17, size=(64, 96), fps: float = 8.0, # of every video; (H, W)
                   fault: str = "none", amount: float = 1.0,          # what the results suffer from, see FAULTS
                   seed: int = 0) -> Path:  # which held-out scenes; returns the folder of the results
-    "CameraFlow's layout with clips of the procedural world."
+    "CameraFlow's layout with clips of the procedural world; with a fault, truth/ holds the clips before it."
     if fault not in FAULTS: raise InputError(f"fault {fault!r}; world_results; one of {', '.join(FAULTS)}")
     if bad := [p for p in paths if p not in range(1, len(PRESETS) + 1)]: raise InputError(f"path {bad[0]}; world_results; presets are numbered 1..{len(PRESETS)}")
     folder, captions = Path(folder), []
@@ -78,6 +78,7 @@ def world_results(folder,                  # gets results/cam_typeN and WebVID/
         for p, clip in zip((None, *paths), made.frames_NT3HW):
             file = folder/"WebVID/videos"/name if p is None else folder/f"results/cam_type{p}"/name
             write_video(file, Frames(torch.from_numpy(np.ascontiguousarray(clip if p is None else spoilt(clip, fault, amount))), "byte", fps))
+            if p is not None and fault not in ("none", "pose_noise"): write_video(folder/f"truth/cam_type{p}"/name, Frames(torch.from_numpy(np.ascontiguousarray(clip)), "byte", fps))
     write_table(folder/"WebVID/metadata.csv", ("file_name", "text"), captions)
     (folder/"WebVID/cameras").mkdir(exist_ok=True)
     write_unreal_json(folder/"WebVID/cameras/camera_extrinsics.json", {f"cam{p:02d}": Cameras(preset(p, frames), made.K_33, tuple(size)) for p in paths})
@@ -96,7 +97,7 @@ def write_exports(table, clips, folder, compat: str = "") -> dict: # long table;
     means = {k: v[0] for k, v in found.items() if v[0] is not None}
     return quality_score(means) if means else {}
 
-# %% ../../nbs/metrics/39_evaluation.ipynb #ea013c6c
+# %% ../../nbs/metrics/39_evaluation.ipynb #0a321a8e
 DEFAULTS = dict(folder="", layout="auto", sources="", references="", cameras="", metadata="", results="", poses="exact", pairs="first", focal_mm=24.0, limit=0, metrics=["all"], options={},
                 weights="", random_weights=False, processes=1, cache="", resume=True, patience=3600.0, seed=0, samples=2000, vbench_compat="")
 
@@ -122,10 +123,10 @@ def main(config: dict,  # keys of DEFAULTS
     c, run_dir = {**DEFAULTS, **config}, Path(run_dir)
     if not c["folder"]: raise InputError("no folder; evaluate; give the folder of the results or videos")
     if c["weights"] and c["random_weights"]: raise InputError("weights and random_weights; evaluate; drawn weights are for tests of the plumbing: give one of them")
-    if bad := [m for m in c["metrics"] if m != "all" and m not in SUITE and not any(m == n.split(".")[0] for n in SUITE)]: raise InputError(f"metric {bad[0]!r}; evaluate; all or some of {', '.join(SUITE)}")
+    names_of(c["metrics"])
     clips = find_clips(c["folder"], **{k: c[k] for k in ("layout", "sources", "references", "cameras", "metadata", "results", "poses", "pairs", "focal_mm", "limit")})
     write_json(run_dir/"lacking.json", {"layout": clips.layout, "notes": clips.notes, "unused": clips.unused})
-    metrics = build(tuple(c["metrics"]), c["weights"] or None, c["random_weights"], **c["options"])
+    metrics = build(c["metrics"], c["weights"] or None, c["random_weights"], **c["options"])
     print(f"{clips!r}: {len(metrics)} metrics, {c['processes']} processes", flush=True)
     writer = MetricWriter(run_dir)
     told = lambda done, of: writer.log(done, clips=float(done), of=float(of))

@@ -41,7 +41,7 @@ def read_table(path) -> pd.DataFrame: # a parquet file, a folder of parts, or a 
     if rows.empty: raise InputError(f"{found} has no rows; evaluation table; the run was stopped before its first number, resume it")
     return checked(rows, str(path))
 
-# %% ../../nbs/metrics/36_tables.ipynb #b1704a06
+# %% ../../nbs/metrics/36_tables.ipynb #0dc59936
 def _state(statuses: dict) -> str:
     "What a line is worth: ok, partial, random_weights, or the reason why there is no number."
     numbers = sum(statuses.get(s, 0) for s in ("ok", "rotation_only", "static"))
@@ -55,11 +55,14 @@ class _Number:
 
 
 def _line(part, n, seed):
-    numbers = [_Number(v, s) for v, s in zip(part["value"], part["status"])]
-    found = summarise(numbers, bool(part["higher_is_better"].iloc[0]), part["cluster"].to_numpy(), n, seed)
-    return dict(clips=found["n"], sources=part["cluster"].nunique(), numbers=found["n"] - found["failed"], state=_state(found["statuses"]), mean=found["mean"], low=found["low"], high=found["high"],
-                median=found["median"], worst_case_mean=found["worst_case_mean"], higher_is_better=bool(part["higher_is_better"].iloc[0]), statuses=found["statuses"],
-                seconds=float(part["seconds"].sum()), weights=", ".join(sorted(set(part["weights"]) - {""})))
+    part = part.assign(value=part["value"].astype(np.float64))
+    numbers = [_Number(v, s) for v, s in zip(part["value"], part["status"]) if not math.isinf(v)] or [_Number(math.nan, "ok")]
+    clusters = part.loc[~np.isinf(part["value"]), "cluster"].to_numpy() if not np.isinf(part["value"]).all() else part["cluster"].to_numpy()[:1]
+    found = summarise(numbers, bool(part["higher_is_better"].iloc[0]), clusters, n, seed)
+    statuses = part["status"].value_counts(sort=False).to_dict()
+    return dict(clips=len(part), sources=part["cluster"].nunique(), numbers=int(np.isfinite(part["value"]).sum()), state=_state(statuses), mean=found["mean"], low=found["low"], high=found["high"],
+                median=found["median"], worst_case_mean=found["worst_case_mean"], higher_is_better=bool(part["higher_is_better"].iloc[0]), statuses=statuses,
+                infinite=int(np.isinf(part["value"]).sum()), seconds=float(part["seconds"].sum()), weights=", ".join(sorted(set(part["weights"]) - {""})))
 
 
 def summary(table: pd.DataFrame,  # the long table
@@ -71,13 +74,15 @@ def summary(table: pd.DataFrame,  # the long table
     keys = ["metric", *([by] if by else [])]
     clips = table[table["clip"] != ""]
     rows = [dict(zip(keys, key)) | _line(part, n, seed) for key, part in clips.groupby(keys, sort=False)]
-    return pd.DataFrame(rows, columns=None if rows else [*keys, "clips", "sources", "numbers", "state", "mean", "low", "high", "median", "worst_case_mean", "higher_is_better", "statuses", "seconds", "weights"])
+    return pd.DataFrame(rows, columns=None if rows else [*keys, "clips", "sources", "numbers", "state", "mean", "low", "high", "median", "worst_case_mean", "higher_is_better", "statuses", "infinite", "seconds", "weights"])
 
-# %% ../../nbs/metrics/36_tables.ipynb #ee4460cb
+# %% ../../nbs/metrics/36_tables.ipynb #369a474d
 def set_lines(table: pd.DataFrame) -> pd.DataFrame: # the long table
     "FID, FVD and the like with N, real-against-real floor and extrapolation to infinite N."
     table, rows = checked(table), []
-    for row in table[table["clip"] == ""].itertuples():
+    sets = table[table["clip"] == ""]
+    inside = sets["metric"].str.rsplit(".", n=1).str[0].isin(sets["metric"]) & sets["metric"].str.endswith((".floor", ".infinity"))
+    for row in sets[~inside].itertuples(): # floor and extrapolation stand beside their metric
         details = json.loads(row.details or "{}")
         floor, infinity = details.get("floor") or {}, details.get("infinity") or {}
         rows.append(dict(metric=row.metric, group=row.group, value=row.value, status=row.status, n_fake=details.get("n_fake"), n_real=details.get("n_real"), floor=floor.get("mean", math.nan),
@@ -85,11 +90,11 @@ def set_lines(table: pd.DataFrame) -> pd.DataFrame: # the long table
                          weights=row.weights, higher_is_better=bool(row.higher_is_better)))
     return pd.DataFrame(rows, columns=["metric", "group", "value", "status", "n_fake", "n_real", "floor", "floor_std", "floor_n", "infinity", "protocol", "reason", "weights", "higher_is_better"])
 
-# %% ../../nbs/metrics/36_tables.ipynb #b65b9dc0
+# %% ../../nbs/metrics/36_tables.ipynb #787bad4e
 def failures(table: pd.DataFrame) -> pd.DataFrame: # the long table
     "Clips and sets without a number: reasons with how many they hit and an example, the most frequent first."
     table = checked(table)
-    lost = table[~np.isfinite(table["value"])]
+    lost = table[table["value"].isna()]
     shape = dict(metric=pd.Series(dtype=str), status=pd.Series(dtype=str), reason=pd.Series(dtype=str), clips=pd.Series(dtype=int), example=pd.Series(dtype=str))
     if lost.empty: return pd.DataFrame(shape)
     first = lambda part: part.iloc[0]
@@ -104,7 +109,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame: # the long table
     found = clips.pivot(index=["clip", "cluster", "group"], columns="metric", values="value")
     return found[list(dict.fromkeys(clips["metric"]))].reset_index().rename_axis(columns=None)
 
-# %% ../../nbs/metrics/36_tables.ipynb #c1fce822
+# %% ../../nbs/metrics/36_tables.ipynb #b6fb73b5
 PAIRED = ["metric", "pairs", "sources", "lost_a", "lost_b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm", "test", "verdict", "worst_difference", "worst_low", "worst_high",
           "worst_p", "detectable", "higher_is_better", "note"]
 
@@ -129,6 +134,8 @@ def _not_comparable(part) -> str:
 def _compare(metric, part, n, seed):
     better = bool(part["higher_is_better_a"].dropna().iloc[0] if part["higher_is_better_a"].notna().any() else part["higher_is_better_b"].dropna().iloc[0])
     a, b, clusters = (part[c].to_numpy() for c in ("value_a", "value_b", "cluster"))
+    every = np.concatenate([a[np.isfinite(a)], b[np.isfinite(b)]])
+    if len(every): a, b = (np.clip(v, every.min(), every.max()) for v in (a, b))   # infinite (PSNR of equal frames) counts as the largest finite number
     both, note = np.isfinite(a) & np.isfinite(b), _not_comparable(part)
     row = dict(metric=metric, pairs=int(both.sum()), sources=len(set(clusters[both])), lost_a=int((~np.isfinite(a)).sum()), lost_b=int((~np.isfinite(b)).sum()), higher_is_better=better, note=note,
                mean_a=a[both].mean() if both.any() else math.nan, mean_b=b[both].mean() if both.any() else math.nan)
@@ -136,7 +143,6 @@ def _compare(metric, part, n, seed):
     if not both.any() or note: return row | dict(test="none", p=math.nan)
     row["difference"], row["low"], row["high"] = paired_bootstrap(a, b, n, seed, clusters=clusters)
     row["p"], row["test"] = _p(a, b, clusters, n, seed)
-    every = np.concatenate([a[np.isfinite(a)], b[np.isfinite(b)]])
     filled = [np.where(np.isfinite(v), v, every.min() if better else every.max()) for v in (a, b)]
     row["worst_difference"], row["worst_low"], row["worst_high"] = paired_bootstrap(*filled, n, seed, clusters=clusters)
     row["worst_p"] = _p(*filled, clusters, n, seed)[0]

@@ -149,7 +149,7 @@ def long(values: dict, sources=40, paths=2, status=None, weights="", better=True
         for name, draw in values.items():
             found = draw(np.arange(sources), np.random.default_rng([seed, k, len(name)]))
             for i, v in enumerate(found):
-                s = (status or {}).get((name, i, k), "ok" if math.isfinite(v) else "failed")
+                s = (status or {}).get((name, i, k), "failed" if math.isnan(v) else "ok")
                 rows.append(dict(clip=f"p{k}/v{i:03d}", video="", cluster=f"v{i:03d}", group=f"p{k}", metric=name, value=v, status=s, reason="" if s == "ok" else f"because {s}", seconds=.1, weights=weights,
                                  version="1", frames=81, fps=30., higher_is_better=better, details="{}"))
     return pd.DataFrame(rows)

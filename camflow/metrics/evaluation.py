@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAULTS', 'DEFAULTS', 'spoilt', 'world_results', 'write_exports', 'main']
 
-# %% ../../nbs/metrics/39_evaluation.ipynb #bf938b89
+# %% ../../nbs/metrics/39_evaluation.ipynb #b5db979b
 import math
 from pathlib import Path
 
@@ -19,10 +19,7 @@ from ..geometry.rigid import so3_exp
 from ..geometry.trajectory import PRESETS, preset, static
 from ..media.frames import Frames
 from ..media.video import write_video
-from .clips import read_clips
-from .engine import evaluate
 from .layouts import find_clips
-from .suite import build, names_of
 from .table import export_vbench, write_csv, write_rows
 from .tables import failures, set_lines, summary, wide
 from .vbench import QUALITY, quality_score
@@ -97,7 +94,7 @@ def write_exports(table, clips, folder, compat: str = "") -> dict: # long table;
     means = {k: v[0] for k, v in found.items() if v[0] is not None}
     return quality_score(means) if means else {}
 
-# %% ../../nbs/metrics/39_evaluation.ipynb #0a321a8e
+# %% ../../nbs/metrics/39_evaluation.ipynb #5ad6fcd3
 DEFAULTS = dict(folder="", layout="auto", sources="", references="", cameras="", metadata="", results="", poses="exact", pairs="first", focal_mm=24.0, limit=0, metrics=["all"], options={},
                 weights="", random_weights=False, processes=1, cache="", resume=True, patience=3600.0, seed=0, samples=2000, vbench_compat="")
 
@@ -119,6 +116,8 @@ def _plain(record: dict) -> dict:
 def main(config: dict,  # keys of DEFAULTS
          run_dir) -> dict: # table.parquet, clips.json and exports go there
     "Evaluates a folder; continues what was stopped. Returns counts, summaries, set metrics and what failed."
+    from camflow.metrics.engine import evaluate
+    from camflow.metrics.suite import build, names_of  # the networks' libraries take seconds to import: who only wants clips does not wait for them
     if unknown := set(config) - set(DEFAULTS) - {"module"}: raise InputError(f"evaluate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
     c, run_dir = {**DEFAULTS, **config}, Path(run_dir)
     if not c["folder"]: raise InputError("no folder; evaluate; give the folder of the results or videos")

@@ -154,7 +154,7 @@ def _lens(K, H, W):
     if K.ndim == 3 and np.abs(K / K[0, 0, 0] - K[0] / K[0, 0, 0]).max() > 0.01: raise InputError("the lens changes during the clip; recover; one known lens is needed: cut the clip, or use an estimator that reads zooms")
     return K.reshape(-1, 3, 3).mean(0)
 
-# %% ../../nbs/metrics/09_sfm.ipynb #8fbcf4f1
+# %% ../../nbs/metrics/09_sfm.ipynb #6317d5ee
 def recover(video,                       # uint8 [T,3,H,W], tensor or array
             K=None,                      # [3,3] or [T,3,3], pixels of the video; None: estimated (beware of zooms)
             masks=None,                  # bool [T,H,W], True where a pixel may be used; None: everywhere
@@ -163,7 +163,8 @@ def recover(video,                       # uint8 [T,3,H,W], tensor or array
             longest: int = 512,          # working size of the longer side, pixels
             features: int = 768,         # most features per frame
             overlap: int = 4,            # each frame is matched with this many followers, and with those 2, 4, ... 2^(overlap-1) later
-            seconds: float = 60.0,       # wall-clock budget
+            seconds: float = 180.0,      # wall-clock budget: what ends a hang
+            cpu_seconds: float = 60.0,   # budget of CPU time, which a busy machine does not eat up
             memory_mb: float = 4096.0,   # memory budget
             seed: int = 0,               # of every RANSAC and of the mappers
             ) -> Recovered:
@@ -178,8 +179,8 @@ def recover(video,                       # uint8 [T,3,H,W], tensor or array
     small, small_masks = _shrink(gray, None if masks is None else np.asarray(masks, bool), longest)
     factors = np.array([[small.shape[2] / W], [small.shape[1] / H], [1.0]])
     settings = dict(method=method, features=features, overlap=overlap, pixels=max(1.0, max(small.shape[1:]) / 256), refine=K is None, seed=seed)
-    answer = run_within("camflow.metrics.sfm:measure_path", {"gray": small, "K": factors * lens} | settings | ({} if masks is None else {"masks": small_masks}), seconds, memory_mb)
-    settings |= dict(longest=longest, known_lens=K is not None, seconds=seconds, memory_mb=memory_mb)
+    answer = run_within("camflow.metrics.sfm:measure_path", {"gray": small, "K": factors * lens} | settings | ({} if masks is None else {"masks": small_masks}), seconds, memory_mb, cpu_seconds)
+    settings |= dict(longest=longest, known_lens=K is not None, seconds=seconds, cpu_seconds=cpu_seconds, memory_mb=memory_mb)
     return _recovered(answer, T, (H, W), lens, factors[0, 0], frames, method, settings)
 
 # %% ../../nbs/metrics/09_sfm.ipynb #53350b10

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Recovered', 'measure_path', 'has_pycolmap', 'recover']
 
-# %% ../../nbs/metrics/09_sfm.ipynb #1c4f88b3
-import importlib.util
+# %% ../../nbs/metrics/09_sfm.ipynb #aa22b88c
 import math
 import os
 import tempfile
@@ -107,7 +106,7 @@ def _colmap(gray, K, masks, method, features, overlap, pixels, refine, seed) -> 
     return {"w2c": np.stack([w2c for _, w2c in seen]), "index": np.array([int(name[:5]) for name, _ in seen]), "focal": float(lens[0]),
             "reprojection": float(model.compute_mean_reprojection_error()), "points": int(model.num_points3D())}
 
-# %% ../../nbs/metrics/09_sfm.ipynb #3a5a5442
+# %% ../../nbs/metrics/09_sfm.ipynb #8b49de3d
 def measure_path(gray, K, method, features, overlap, pixels, refine, seed, masks=None) -> dict: # arrays and plain values, see `recover`
     "Poses of a clip, in this process."
     T, found = len(gray), {}
@@ -123,6 +122,7 @@ def measure_path(gray, K, method, features, overlap, pixels, refine, seed, masks
     if method == "fallback":
         from camflow.metrics.sfm_fallback import reconstruct
         answer = reconstruct(gray, K, masks, features=features, overlap=overlap, pixels=pixels, refine=refine, seed=seed)
+    elif not has_pycolmap(): raise InputError(f"{method} needs pycolmap, which cannot be imported here; pip install pycolmap, or use method='fallback'")
     else: answer = _colmap(gray, K, masks, method, features, overlap, pixels, refine, seed)
     found |= {"method": method} | answer
     if "status" not in found:
@@ -132,8 +132,10 @@ def measure_path(gray, K, method, features, overlap, pixels, refine, seed, masks
 
 
 def has_pycolmap() -> bool:
-    "Whether COLMAP's library is installed (it has no wheel for aarch64)."
-    return importlib.util.find_spec("pycolmap") is not None
+    "Whether COLMAP's library can be imported (it has no wheel for aarch64)."
+    try: import pycolmap
+    except (ImportError, OSError): return False
+    return True
 
 # %% ../../nbs/metrics/09_sfm.ipynb #36c1fa3b
 def _shrink(gray_THW, masks_THW, longest: int):
@@ -154,7 +156,7 @@ def _lens(K, H, W):
     if K.ndim == 3 and np.abs(K / K[0, 0, 0] - K[0] / K[0, 0, 0]).max() > 0.01: raise InputError("the lens changes during the clip; recover; one known lens is needed: cut the clip, or use an estimator that reads zooms")
     return K.reshape(-1, 3, 3).mean(0)
 
-# %% ../../nbs/metrics/09_sfm.ipynb #6317d5ee
+# %% ../../nbs/metrics/09_sfm.ipynb #d3a4f7bf
 def recover(video,                       # uint8 [T,3,H,W], tensor or array
             K=None,                      # [3,3] or [T,3,3], pixels of the video; None: estimated (beware of zooms)
             masks=None,                  # bool [T,H,W], True where a pixel may be used; None: everywhere
@@ -170,7 +172,6 @@ def recover(video,                       # uint8 [T,3,H,W], tensor or array
             ) -> Recovered:
     "The camera path of a video, measured in a killable process."
     if method not in METHODS: raise InputError(f"method {method!r}; recover; one of {', '.join(METHODS)}")
-    if method.startswith("sfm") and not has_pycolmap(): raise InputError(f"{method} needs pycolmap, which is not installed; pip install pycolmap, or use method='fallback'")
     gray = gray_frames(video)
     T, H, W = gray.shape
     if T < 2: raise InputError(f"{T} frame; recover; a camera path needs at least two")

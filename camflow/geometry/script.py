@@ -93,14 +93,14 @@ def rates(segment: Segment,            # any
             total[axis] += sign * (10 * factor if match[2] is None else float(match[2]))
     return total
 
-# %% ../../nbs/geometry/08_script.ipynb #dbc6b064
+# %% ../../nbs/geometry/08_script.ipynb #0ccd3370
 _FIELDS = ("starttime", "endtime", "speed", "direction", "rotate")
 _OPEN = re.compile(r"<(/?)(\w*)>")
 
 
 def _fields(text: str, at: int):
     "Yields (segment number, {field: (body, position)}, position of the segment's end)."
-    number, found, begin = 1, {}, at
+    number, found = 1, {}
     while True:
         at += len(text[at:]) - len(text[at:].lstrip())
         match = _OPEN.match(text, at)
@@ -231,12 +231,19 @@ def script_path(segments,                 # Segments or a script
     poses = poses_at(segments, numbers / fps, unit, elevation)
     return inverse(poses[0]) @ poses
 
-# %% ../../nbs/geometry/08_script.ipynb #6fbaf2a4
+# %% ../../nbs/geometry/08_script.ipynb #488a9c0d
+def _finite_poses(c2w_T44, least: int, where: str) -> torch.Tensor:
+    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < least or not torch.isfinite(c2w).all():
+        raise InputError(f"poses {list(c2w.shape)}; {where}; give at least {least} finite 4x4 camera-to-world matrices")
+    return c2w
+
+
 def path_state(c2w_T44,                  # camera-to-world, OpenCV axes, any world
                unit: float = 1.0,        # distance to the scene's centre in front of the first camera, in the unit of the poses
                elevation: float = 0.0) -> np.ndarray:   # of the first camera, degrees
     "phi, theta, r, pan, tilt, roll of every pose, [T,6]; the inverse of `sphere_poses`."
-    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
+    c2w = _finite_poses(c2w_T44, 1, "path_state")
     P = sphere_poses(np.zeros((1, 6)), unit, elevation) @ inverse(c2w[0]) @ c2w
     x, y, z = (P[:, :3, 3] - torch.tensor([0, 0, unit], dtype=torch.float64)).unbind(-1)
     far = torch.stack([x, y, z]).norm(dim=0)
@@ -265,7 +272,7 @@ def straight_pieces(values_TD, tol: float) -> list: # samples; largest deviation
     while corners[-1]: corners.append(best[corners[-1]][2])
     return corners[::-1]
 
-# %% ../../nbs/geometry/08_script.ipynb #d0a39124
+# %% ../../nbs/geometry/08_script.ipynb #879d3cc0
 def _words(rate) -> Segment:
     "Speed, direction and rotate of six rates per second, as a Segment without times."
     across, along, radial = rate[0] / 20, rate[1] / 15, rate[2] / 0.2
@@ -290,9 +297,7 @@ def path_segments(c2w_T44,                 # camera-to-world, one pose per frame
                   elevation: float = 0.0,  # of the first camera, degrees
                   tol: float = 0.01) -> list: # largest deviation: degrees of each angle, percent of the distance
     "Segments of a path; between their corners no frame is further off than `tol`."
-    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
-    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < 2 or not torch.isfinite(c2w).all():
-        raise InputError(f"poses {list(c2w.shape)}; path_segments; give at least two finite 4x4 camera-to-world matrices")
+    c2w = _finite_poses(c2w_T44, 2, "path_segments")
     if not (fps > 0 and tol > 0 and unit > 0): raise InputError(f"fps {fps}, tol {tol}, unit {unit}; path_segments; all are positive")
     state = path_state(c2w, unit, elevation)
     corners, segments = straight_pieces(state * [1, 1, 100, 1, 1, 1], tol), []

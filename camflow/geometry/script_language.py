@@ -84,7 +84,7 @@ def _move(part: str, fail) -> str:
     factor = f"*{match[1]}" if (match := _TIMES.search(part)) else ""
     return "+".join(one + factor for one in sides + radial)
 
-# %% ../../nbs/geometry/09_script_language.ipynb #5bf141c7
+# %% ../../nbs/geometry/09_script_language.ipynb #768a675f
 _SLOW, _FAST = re.compile(r"\b(?:slow(?:ly)?|gentl[ey]|gradual(?:ly)?|low speed)\b"), re.compile(r"\b(?:quick(?:ly)?|fast|rapid(?:ly)?|swift(?:ly)?|high speed)\b")
 _SPEED = re.compile(rf"\bat {_N} times the speed|\bspeed (?:of )?{_N}")
 
@@ -113,10 +113,11 @@ def clause_motion(clause: str,           # without its times
             else: moves[-1] += " " + part # "up and to the left" is one diagonal
             fresh = False
         fresh = fresh or bool(divider)
+    if not (still or moves or turns): fail("no movement", "say where the camera moves or turns, or that it stays still")
     if still and moves: fail(f"{clause.strip()!r} moves and stays still", "divide it into two clauses with times")
     return speed, "+".join(_move(part, fail) for part in moves) or "stay", "+".join(turns) or "stay"
 
-# %% ../../nbs/geometry/09_script_language.ipynb #f9c7213d
+# %% ../../nbs/geometry/09_script_language.ipynb #73100a62
 def understand(text: str,               # words about the camera, perhaps after words about the object
                speed="high",            # where a clause does not say
                film: bool = False,      # True: a pan is a turn on the spot, as film makers say
@@ -125,7 +126,7 @@ def understand(text: str,               # words about the camera, perhaps after 
     found = clauses(text)
     times = [clause_times(part.lower()) for part, _ in found]
     segments, now = [], 0.0
-    for number, ((part, at), (start, end, duration, rest)) in enumerate(zip(found, times), 1):
+    for number, ((_, at), (start, end, duration, rest)) in enumerate(zip(found, times), 1):
         def fail(what, remedy): raise ScriptError(f"{what}; sentence, clause {number}, character {at}; {remedy}", number, at)
         start = now if start is None else start
         following = times[number][0] if number < len(times) else None

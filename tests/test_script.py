@@ -18,6 +18,9 @@ from camflow.geometry.script import (ScriptError, Segment, measured_rates, parse
                                      straight_pieces)
 from camflow.geometry.script_language import FIELDS, ask_script, field_accuracy, motion_agreement, sentence, understand
 from camflow.geometry.script_omnicam import omnicam_c2w, omnicam_frame_index, omnicam_poses
+from camflow.vlm.endpoint import Endpoint
+from camflow.vlm.video_inputs import Clip
+from tests.fake_openai import FakeOpenAI
 from tests.parity import omnicam_script
 
 GOLDENS = Path(__file__).parent/"goldens"/"omnicam"
@@ -306,6 +309,18 @@ def test_a_model_is_taken_at_its_script():
     for answer in (f"```\n{script}\n```", f"Here: {script}", script[:-1], ""):
         with pytest.raises(ScriptError): ask_script("the camera moves left", lambda prompt, answer=answer: answer)
     assert ask_script("the camera moves left", lambda prompt: f" {script}\n").segments == [Segment(0, 2, "low", "left")]
+
+
+def test_a_judge_server_writes_the_script():
+    "It sees the first frame and the description; its first answer is refused, its second is a script."
+    frame = Clip(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), 8.0)
+    with FakeOpenAI(script=["The camera goes left.", tagged(0, 2, "low", "left")]) as fake:
+        judge = Endpoint(fake.url)
+        got = ask_script("the camera creeps to the left", lambda prompt: judge.ask([frame], prompt)[0])
+    assert (got.source, got.segments) == ("model", [Segment(0, 2, "low", "left")])
+    parts = [body["messages"][0]["content"] for body in fake.seen]
+    assert [[part["type"] for part in one] for one in parts] == [["image_url", "text"]] * 2
+    assert "the camera creeps to the left" in parts[0][1]["text"] and "'The camera goes left' is not a tag" in parts[1][1]["text"]
 
 
 def test_field_accuracy_counts_missing_and_invented_segments():

@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'camflow/data/omnicam_text.py'),
                                            'camflow.data.omnicam_text.TextItem': ( 'data/omnicam_text.html#textitem',
                                                                                    'camflow/data/omnicam_text.py'),
+                                           'camflow.data.omnicam_text._is_correction': ( 'data/omnicam_text.html#_is_correction',
+                                                                                         'camflow/data/omnicam_text.py'),
                                            'camflow.data.omnicam_text._script': ( 'data/omnicam_text.html#_script',
                                                                                   'camflow/data/omnicam_text.py'),
                                            'camflow.data.omnicam_text.apply_text_overlay': ( 'data/omnicam_text.html#apply_text_overlay',

@@ -18,6 +18,7 @@ from camflow.geometry.script import (ScriptError, Segment, measured_rates, parse
                                      straight_pieces)
 from camflow.geometry.script_language import FIELDS, ask_script, field_accuracy, motion_agreement, sentence, understand
 from camflow.geometry.script_omnicam import omnicam_c2w, omnicam_frame_index, omnicam_poses
+from camflow.geometry.trajectory import random_trajectory
 from camflow.vlm.endpoint import Endpoint
 from camflow.vlm.video_inputs import Clip
 from tests.fake_openai import FakeOpenAI
@@ -51,7 +52,8 @@ def test_poses_are_bit_equal():
 
 
 @pytest.mark.parametrize("file, find, instead, case", [
-    ("camera_script.json", "<direction>leftdown30<", "<direction>leftdown45<", "camera_script"), ("direction_rates.json", "-12.99", "-12.98", "direction_rates"),
+    ("camera_script.json", "<direction>leftdown30<", "<direction>leftdown45<", "camera_script"),
+    ("direction_rates.json", "-12.99", "-12.98", "direction_rates"),
     ("prompt_form.json", '"a/b/file.safetensors"', '"a/b/file"', "prompt_form"), ("frame_index.json", "[0, 3, 6, 9", "[0, 3, 6, 8", "frame_index")])
 def test_a_changed_number_fails(tmp_path, file, find, instead, case):
     for path in GOLDENS.iterdir(): (tmp_path/path.name).write_bytes(path.read_bytes())
@@ -90,7 +92,8 @@ def test_frames_and_poses():
 # %% the parser
 LEGAL = {"err_segment_below_one_frame", "err_two_poses", "err_three_poses"} # too short for the reference's clock, not for a path in time
 REFUSED = {name for name in CASES if name.startswith("err_")} - LEGAL | {
-    "overlap_appended", "negative_gap", "negative_start", "speed_medium_is_high", "speed_uppercase_is_high", "direction_wrong_case_is_still", "direction_unknown_is_still",
+    "overlap_appended", "negative_gap", "negative_start", "speed_medium_is_high", "speed_uppercase_is_high",
+    "direction_wrong_case_is_still", "direction_unknown_is_still",
     "direction_no_angle_is_still", "missing_rotate_segment_dropped", "two_instructions_without_sep_first_wins", "newline_inside_tag_dropped"}
 
 
@@ -158,7 +161,8 @@ def test_malformed(name):
 @pytest.mark.parametrize("segments, words", [
     ([Segment(0, 10, "high", "forward")], "reaches the scene's centre; camera script, segment 1"),
     ([Segment(0, 3, "high", "up"), Segment(3, 9, "high", "up")], r"passes over the pole \(135 degrees\); camera script, segment 2"),
-    ([Segment(0, math.nan)], "finite seconds"), ([Segment(1, 0)], "not after start"), ([Segment(0, 1, -1.0, "left")], "positive number"), ([Segment(0, 1, None, "left")], "positive number")])
+    ([Segment(0, math.nan)], "finite seconds"), ([Segment(1, 0)], "not after start"),
+    ([Segment(0, 1, -1.0, "left")], "positive number"), ([Segment(0, 1, None, "left")], "positive number")])
 def test_segments_that_cannot_be_flown(segments, words):
     with pytest.raises(ScriptError, match=words): script_path(segments, 9, 8)
 
@@ -182,7 +186,8 @@ def test_directions_do_what_they_say():
         assert end[axis, 3] * sign > 0.4
         seen = inverse(end) @ centre
         assert seen[:2].abs().max() < 1e-12 and seen[2] > 0
-    for word, (row, column), sign in (("panright", (0, 2), 1), ("panleft", (0, 2), -1), ("tiltup", (1, 2), -1), ("pan down", (1, 2), 1), ("clockwise", (1, 0), 1), ("counterclockwise", (1, 0), -1)):
+    for word, (row, column), sign in (("panright", (0, 2), 1), ("panleft", (0, 2), -1), ("tiltup", (1, 2), -1),
+                                      ("pan down", (1, 2), 1), ("clockwise", (1, 0), 1), ("counterclockwise", (1, 0), -1)):
         end = script_path([Segment(0, 2, "low", "stay", f"{word} 7.5")], 17, 8)[-1]
         assert end[:3, 3].abs().max() < 1e-12 and abs(float(end[row, column]) - sign * math.sin(math.radians(15))) < 1e-12
     at = lambda angle: rates(Segment(0, 1, 1, f"leftdown{angle}"))[:2]
@@ -261,12 +266,25 @@ def test_a_damaged_script_is_refused_or_read(segments, data):
     except ScriptError as error: assert error.segment >= 1 and 0 <= error.position <= len(text)
 
 
+WORDS = "the camera|it|moves|quickly|slowly|left|up|and|,|while|rotating|clockwise|turning|.|1 to 2 seconds|then|zooms|in|for|half a second|at 30 degrees|plus"
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from("the camera|it|moves|quickly|slowly|left|up|and|,|while|rotating|clockwise|turning|.|1 to 2 seconds|then|zooms|in|for|half a second|at 30 degrees|plus".split("|")), max_size=12))
+@given(st.lists(st.sampled_from(WORDS.split("|")), max_size=12))
 @example(["the camera", "at 30 degrees"])
 def test_any_words_are_understood_or_refused(words):
     try: assert understand(" ".join(words))
     except ScriptError as error: assert "; " in str(error)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_smooth_path_has_a_script(seed):
+    "Slides, turns and rolls that no script made: within the tolerance at every frame, in fewer segments than frames."
+    path = random_trajectory(torch.Generator().manual_seed(seed), 41, 60.0, 1.5)
+    back = path_segments(path, 16, unit=4.0, tol=0.25)
+    again = script_path(parse(script_text(back)), 41, 16, unit=4.0)
+    assert len(back) <= 12, len(back)
+    assert (again - path)[:, :3, 3].norm(dim=1).max() < 0.05 and geodesic(again[:, :3, :3], path[:, :3, :3]).max().rad2deg() < 1.0
 
 
 def test_straight_pieces_are_few_and_close():
@@ -284,18 +302,20 @@ def test_straight_pieces_are_few_and_close():
     ("the camera moves quickly downward. 1 to 2 seconds, it slowly pans to the right, 2 to 3 seconds it moves left, 3-4 s it zooms out",
      [Segment(0, 1, "high", "down"), Segment(1, 2, "low", "right"), Segment(2, 3, "high", "left"), Segment(3, 4, "high", "backward")]),
     ("A man stands. From 0 to one and a half seconds the camera dollies in and rolls clockwise.", [Segment(0, 1.5, "high", "forward", "clockwise")]),
-    ("The camera moves forward slowly, then stops.", [Segment(0, 1, "low", "forward"), Segment(1, 2)]),
+    ("The camera moves forward slowly, then stops.", [Segment(0, 1, "low", "forward"), Segment(1, 2, "high")]),
     ("During the first 2 seconds the camera moves closer; after 3 seconds it goes up and left at 30 degrees until 4 seconds.",
      [Segment(0, 2, "high", "forward"), Segment(3, 4, "high", "leftup30")]),
     ("The camera moves left at speed 0.7.", [Segment(0, 1, 0.7, "left")])])
-def test_sentences(text, expected): assert [one if one.speed != 1.0 else Segment(one.start, one.end, 1.0) for one in understand(text, speed="high")] == \
-    [Segment(one.start, one.end, "high", one.direction, one.rotate) if one.speed == 1.0 else one for one in expected]
+def test_sentences(text, expected): assert understand(text) == expected
 
 
 @pytest.mark.parametrize("text, words", [
-    ("A cake.", "no clause mentions the camera"), ("The camera.", "no movement"), ("The camera moves in a circle.", "no movement"), ("The camera moves left and right.", "both left and right"),
-    ("The camera slowly and quickly rises.", "slow and fast"), ("The camera moves right from 2 to 1 seconds.", "not after start"), ("The camera moves up at 30 degrees.", "gives an angle"),
-    ("The camera rotates at 5 degrees per second.", "no movement"), ("The camera looks left or right.", "turns left and right"), ("The camera moves left and stays still.", "moves and stays still")])
+    ("A cake.", "no clause mentions the camera"), ("The camera.", "no movement"), ("The camera moves in a circle.", "no movement"),
+    ("The camera moves left and right.", "both left and right"),
+    ("The camera slowly and quickly rises.", "slow and fast"), ("The camera moves right from 2 to 1 seconds.", "not after start"),
+    ("The camera moves up at 30 degrees.", "gives an angle"),
+    ("The camera rotates at 5 degrees per second.", "no movement"),
+    ("The camera looks left or right.", "turns left and right"), ("The camera moves left and stays still.", "moves and stays still")])
 def test_sentences_that_are_refused(text, words):
     with pytest.raises(ScriptError, match=words): understand(text)
 
@@ -340,7 +360,8 @@ def test_camera_files(tmp_path):
     assert len(write(good)) == 5 and float(write(good).K[0, 0, 0]) == 100 and len(write(good[:, :3].contiguous())) == 5
     skewed, mirrored, holes = good.clone(), good.clone(), good.clone()
     skewed[3, 0, 1], mirrored[2, 0, 0], holes[1, 2, 3] = 0.2, -1, math.nan
-    for poses, words in ((skewed, "not rigid.*frame 3"), (mirrored, "mirrors.*frame 2"), (holes, "NaN.*frame 1"), (good[:4], "4 poses for 5 frames"), (good[0], "expected")):
+    for poses, words in ((skewed, "not rigid.*frame 3"), (mirrored, "mirrors.*frame 2"),
+                         (holes, "NaN.*frame 1"), (good[:4], "4 poses for 5 frames"), (good[0], "expected")):
         with pytest.raises(InputError, match=words): write(poses)
     with pytest.raises(InputError, match="expected"): write(good, intrinsics=K[:3].contiguous())
     save_file({"extrinsics": good}, path)
@@ -362,7 +383,8 @@ def test_the_real_camera_file():
 
 def test_the_shortened_id_finds_its_video(tmp_path):
     "The original's notes drop the last digit of 8bd5cb1a874d6fb2."
-    items = [TextItem("8bd5cb1a874d6fb2", "Object: A room. A woman stands there.", "a/8bd5cb1a874d6fb2.mp4"), TextItem("8bd5cb1b00000000", "Object: A hall.", "a/8bd5cb1b00000000.mp4")]
+    items = [TextItem("8bd5cb1a874d6fb2", "Object: A room. A woman stands there.", "a/8bd5cb1a874d6fb2.mp4"),
+             TextItem("8bd5cb1b00000000", "Object: A hall.", "a/8bd5cb1b00000000.mp4")]
     overlay = tmp_path/"overlay.jsonl"
     overlay.write_text(json.dumps({"id": "8bd5cb1a874d6fb", "action": "redact", "terms": ["woman"]}) + "\n")
     assert [one.caption for one in apply_text_overlay(items, overlay)[0]] == ["Object: A room.", "Object: A hall."]
@@ -372,7 +394,8 @@ def test_the_shortened_id_finds_its_video(tmp_path):
 
 
 def test_equal_stems_need_their_path(tmp_path):
-    (tmp_path/"m.jsonl").write_text("".join(json.dumps({"video_path": f"{folder}/clip0001.mp4", "caption": f"A {folder}."}) + "\n\n" for folder in ("forest", "beach")))
+    rows = [json.dumps({"video_path": f"{folder}/clip0001.mp4", "caption": f"A {folder}."}) for folder in ("forest", "beach")]
+    (tmp_path/"m.jsonl").write_text("\n\n".join(rows))
     items = read_metadata(tmp_path/"m.jsonl")
     assert [one.line for one in items] == [1, 3]
     with pytest.raises(InputError, match="forest/clip0001.mp4, beach/clip0001.mp4"): match_id("clip0001", items)
@@ -381,7 +404,8 @@ def test_equal_stems_need_their_path(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{", "not JSON"), ("[]", "no correction"), ('{"id": "abcdef"}', "no correction"), ('{"id": 5, "action": "drop"}', "no correction"), ('{"id": "abc", "action": "drop"}', "fewer than 6"),
+    ("{", "not JSON"), ("[]", "no correction"), ('{"id": "abcdef"}', "no correction"), ('{"id": 5, "action": "drop"}', "no correction"),
+    ('{"id": "abc", "action": "drop"}', "fewer than 6"),
     ('{"id": "clip01", "action": "replace"}', "no correction"), ('{"id": "clip01", "action": "redact", "terms": []}', "no correction"),
     ('{"id": "clip01", "action": "redact", "terms": ["dog"]}', "nothing of clip01's caption is left")])
 def test_overlays_that_are_refused(tmp_path, line, words):
@@ -413,6 +437,8 @@ def test_audit_reports_what_it_could_not_judge():
     assert audit([moving], persons=lambda one: None, poses=lambda one: None, motion=lambda one: None)[1]["counts"] == {}
     short = script_path(tagged(0, 2), 5, 8)
     assert audit([moving], persons=lambda one: 0.9, poses=lambda one: (short, 8.0))[1]["counts"] == {} # ended before it could be told
-    assert audit([moving], persons=lambda one: 0.9, poses=lambda one: (torch.full((9, 4, 4), math.nan), 8.0))[1]["counts"] == {"unjudged": 1}
+    holes = torch.full((9, 4, 4), math.nan)
+    assert audit([moving], persons=lambda one: 0.9, poses=lambda one: (holes, 8.0))[1]["counts"] == {"unjudged": 1}
     still = torch.full((4, 3, 8, 8), 90, dtype=torch.uint8)
-    assert audit([moving], motion=lambda one: frame_change(still))[1]["doubted"] == ["moving01"] and frame_change(torch.cat([still, still + 51])) == pytest.approx(0.2)
+    assert audit([moving], motion=lambda one: frame_change(still))[1]["doubted"] == ["moving01"]
+    assert frame_change(torch.cat([still, still + 51])) == pytest.approx(0.2)

@@ -74,7 +74,7 @@ def read_metadata(path) -> list: # metadata.jsonl -> TextItems
         items.append(TextItem(Path(name).stem, row["caption"], name, number))
     return items
 
-# %% ../../nbs/data/16_omnicam_text.ipynb #68f0ba4f
+# %% ../../nbs/data/16_omnicam_text.ipynb #ce41eda9
 ACTIONS = ("drop", "replace", "redact")
 
 
@@ -85,7 +85,9 @@ def match_id(prefix: str,            # whole id, path or beginning of an id
     "The item that is meant, or None; InputError where several could be."
     found = [one for one in items if prefix in (one.id, one.path)] or [one for one in items if len(prefix) >= least and one.id.startswith(prefix)]
     if not found and len(prefix) < least: raise InputError(f"id {prefix!r} has fewer than {least} characters; {where}; write more of it")
-    if len(found) > 1: raise InputError(f"id {prefix!r} fits {len(found)} items ({', '.join(one.path or one.id for one in found[:4])}); {where}; write the whole id, or the path")
+    if len(found) > 1:
+        names = ", ".join(one.path or one.id for one in found[:4])
+        raise InputError(f"id {prefix!r} fits {len(found)} items ({names}); {where}; write the whole id, or the path")
     return found[0] if found else None
 
 
@@ -102,7 +104,14 @@ def replaced(caption: str, text: str) -> str: # prompt; new text of the object
     match = re.search(r"\s*;\s*(?:Camera|Caption):.*", caption, re.S)
     return f"Object: {text}{match[0]}" if match else text
 
-# %% ../../nbs/data/16_omnicam_text.ipynb #db423674
+# %% ../../nbs/data/16_omnicam_text.ipynb #0920b920
+def _is_correction(one) -> bool:
+    "Whether a line of an overlay has what its action needs."
+    if not isinstance(one, dict) or not isinstance(one.get("id"), str) or one.get("action") not in ACTIONS: return False
+    name, kind = {"replace": ("text", str), "redact": ("terms", list)}.get(one["action"], ("id", str))
+    return isinstance(one.get(name), kind) and bool(one[name])
+
+
 def apply_text_overlay(items: list,   # TextItems
                        path) -> tuple: # overlay.jsonl -> (TextItems, findings)
     "Items with the corrections; the raw table is not touched."
@@ -115,8 +124,7 @@ def apply_text_overlay(items: list,   # TextItems
         where = f"{path}, line {number}"
         try: one = json.loads(line)
         except json.JSONDecodeError as error: raise InputError(f"not JSON ({error}); {where}; mend the line") from error
-        need = {"replace": ("text", str), "redact": ("terms", list)}.get(one.get("action") if isinstance(one, dict) else None)
-        if not isinstance(one, dict) or not isinstance(one.get("id"), str) or one.get("action") not in ACTIONS or (need and not (isinstance(one.get(need[0]), need[1]) and one[need[0]])):
+        if not _is_correction(one):
             raise InputError(f"{line[:80]!r} is no correction; {where}; write id, action ({', '.join(ACTIONS)}), text to replace by, or terms to redact")
         item = match_id(one["id"], items, where)
         if item is None: rows.append(Row(number, one["id"], "")) # `override` reports it
@@ -128,11 +136,13 @@ def apply_text_overlay(items: list,   # TextItems
     texts, findings = override({key(one): (one.line, one.caption) for one in items}, rows, path)
     return [replace(one, caption=texts[key(one)][1]) for one in items if key(one) in texts], findings
 
-# %% ../../nbs/data/16_omnicam_text.ipynb #ac496f0b
-AUDIT_KINDS = {"overlay": "a correction that fits nothing", "duplicate": "the same id, file or caption again", "empty": "nothing is left for the text encoder", "path": "a path in the text",
+# %% ../../nbs/data/16_omnicam_text.ipynb #6d9a29e7
+AUDIT_KINDS = {"overlay": "a correction that fits nothing", "duplicate": "the same id, file or caption again",
+               "empty": "nothing is left for the text encoder", "path": "a path in the text",
                "long": "more text than T5 reads", "script": "a camera script that cannot be read", "person": "a person in the text, none in the picture",
                "tags": "script and poses disagree", "static": "a moving script on a still video", "unjudged": "a check that failed"}
-PERSON = re.compile(r"\b(?:person|people|persons|(?:wo)?m[ae]n|individuals?|dancers?|performers?|boys?|girls?|child(?:ren)?|kids?|lad(?:y|ies)|guys?|humans?|pedestrians?|couple|crowd)\b", re.I)
+PERSON = re.compile(r"\b(?:person|people|persons|(?:wo)?m[ae]n|individuals?|dancers?|performers?|boys?|"
+                    r"girls?|child(?:ren)?|kids?|lad(?:y|ies)|guys?|humans?|pedestrians?|couple|crowd)\b", re.I)
 
 
 def person_words(text: str) -> list: # any text
@@ -145,7 +155,7 @@ def frame_change(frames) -> float: # Frames or uint8 [T,3,H,W]
     data = (frames.byte().data if hasattr(frames, "range") else frames).float() / 255
     return float((data - data[:1]).abs().flatten(1).mean(1).max())
 
-# %% ../../nbs/data/16_omnicam_text.ipynb #cd48bb49
+# %% ../../nbs/data/16_omnicam_text.ipynb #56cf0f42
 def _script(caption):
     "(segments or None, ScriptError or None) of a prompt."
     if "Camera:" not in caption or "#trajectory" in caption: return None, None
@@ -155,7 +165,8 @@ def _script(caption):
 
 def check_item(item: TextItem, persons=None, poses=None, motion=None, visible=0.5, still=0.004, unit=1.0) -> list: # see `audit`
     "Findings about one item."
-    found, note = [], lambda kind, detail, action="kept", after="": found.append(Finding(kind, item.id, item.line, action, detail, item.caption[:200], after[:400]))
+    found = []
+    def note(kind, detail, action="kept", after=""): found.append(Finding(kind, item.id, item.line, action, detail, item.caption[:200], after[:400]))
     def judge(name, f):
         if f is None: return None
         try: return f(item)
@@ -169,20 +180,22 @@ def check_item(item: TextItem, persons=None, poses=None, motion=None, visible=0.
     if error: note("script", str(error))
     named = sorted(set(person_words(clean.text)))
     seen = judge("persons", persons) if named else None
-    if seen is not None and seen < visible: note("person", f"the text says {', '.join(named)}; probability of a person in the video {seen:.2f}", "doubted", redacted(item.caption, named))
+    if seen is not None and seen < visible:
+        note("person", f"the text says {', '.join(named)}; probability of a person in the video {seen:.2f}", "doubted", redacted(item.caption, named))
     if segments is None: return found
     path = judge("poses", poses)
     if path is not None:
         try: off = [one for one in motion_agreement(segments, *path, unit=unit, least=0.25) if one["agrees"] is False]
         except InputError as problem: note("unjudged", f"poses: {problem}")
         else:
-            if off: note("tags", "; ".join(f"segment {one['segment']} asks for {one['asked']}, poses show {one['share']:+.2f} of it" for one in off), "doubted",
-                         path_to_script(*path, unit=unit, tol=1.0))
+            said = "; ".join(f"segment {one['segment']} asks for {one['asked']}, poses show {one['share']:+.2f} of it" for one in off)
+            if off: note("tags", said, "doubted", path_to_script(*path, unit=unit, tol=1.0))
     change = judge("motion", motion)
-    if change is not None and change < still and any(any(rates(one)) for one in segments): note("static", f"the picture changes by {change:.4f} of 1", "doubted")
+    if change is not None and change < still and any(any(rates(one)) for one in segments):
+        note("static", f"the picture changes by {change:.4f} of 1", "doubted")
     return found
 
-
+# %% ../../nbs/data/16_omnicam_text.ipynb #003d5df2
 def audit(items: list,             # TextItems
           overlay=None,            # overlay.jsonl
           persons=None,            # function item -> probability of a visible person, or None

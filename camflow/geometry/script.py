@@ -45,7 +45,7 @@ class Segment:
     direction: str = "stay"
     rotate: str = "stay"
 
-# %% ../../nbs/geometry/08_script.ipynb #3261cb38
+# %% ../../nbs/geometry/08_script.ipynb #299e4665
 _NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?"
 _MOVE = re.compile(rf"(left|right)?(up|down)?(forward|backward)?({_NUMBER})?(?:\s*\*\s*({_NUMBER}))?")
 _TURN = re.compile(rf"(counterclockwise|clockwise|(?:pan|tilt)\s*(?:left|right|up|down))\s*({_NUMBER})?")
@@ -61,7 +61,8 @@ def _move_rates(word: str, fail) -> list:
     side, height, radial, angle, factor = match.groups()
     if radial and (side or height): fail(f"direction {word!r} mixes two moves", f"write {(side or '') + (height or '')}+{radial}")
     if (angle is not None) != bool(side and height):
-        fail(f"direction {word!r} {'has an angle' if angle else 'lacks its angle'}", "only diagonals have an angle, measured from the vertical: leftup45, rightdown30")
+        fail(f"direction {word!r} {'has an angle' if angle else 'lacks its angle'}",
+             "only diagonals have an angle, measured from the vertical: leftup45, rightdown30")
     if angle is not None and float(angle) > 90: fail(f"angle {angle} in direction {word!r}", "0 is straight up or down, 90 is sideways")
     across, along = (math.sin(math.radians(float(angle))), math.cos(math.radians(float(angle)))) if angle is not None else (bool(side), bool(height))
     rates = [20 * across * (-1 if side == "left" else 1), 15 * along * (-1 if height == "up" else 1), 0.2 * bool(radial) * (-1 if radial == "forward" else 1)]
@@ -76,7 +77,7 @@ def speed_factor(speed, fail=_fail) -> float: # number, numeric text, "high" or 
     if not (math.isfinite(value) and value > 0): fail(f"speed {speed!r}", "write high, low or a positive number (1 is high)")
     return value
 
-# %% ../../nbs/geometry/08_script.ipynb #d418dc8a
+# %% ../../nbs/geometry/08_script.ipynb #a95a0b14
 def rates(segment: Segment,            # any
           fail=_fail) -> list:         # called as fail(what, remedy)
     "[phi, theta, r, pan, tilt, roll] per second; ScriptError where a word is not of the language."
@@ -88,12 +89,13 @@ def rates(segment: Segment,            # any
         for word in segment.rotate.split("+"):
             match = _TURN.fullmatch(word.strip())
             name = re.sub(r"\s", "", match[1]) if match else None
-            if name not in _TURNS: fail(f"rotate {word.strip()!r} is not known", f"write stay, or {', '.join([*_TURNS][:6])} with degrees per second, joined by +")
+            if name not in _TURNS:
+                fail(f"rotate {word.strip()!r} is not known", f"write stay, or {', '.join([*_TURNS][:6])} with degrees per second, joined by +")
             axis, sign = _TURNS[name]
             total[axis] += sign * (10 * factor if match[2] is None else float(match[2]))
     return total
 
-# %% ../../nbs/geometry/08_script.ipynb #0ccd3370
+# %% ../../nbs/geometry/08_script.ipynb #6821c4fd
 _FIELDS = ("starttime", "endtime", "speed", "direction", "rotate")
 _OPEN = re.compile(r"<(/?)(\w*)>")
 
@@ -106,7 +108,8 @@ def _fields(text: str, at: int):
         match = _OPEN.match(text, at)
         if at == len(text) or (match and match[0] == "<sep>"):
             if found: yield number, found, at
-            elif at < len(text) or number == 1: _fail("an empty segment" if at < len(text) else "no instruction", f"write {' '.join(f'<{f}>..</{f}>' for f in _FIELDS)}", number, at)
+            elif at < len(text) or number == 1:
+                _fail("an empty segment" if at < len(text) else "no instruction", f"write {' '.join(f'<{f}>..</{f}>' for f in _FIELDS)}", number, at)
             if at == len(text): return
             number, found, at = number + 1, {}, match.end()
             continue
@@ -127,15 +130,17 @@ def _time(body: str, fail) -> float:
     if not 0 <= value < math.inf: fail(f"time {body.strip()}", "times are seconds from the start of the clip, 0 or later")
     return value
 
-# %% ../../nbs/geometry/08_script.ipynb #6b7e3d40
+# %% ../../nbs/geometry/08_script.ipynb #0fae7638
 def check_order(segments, places=None): # Segments; position of each in the text
     "ScriptError unless every segment ends after its start and starts after the one before ended."
     last = 0.0
     for number, one in enumerate(segments, 1):
         at = places[number - 1] if places else None
-        if not (math.isfinite(one.start) and math.isfinite(one.end) and one.start >= 0): _fail(f"times {one.start}..{one.end}", "give finite seconds from 0 on", number, at)
+        if not (math.isfinite(one.start) and math.isfinite(one.end) and one.start >= 0):
+            _fail(f"times {one.start}..{one.end}", "give finite seconds from 0 on", number, at)
         if one.end <= one.start: _fail(f"end {one.end:g} s is not after start {one.start:g} s", "exchange or correct them", number, at)
-        if one.start < last - 1e-9: _fail(f"start {one.start:g} s lies before the end of the segment before, {last:g} s", "segments follow each other in time: shorten one", number, at)
+        if one.start < last - 1e-9:
+            _fail(f"start {one.start:g} s lies before the end of the segment before, {last:g} s", "segments follow each other in time: shorten one", number, at)
         last = one.end
 
 
@@ -199,7 +204,7 @@ def sphere_poses(state_T6,               # phi, theta, r, pan, tilt, roll
     orbit = _along_z(torch.full_like(r, unit)) @ _axis(-phi, 1) @ _axis(theta - elevation, 0) @ _along_z(-unit * (1 + r))
     return orbit @ _axis(pan, 1) @ _axis(tilt, 0) @ _axis(roll, 2)
 
-# %% ../../nbs/geometry/08_script.ipynb #81db8bdd
+# %% ../../nbs/geometry/08_script.ipynb #6479d7e4
 def poses_at(segments,                 # Segments or a script
              times,                    # seconds, [T]
              unit: float = 1.0,        # distance to the scene's centre, in the unit that the poses shall have
@@ -213,7 +218,8 @@ def poses_at(segments,                 # Segments or a script
     corner, value = _corners(segments)
     for i, (theta, r) in enumerate(value[:, 1:3]):
         if 1 + r < 0.02: _fail("the camera reaches the scene's centre", "move forward less: high speed covers 0.2 of the distance a second", (i + 1) // 2)
-        if abs(theta - elevation) > 89: _fail(f"the camera passes over the pole ({elevation - theta:.0f} degrees)", "move up or down less: high speed turns 15 degrees a second", (i + 1) // 2)
+        if abs(theta - elevation) > 89:
+            _fail(f"the camera passes over the pole ({elevation - theta:.0f} degrees)", "high speed turns 15 degrees/s: move less", (i + 1) // 2)
     times = np.asarray(times, dtype=np.float64)
     state = np.stack([np.interp(times, corner, column) for column in value.T], -1)
     return inverse(sphere_poses(np.zeros((1, 6)), unit, elevation)) @ sphere_poses(state, unit, elevation)
@@ -226,12 +232,13 @@ def script_path(segments,                 # Segments or a script
                 elevation: float = 0.0,   # of the first camera above the centre, degrees
                 ) -> torch.Tensor:
     "Camera-to-world poses of frames relative to the first of them, float64 [T,4,4], OpenCV axes. Frame k is at k / fps seconds."
-    numbers = np.arange(frames) if isinstance(frames, int) else np.asarray(frames, dtype=np.float64)
-    if not len(numbers) or not (math.isfinite(fps) and fps > 0): raise InputError(f"{len(numbers)} frames at {fps} a second; script_path; ask for at least one frame, fps above 0")
+    numbers = np.arange(frames) if isinstance(frames, (int, np.integer)) else np.asarray(frames, dtype=np.float64)
+    if not len(numbers) or not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"{len(numbers)} frames at {fps} a second; script_path; ask for at least one frame, fps above 0")
     poses = poses_at(segments, numbers / fps, unit, elevation)
     return inverse(poses[0]) @ poses
 
-# %% ../../nbs/geometry/08_script.ipynb #488a9c0d
+# %% ../../nbs/geometry/08_script.ipynb #9abba146
 def _finite_poses(c2w_T44, least: int, where: str) -> torch.Tensor:
     c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
     if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < least or not torch.isfinite(c2w).all():
@@ -247,7 +254,8 @@ def path_state(c2w_T44,                  # camera-to-world, OpenCV axes, any wor
     P = sphere_poses(np.zeros((1, 6)), unit, elevation) @ inverse(c2w[0]) @ c2w
     x, y, z = (P[:, :3, 3] - torch.tensor([0, 0, unit], dtype=torch.float64)).unbind(-1)
     far = torch.stack([x, y, z]).norm(dim=0)
-    if (far < 1e-3 * unit).any(): raise InputError(f"the camera stands in the scene's centre; path_state, frame {int(far.argmin())}; give a larger unit than {unit:g}")
+    if (far < 1e-3 * unit).any():
+        raise InputError(f"the camera stands in the scene's centre; path_state, frame {int(far.argmin())}; give a larger unit than {unit:g}")
     phi, theta = torch.atan2(x, -z).rad2deg(), torch.asin((y / far).clamp(-1, 1)).rad2deg() + elevation
     orbit = _axis(-phi, 1) @ _axis(theta - elevation, 0)
     R = orbit[:, :3, :3].mT @ P[:, :3, :3]
@@ -313,7 +321,7 @@ def path_to_script(c2w_T44, fps: float, unit: float = 1.0, elevation: float = 0.
     "The script of a path."
     return script_text(path_segments(c2w_T44, fps, unit, elevation, tol))
 
-# %% ../../nbs/geometry/08_script.ipynb #70e2b5a9
+# %% ../../nbs/geometry/08_script.ipynb #b5934263
 def measured_rates(segments,                # Segments or a script
                    c2w_T44,                 # camera-to-world of the frames, frame k at k / fps seconds
                    fps: float,              # frames per second
@@ -326,7 +334,8 @@ def measured_rates(segments,                # Segments or a script
     times = np.arange(len(state)) / fps
     at = lambda t: [np.interp(t, times, column) for column in state.T]
     ended = times[-1] + 1 / fps + 1e-9 # the last frame lasts until here
-    rows = [np.subtract(at(one.end), at(one.start)) / max(min(one.end, times[-1]) - one.start, 1e-9) if one.end <= ended else [math.nan] * 6 for one in segments]
+    rows = [np.subtract(at(one.end), at(one.start)) / max(min(one.end, times[-1]) - one.start, 1e-9) if one.end <= ended else [math.nan] * 6
+            for one in segments]
     return np.array(rows).reshape(-1, 6)
 
 # %% ../../nbs/geometry/08_script.ipynb #8762bc88

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 
 from .script import ScriptError, Segment, check_order, measured_rates, parse, rates, script_text, speed_factor
 
-# %% ../../nbs/geometry/09_script_language.ipynb #630b23fe
+# %% ../../nbs/geometry/09_script_language.ipynb #c9d01379
 _N = r"(\d+(?:\.\d+)?|\.\d+)"
 _SEC = r"(?:seconds?|secs?|s)\b"
 _RANGE = re.compile(rf"(?:\b(?:from|between|during|in)\s+)?(?<![\d.]){_N}\s*(?:{_SEC}\s*)?(?:to|until|till|-|–|and)\s*{_N}\s*{_SEC}")
 _FIRST = re.compile(rf"\b(?:for|in|during)\s+the\s+first\s+(?:{_N}\s*)?{_SEC}")
 _FOR, _AT, _UNTIL = (re.compile(rf"\b(?:{word})\s+{_N}\s*{_SEC}") for word in ("for", "after|at|from", "until|till|to"))
 _END = re.compile(rf"\.(?!\d)|[;!?\n]|,?\s*\b(?:and\s+)?(?:then|afterwards|after that|finally)\b,?|,(?=\s*(?:and\s+)?{_RANGE.pattern})")
-_WORDS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"half a": "0.5", "a": "1", "one and a half": "1.5"}
+_WORDS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_WORDS |= {"half a": "0.5", "a": "1", "one and a half": "1.5"}
 _WORD_TIME = re.compile(rf"\b({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?=\s+(?:seconds?|to\s+\w+\s+seconds?)\b)")
 
 
@@ -29,7 +30,8 @@ def clauses(text: str) -> list: # any text -> [(clause, position)] from the firs
     cuts = [0, *(k for match in _END.finditer(text.lower()) for k in match.span()), len(text)]
     parts = [(text[a:b], a) for a, b in zip(cuts[::2], cuts[1::2]) if text[a:b].strip(" ,")]
     first = next((i for i, (part, _) in enumerate(parts) if re.search(r"\bcamera\b", part, re.I)), None)
-    if first is None: raise ScriptError("no clause mentions the camera; sentence; write: The camera moves quickly downward. From 1 to 2 seconds, it slowly moves to the right")
+    if first is None:
+        raise ScriptError("no clause mentions the camera; sentence; write: The camera moves quickly downward. From 1 to 2 seconds, it moves right")
     return [(part.strip(" ,"), at + len(part) - len(part.lstrip(" ,"))) for part, at in parts[first:]]
 
 
@@ -45,11 +47,12 @@ def clause_times(clause: str) -> tuple: # lower case -> (start or None, end or N
         if match: clause = clause[:match.start()] + " " + clause[match.end():]
     return (*found, clause)
 
-# %% ../../nbs/geometry/09_script_language.ipynb #f8799cec
+# %% ../../nbs/geometry/09_script_language.ipynb #9d3c0437
 _PART = re.compile(r"\b(?:while|and|with|as it)\b|\b(plus)\b|,")
 _TURNING = re.compile(r"\b(?:rotat|roll|spin|twist|turn|look|swivel|yaw|tilt)\w*")
 _PANNING = re.compile(r"\bpan(?:s|ned|ning)?\b")
-_MOVING = re.compile(r"\b(?:mov|go(?:es|ing)?\b|travel|shift|slid|orbit|circl|arc|track|truck|fl(?:y|ies)|drift|zoom|doll|push|pull|ris|ascend|climb|descend|drop|sink|approach|retreat|glid)\w*")
+_MOVING = re.compile(r"\b(?:mov|go(?:es|ing)?\b|travel|shift|slid|orbit|circl|arc|track|truck|fl(?:y|ies)|drift|"
+                     r"zoom|doll|push|pull|ris|ascend|climb|descend|drop|sink|approach|retreat|glid)\w*")
 _STILL = re.compile(r"\b(?:stay|still|static|stationary|hold|remain|paus|fixed|stop|motionless)\w*")
 _WAYS = {"left": r"\bleft(?:wards?)?\b", "right": r"\bright(?:wards?)?\b",
          "up": r"\b(?:up(?:wards?|per)?|top|ris(?:es|e|ing)|ascend\w*|climb\w*)\b", "down": r"\b(?:down(?:wards?)?|lower|bottom|descend\w*|drop\w*|sink\w*)\b",
@@ -84,8 +87,9 @@ def _move(part: str, fail) -> str:
     factor = f"*{match[1]}" if (match := _TIMES.search(part)) else ""
     return "+".join(one + factor for one in sides + radial)
 
-# %% ../../nbs/geometry/09_script_language.ipynb #768a675f
-_SLOW, _FAST = re.compile(r"\b(?:slow(?:ly)?|gentl[ey]|gradual(?:ly)?|low speed)\b"), re.compile(r"\b(?:quick(?:ly)?|fast|rapid(?:ly)?|swift(?:ly)?|high speed)\b")
+# %% ../../nbs/geometry/09_script_language.ipynb #6f47abe5
+_SLOW = re.compile(r"\b(?:slow(?:ly)?|gentl[ey]|gradual(?:ly)?|low speed)\b")
+_FAST = re.compile(r"\b(?:quick(?:ly)?|fast|rapid(?:ly)?|swift(?:ly)?|high speed)\b")
 _SPEED = re.compile(rf"\bat {_N} times the speed|\bspeed (?:of )?{_N}")
 
 

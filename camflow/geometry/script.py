@@ -238,7 +238,7 @@ def script_path(segments,                 # Segments or a script
     poses = poses_at(segments, numbers / fps, unit, elevation)
     return inverse(poses[0]) @ poses
 
-# %% ../../nbs/geometry/08_script.ipynb #9abba146
+# %% ../../nbs/geometry/08_script.ipynb #1f4038b0
 def _finite_poses(c2w_T44, least: int, where: str) -> torch.Tensor:
     c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
     if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < least or not torch.isfinite(c2w).all():
@@ -268,14 +268,15 @@ def path_state(c2w_T44,                  # camera-to-world, OpenCV axes, any wor
 def straight_pieces(values_TD, tol: float) -> list: # samples; largest deviation of any number -> indices of the corners
     "Fewest corners such that all samples lie within `tol` of the line between the corners around them."
     values, n = np.asarray(values_TD, dtype=np.float64), len(values_TD)
-    best = [(0, 0.0, None)] + [(n, math.inf, None)] * (n - 1)
+    best = [(0, 0.0, None)] + [(n, math.inf, None)] * (n - 1) # (pieces, squared deviation, corner before) up to each sample
     for i in range(n - 1):
-        for j in range(i + 1, n):
-            u = np.linspace(0, 1, j - i + 1)[:, None]
-            off = np.abs(values[i] * (1 - u) + values[j] * u - values[i:j + 1])
-            if off.max() > 2 * tol: break
-            step = (best[i][0] + 1, best[i][1] + float((off**2).sum()), i)
-            if off.max() <= tol and step[:2] < best[j][:2]: best[j] = step
+        k, d = np.arange(1, n - i)[:, None], values[i + 1:] - values[i]
+        low, high, slope = np.maximum.accumulate((d - tol) / k), np.minimum.accumulate((d + tol) / k), d / k
+        fits = ((slope >= low - 1e-12) & (slope <= high + 1e-12)).all(1)
+        off = (np.cumsum(d * d, 0) - 2 * slope * np.cumsum(d * k, 0) + slope**2 * np.cumsum(k * k, 0)).sum(1)
+        for j in np.flatnonzero(fits):
+            step = (best[i][0] + 1, best[i][1] + max(float(off[j]), 0.0), i)
+            if step[:2] < best[i + 1 + j][:2]: best[i + 1 + j] = step
     corners = [n - 1]
     while corners[-1]: corners.append(best[corners[-1]][2])
     return corners[::-1]

@@ -64,7 +64,7 @@ class RayEncoder(nn.Module):
         x = torch.cat([rays_BRTHW, rays_BRTHW - rays_BRTHW[:, :, :1]], 1).flatten(2).transpose(1, 2)
         return self.norm(self.proj_out(nn.functional.silu(self.proj_in(x.to(self.proj_in.weight.dtype)))))
 
-# %% ../../nbs/wan/20_omnicam.ipynb #02a2ae3f
+# %% ../../nbs/wan/20_omnicam.ipynb #f5bde064
 class CameraAttention(nn.Module):
     "Video tokens look at camera tokens."
     def __init__(self, dim: int,       # model width D
@@ -72,7 +72,7 @@ class CameraAttention(nn.Module):
                  head_dim: int,        # the model's, so that rotary tables are shared
                  eps: float = 1e-6):
         super().__init__()
-        if width % head_dim: raise InputError(f"camera_dim {width} is no multiple of the {head_dim} channels of a head; choose {-(-width // head_dim) * head_dim}")
+        if width % head_dim: raise InputError(f"camera_dim {width}; a head has {head_dim} channels: choose a multiple, e.g. {-(-width // head_dim) * head_dim}")
         self.head_dim = head_dim
         self.to_q, self.to_out = nn.Linear(dim, width), nn.Linear(width, dim)
         self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width)

@@ -6,7 +6,7 @@
 __all__ = ['LINES', 'MIXTURES', 'RULES', 'normal_of', 'uniform_of', 'bend', 'shift_of', 'TimestepSampler', 'draw', 'stratified',
            'loss_weight', 'plot_timesteps', 'musubi_epoch', 'musubi_stream']
 
-# %% ../../nbs/wan/23_timesteps.ipynb #380e1397
+# %% ../../nbs/wan/23_timesteps.ipynb #42dc1350
 import math
 import random
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..device import generator
 from ..files import InputError
 from .sampling import recam_sigmas
 
@@ -112,32 +113,32 @@ class TimestepSampler:
         "What the model is told, 0..1000."
         return 1000 * t + (1 if self.compat == "musubi" and self.rule != "sigma" else 0)
 
-# %% ../../nbs/wan/23_timesteps.ipynb #92d6ff71
-def _inside(sampler, draw, generator, tries=100):
+# %% ../../nbs/wan/23_timesteps.ipynb #eec6eb30
+def _inside(sampler, draw, g, tries=100):
     "Draws again what lies outside the range; what is left after `tries` is uniform in it."
     t, low, high = draw(), sampler.min_timestep / 1000, sampler.max_timestep / 1000
     for _ in range(tries):
         out = (t < low) | (t > high)
         if not out.any(): return t
         t = torch.where(out, draw(), t)
-    return torch.where((t < low) | (t > high), low + (high - low) * torch.rand(len(t), generator=generator), t)
+    return torch.where((t < low) | (t > high), low + (high - low) * torch.rand(len(t), generator=g), t)
 
 
 def draw(sampler: TimestepSampler,
          count: int,
-         generator: torch.Generator,
+         g: torch.Generator,
          size: tuple[int, int] | None = None,   # rows, columns of the latents
          ) -> torch.Tensor:                     # [count] noise levels
     "Independent noise levels."
     if sampler.rule in MIXTURES:
         shares = torch.tensor([share for share, *_ in MIXTURES[sampler.rule]])
-        part = torch.multinomial(shares, count, replacement=True, generator=generator)
+        part = torch.multinomial(shares, count, replacement=True, generator=g)
         settings = {k: v for k, v in sampler.__dict__.items() if k != "rule"}
-        found = [draw(TimestepSampler(rule, **(settings | changes)), count, generator, size) for _, rule, changes in MIXTURES[sampler.rule]]
+        found = [draw(TimestepSampler(rule, **(settings | changes)), count, g, size) for _, rule, changes in MIXTURES[sampler.rule]]
         return torch.stack(found).gather(0, part[None])[0]
     if sampler.preserve_shape and sampler.rule != "sigma":
-        return _inside(sampler, lambda: sampler.level(n=torch.randn(count, generator=generator), size=size), generator)
-    return sampler.level(n=torch.randn(count, generator=generator), size=size)
+        return _inside(sampler, lambda: sampler.level(n=torch.randn(count, generator=g), size=size), g)
+    return sampler.level(n=torch.randn(count, generator=g), size=size)
 
 
 def stratified(count: int,        # draws of the epoch
@@ -147,10 +148,9 @@ def stratified(count: int,        # draws of the epoch
                ) -> torch.Tensor: # [count] uniform draws, for `level(u=...)`
     "Uniform draws of which every `buckets` in a row have one in each part."
     if buckets < 1: raise InputError(f"{buckets} timestep buckets; at least 1")
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    rounds = -(-count // buckets)
-    part = torch.stack([torch.randperm(buckets, generator=generator) for _ in range(rounds)]).flatten()[:count]
-    return (part + torch.rand(count, generator=generator)) / buckets
+    g, rounds = generator(seed, "timesteps", epoch), -(-count // buckets)
+    part = torch.cat([torch.randperm(buckets, generator=g) for _ in range(rounds)])[:count]
+    return (part + torch.rand(count, generator=g)) / buckets
 
 # %% ../../nbs/wan/23_timesteps.ipynb #a8a074b8
 def loss_weight(t: torch.Tensor,          # noise levels

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from camflow.wan import convert, omnicam_compat as compat
+from camflow.wan.omnicam import OmniCamTransformer3DModel
 from camflow.wan.sampling import recam_sigmas
 from camflow.wan.timesteps import TimestepSampler, loss_weight, musubi_epoch, musubi_stream
 from tests.parity.wan import attempt, difference, largest, verdict, Folder
@@ -60,8 +62,126 @@ def epoch(row):
     return 0.0 if pool is None else relative(sum(pool, []), sum(want["timestep_pool"], []))
 
 
+# ---- networks; outputs named *_bf16attn are the reference with attention in bfloat16, which ours has not
+
+def sharp(tensors): return {k: v for k, v in tensors.items() if not k.endswith("_bf16attn")}
+
+
+@torch.no_grad()
+def plucker(folder, case, x, y):
+    H, W = case["config"]["grid"]
+    K = (x["intrinsics"] * torch.tensor([W, H, W, H]))[:, None].expand(-1, x["c2w"].shape[1], -1)
+    return verdict(difference([(K, y["K"]), (compat.published_rays(K, x["c2w"], (H, W)), y["plucker"])]), NETWORK)
+
+
+@torch.no_grad()
+def plucker_net(folder, case, x, y):
+    c = case["config"]
+    net = compat.PluckerNet(c["hidden_channels"], c["final_channels"], c["num_heads"], c["num_transformer_layers"], dropout=0.0)
+    net.load_state_dict(folder.weights(case["shapes"], c["gain"]))
+    return verdict(difference((net.train(mode == "train")(x["K"], x["c2w"], c["grid"]), y[mode]) for mode in ("eval", "train")), NETWORK)
+
+
+@torch.no_grad()
+def cross_attn(folder, case, x, y):
+    from diffusers.models.transformers.transformer_wan import WanAttention
+    c, y = case["config"], sharp(y)
+    head = c["dim"] // c["num_heads"]
+    attn = compat.add_camera(WanAttention(c["dim"], c["num_heads"], head, eps=1e-6, added_kv_proj_dim=c["dim"], cross_attention_dim_head=head), c["cam_middim"])
+    state = {f"blocks.0.cross_attn.{k}": v for k, v in folder.weights(case["shapes"], c["gain"]).items()}
+    attn.load_state_dict({k.removeprefix("blocks.0.attn2."): v for k, v in compat.omnicam_to_diffusers(state).items()})
+    attn.set_processor(compat.CameraCrossAttention(text_length=c["text_tokens"]))
+    camera = x["adapter"].flatten(1, 3)
+    q = attn.norm_q(attn.to_q(x["x"])).unflatten(2, (attn.heads, -1))
+    term = attn.processor.joined(attn, q, torch.zeros_like(x["x"]), camera) / 2
+    seen = lambda context, k, v, norm: attn.processor.attend(q, norm(k(context)).unflatten(2, (attn.heads, -1)), v(context).unflatten(2, (attn.heads, -1)), None)
+    image, text = x["context"].split([257, c["text_tokens"]], 1)
+    pairs = [(attn(x["x"], x["context"]), y["eval"]), (attn(x["x"], x["context"], camera=camera), y["train"]), (term, y["attn_camera1"]), (term, y["attn_camera2"]),
+             (seen(text, attn.to_k, attn.to_v, attn.norm_k), y["attn_text"]), (seen(image, attn.add_k_proj, attn.add_v_proj, attn.norm_added_k), y["attn_image"])]
+    return verdict(difference(pairs), NETWORK)
+
+
+def inputs(x):
+    "Arguments of a forward: latents, timestep, text, image tokens; and the camera."
+    text = x["context"].clone()
+    for row, length in zip(text, x["context_lens"]): row[int(length):] = 0
+    args = torch.cat([x["x"], x["y"]], 1), x["t"].float(), text, x["clip_fea"]
+    if "extrinsics" not in x: return args, None
+    return args, ([path[:int(n)] for path, n in zip(x["extrinsics"], x["extrinsics_lens"])], x["intrinsics"])
+
+
+def plain_model(folder, case):
+    "Ours with an untrained camera, on Wan's weights."
+    c = case["config"]
+    return compat.omnicam_from_reference(folder.weights(case["shapes"], c["gain"]), c["num_heads"], camera_dim=c["dim"] // c["num_heads"], text_length=c["text_len"], eps=c.get("eps", 1e-6)).eval()
+
+
+def published_model(folder, case, **extras):
+    c = case["config"]
+    return compat.published_from_reference(folder.weights(case["shapes"], c["gain"]), c["num_heads"], text_length=c["text_len"], camera_dropout=0.0, eps=c.get("eps", 1e-6), **extras).eval()
+
+
+@torch.no_grad()
+def wan_i2v(folder, case, x, y):
+    args, _ = inputs(x)
+    return verdict(difference([(plain_model(folder, case)(*args).sample, y["sample"])]), NETWORK)
+
+
+def wan_i2v_camera(folder, case, x, y):
+    (args, camera), y = inputs(x), sharp(y)
+    model, pairs = published_model(folder, case, camera_mode="published"), []
+    grid = model._grid(args[0], args[3])
+    with torch.no_grad():
+        K, poses, features = model.adapter(*camera, grid)
+        pairs += [(K, y["K"]), (poses, y["poses"]), (features, y["adapter_bn_eval"]), (model(*args, camera=camera).sample, y["eval"])]
+        model.camera_mode = "steer"
+        pairs += [(model(*args, camera=camera).sample, y["train_bn_eval"]), (model(*args, camera=model.remember(camera, grid, len(args[0]))).sample, y["train_bn_eval"])]
+    model.train()
+    out = model(*args, camera=camera).sample
+    loss = out.square().mean()
+    loss.backward()
+    statistics = model.myadapter.final_bn2d
+    pairs += [(out.detach(), y["train_bn_train"]), (loss.detach()[None], y["loss"]), (statistics.running_mean, y["bn_running_mean_after"]), (statistics.running_var, y["bn_running_var_after"])]
+    with torch.no_grad(): pairs.append((model.adapter(*camera, grid)[2], y["adapter_bn_train"]))
+    found = compat.omnicam_to_reference({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    gradient = difference((found[k.removeprefix("grad.")], g) for k, g in y.items() if k.startswith("grad."))
+    assert {k.removeprefix("grad.") for k in y if k.startswith("grad.")} == set(case["config"]["grads"])
+    return {"": verdict(difference(pairs), NETWORK), ".gradients": verdict(gradient, GRADIENT)}
+
+
+# ---- names
+
+def shapes(path):
+    "A published list of names against the model of its size, on storage-free tensors. The 14B lists are two parts of one model."
+    want = json.loads(path.read_text())
+    if path.stem.startswith("shapes_14b"):
+        with torch.device("meta"): found = compat.omnicam_to_reference(compat.PublishedOmniCam().state_dict())
+        adapter = lambda k: "_camera1" in k or "norm_k_cam1" in k or k.startswith(("conv.", "myadapter."))
+        found = {k: v for k, v in found.items() if adapter(k) == ("camera" in path.stem)}
+    elif "patch_embedding.weight" in want:
+        state = {k: torch.empty(s, device="meta") for k, s in want.items()}
+        config, build = compat.i2v_config(state, 1), compat.PublishedOmniCam if "conv.weight" in want else OmniCamTransformer3DModel
+        with torch.device("meta"): model = build(**config) if "conv.weight" in want else build(**config, camera_dim=config["attention_head_dim"])
+        found = compat.omnicam_to_reference({k: v for k, v in model.state_dict().items() if "camera_" not in k})
+    elif "encoder.conv1.weight" in want:
+        from diffusers import AutoencoderKLWan
+        with torch.device("meta"): found = convert.vae_to_reference(AutoencoderKLWan(**convert.vae_config({k: torch.empty(s, device="meta") for k, s in want.items()})).state_dict())
+    else: return NEVER  # a part of a model; its case loads it strictly
+    wrong = [k for k in found.keys() | want.keys() if k not in found or k not in want or list(found[k].shape) != list(want[k])]
+    return verdict(float(len(wrong)), 0.0)
+
+
+def key_map(path):
+    "Reference name -> diffusers name, both ways."
+    want = json.loads(path.read_text())
+    table = convert.vae_table(convert._resnets(want)) if "encoder.conv1.weight" in want else compat.OMNICAM
+    there, back = convert.rename({k: k for k in want}, table), convert.rename({v: k for k, v in want.items()}, table, back=True)
+    wrong = sum(want[k] != other for other, k in there.items()) + sum(k != v for k, v in back.items())
+    return verdict(float(wrong), 0.0)
+
+
 FILES = {"timesteps": timesteps}
-KINDS = {}
+KINDS = {"plucker": plucker, "plucker_net": plucker_net, "cross_attn": cross_attn, "wan_i2v": wan_i2v, "wan_i2v_camera": wan_i2v_camera}
 
 
 def check(folder) -> dict:
@@ -76,5 +196,10 @@ def check(folder) -> dict:
         results |= found if isinstance(found, dict) else {name: found}
         if isinstance(found, dict): results.pop(name)
     for name, case in folder.cases.items():
-        if case.get("kind") in KINDS: results[name] = attempt(lambda: KINDS[case["kind"]](folder, case, *folder.tensors(name)))
-    return results
+        if case.get("kind") not in KINDS or name not in results: continue
+        found = attempt(lambda: KINDS[case["kind"]](folder, case, *folder.tensors(name)))
+        results |= {name + part: one for part, one in found.items()} if isinstance(found, dict) else {name: found}
+    for path in sorted(folder.path.glob("shapes_*.json")): results[path.stem] = attempt(lambda: shapes(path))
+    for path in sorted(folder.path.glob("key_map_*.json")): results[path.stem] = attempt(lambda: key_map(path))
+    parts = {case["shapes"].removesuffix(".json") for name, case in folder.cases.items() if case.get("shapes") and results.get(name, NEVER)[3] is not None}
+    return {name: one for name, one in results.items() if one[3] is not None or name not in parts}   # a part's list was loaded strictly by its case

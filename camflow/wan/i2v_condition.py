@@ -106,8 +106,8 @@ def tiny_image_encoder(width: int = 32, layers: int = 3, seed: int = 0) -> Image
         torch.manual_seed(seed)
         return ImageEncoder(CLIPVisionModel(config).eval().requires_grad_(False))
 
-# %% ../../nbs/wan/24_i2v_condition.ipynb #2b9c6514
-FAMILIES = {16: "text to video", 36: "image to video", 48: "Fun-Control"}
+# %% ../../nbs/wan/24_i2v_condition.ipynb #9e22db8e
+FAMILIES = {16: "text to video", 32: "Fun-Camera", 36: "image to video", 48: "Fun-Control"}
 
 
 def model_input(noisy_BCTHW: torch.Tensor,                      # [B,16,T,h,w]
@@ -119,7 +119,7 @@ def model_input(noisy_BCTHW: torch.Tensor,                      # [B,16,T,h,w]
     if channels not in FAMILIES: raise InputError(f"a transformer of {channels} input channels; known are {FAMILIES}")
     family = f"a model of {FAMILIES[channels]} ({channels} channels)"
     if channels == 16 and condition is not None: raise InputError(f"{family} has no place for an image; leave the condition out")
-    if channels == 36 and condition is None: raise InputError(f"{family} needs the image condition; pass image_condition(...)")
+    if channels in (32, 36) and condition is None: raise InputError(f"{family} needs the image condition; pass image_condition(...)")
     if channels == 48 and control is None: raise InputError(f"{family} needs the latents of a control video")
     if channels != 48 and control is not None: raise InputError(f"{family} reads no control video; leave it out")
     for name, part in (("condition", condition), ("control", control)):
@@ -127,10 +127,11 @@ def model_input(noisy_BCTHW: torch.Tensor,                      # [B,16,T,h,w]
             raise InputError(f"the {name} is {tuple(part.shape)}, the noisy latents {tuple(noisy_BCTHW.shape)}: another length or size")
     parts = [noisy_BCTHW]
     if channels == 36: parts.append(condition)
-    if channels == 48: parts += [control, torch.zeros_like(noisy_BCTHW) if condition is None else only_first(condition[:, 4:])]
+    if channels == 48: parts.append(control)
+    if channels in (32, 48): parts.append(torch.zeros_like(noisy_BCTHW) if condition is None else only_first(condition[:, 4:]))
     return torch.cat([p.to(noisy_BCTHW).expand(len(noisy_BCTHW), -1, -1, -1, -1) for p in parts], 1)
 
 
 def only_first(latents_BCTHW: torch.Tensor) -> torch.Tensor:
-    "Fun-Control's image latents: zero behind frame 0; it has no mask to say so."
+    "The Fun family's image latents: zero behind frame 0; there is no mask to say so."
     return torch.cat([latents_BCTHW[:, :, :1], torch.zeros_like(latents_BCTHW[:, :, 1:])], 2)

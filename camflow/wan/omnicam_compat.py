@@ -171,7 +171,7 @@ class PublishedOmniCam(OmniCamTransformer3DModel):
         if memory is not None: memory.keys = [camera_memory(block.attn2, memory.features) for block in self.blocks]
         return memory
 
-# %% ../../nbs/wan/21_omnicam_compat.ipynb #97a20fbd
+# %% ../../nbs/wan/21_omnicam_compat.ipynb #f7ea7f00
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 
 
@@ -200,8 +200,9 @@ def omnicam_from_reference(state: dict,                    # Wan's names: any Wa
                            **extras) -> OmniCamTransformer3DModel:  # config fields: camera_dim, camera_attention, text_length, ...
     "Our model on a Wan checkpoint, its camera untrained."
     state = clean_state(state)
+    renamed = rename(state, DIT)
     with torch.device("meta"): model = OmniCamTransformer3DModel(**(i2v_config(state, num_heads) | extras))
-    return fill(model, rename(state, DIT))
+    return fill(model, renamed)
 
 
 def published_from_reference(state: dict,                  # total-N.safetensors

@@ -16,6 +16,7 @@ from camflow.wan.i2v_condition import image_condition, model_input, tiny_image_e
 from camflow.wan.lora import LORA_LAYERS, add_lora, linear_layers, load_lora, lora_pairs, match_lora, save_lora, trainable_modules
 from camflow.wan.omnicam import OmniCamTransformer3DModel, camera_rays, from_wan, is_camera, stack_frames, tiny_omnicam
 from camflow.wan.omnicam_compat import OMNICAM, PublishedOmniCam, camera_attention_cost, omnicam_from_reference, omnicam_to_reference, pose_index, published_from_reference
+from camflow.wan.recam import cast
 from camflow.wan.timesteps import RULES, TimestepSampler, draw, stratified
 from camflow.wan.transformer import exact_positions, plan_attention
 from tests.parity import omnicam_model as parity
@@ -150,6 +151,20 @@ def test_attention_backend_option_reaches_the_camera(inputs):
         want = model(x, t, text, clip, camera=two_cameras()[0]).sample
         model.set_attention_backend("native")
         assert torch.allclose(model(x, t, text, clip, camera=two_cameras()[0]).sample, want, atol=1e-5)
+
+
+def test_bfloat16_weights_run_and_steer(inputs):
+    x, t, text, clip = (i if i.ndim == 1 else i.bfloat16() for i in inputs)
+    model, (a, b) = open_gates(tiny_omnicam()).eval(), two_cameras()
+    with torch.no_grad():
+        want = model(*inputs, camera=a).sample
+        cast(model, torch.bfloat16)
+        one, two = (model(x, t, text, clip, camera=c).sample for c in (a, b))
+    assert one.dtype == torch.bfloat16 and (one - want).abs().max() < 0.05 < (one - two).abs().max()
+    published = published_from_reference({k: v.bfloat16() if v.is_floating_point() else v for k, v in published_state().items()}, num_heads=2).eval()
+    args = normal(1, 36, 2, 4, 6).bfloat16(), torch.tensor([500.0]), normal(1, 5, 16).bfloat16(), normal(1, 5, 12).bfloat16()
+    with torch.no_grad(): one, two = (published(*args, camera=(path(5, twist)[None], K[None])).sample for twist in ((0, 0.3, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1.0)))
+    assert one.dtype == torch.bfloat16 and (one - two).abs().max() > 0.01
 
 
 # ---- published checkpoints

@@ -64,6 +64,8 @@ METRICS = [
             conversion="needs alexnet beside it; a whole LPIPS state dict needs nothing else", parts=("alexnet-owt-7be5be79.pth",)),
     Weights("alexnet", "alexnet-owt-7be5be79.pth", "LPIPS: its trunk", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "BSD-3-Clause", sha256="7be5be79"),
     Weights("gim-dkm", "gim_dkm_100h.ckpt", "matched pixels (GIM)", "https://github.com/xuelunshen/gim, its README links the file", OWN_PAGE, "camflow.metrics.dkm:load_dkm"),
+    Weights("loftr", "efficientloftr/model.safetensors", "matched pixels by EfficientLoFTR", HF + "zju-community/efficientloftr", OWN_PAGE, "camflow.metrics.suite:load_loftr"),
+    Weights("lightglue", "lightglue_superpoint/model.safetensors", "matched pixels by SuperPoint and LightGlue", HF + "ETH-CVG/lightglue_superpoint", OWN_PAGE, "camflow.metrics.suite:load_lightglue"),
 ]
 
 # %% ../../nbs/lab/11_published.ipynb #9ac33ff9

@@ -17,10 +17,11 @@ from camflow.metrics.ego_motion import EgoMotion
 from camflow.metrics.frechet import frechet_distance, kernel_distance, real_floor
 from camflow.metrics.matching import SourceMatches
 from camflow.metrics.perceptual import psnr, ssim
+from camflow.metrics.photometric import photometric_pose
 from camflow.metrics.pose import pose_error
 from camflow.metrics.vbench import VBenchMetric, frame_differences, temporal_flickering
 from camflow.rewards.smoothness import flow_statistics
-from camflow.world.render import default_K, render
+from camflow.world.render import default_K, render, render_clips
 from camflow.world.scene import random_scene
 
 SIZE, T = (144, 256), 9
@@ -165,6 +166,19 @@ def test_pose_error_rises_with_every_path_distortion(name):
     found = [pose_error(path, make(path, level)) for level in levels]
     never_better([e.rot_mean_deg + 10 * e.trans_mean for e in found])
     assert found[0].rot_mean_deg < 1e-6 and found[0].trans_mean < 1e-9
+
+
+def test_photometric_pose_reads_the_camera_that_made_the_clip():
+    scene, times = random_scene(1_000_003, detail=0.5), np.arange(5) / 8
+    cameras = Cameras(scene.start @ rescale(preset("arc_right", 5), translation=0.4, rotation=0.4).numpy(), default_K((48, 80)), (48, 80))
+    clip = torch.from_numpy(render_clips(scene, [cameras], times)[0])                   # anti-aliased, as the metric renders
+    error = lambda made: pose_error(cameras, torch.from_numpy(photometric_pose(made.float() / 255, scene, times, cameras).c2w))
+    assert error(clip).rot_mean_deg < 0.05 and error(clip).trans_mean < 0.01
+    for made in (wrong.noise(clip, 30), wrong.blur(clip, 1.0)): assert error(made).rot_mean_deg < 0.2 and error(made).trans_mean < 0.03
+    stood = pose_error(cameras, cameras.c2w[:1].repeat(5, 1, 1))                        # static output: off by the whole asked path
+    found = error(wrong.freeze(clip))
+    assert stood.rot_mean_deg > 3 and found.rot_mean_deg == pytest.approx(stood.rot_mean_deg, rel=0.2)
+    assert found.trans_mean == pytest.approx(stood.trans_mean, rel=0.3)
 
 
 # --- source and result

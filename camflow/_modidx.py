@@ -2307,6 +2307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'camflow.metrics.layouts._camera': ('metrics/layouts.html#_camera', 'camflow/metrics/layouts.py'),
                                          'camflow.metrics.layouts._focal_folders': ( 'metrics/layouts.html#_focal_folders',
                                                                                      'camflow/metrics/layouts.py'),
+                                         'camflow.metrics.layouts._parsed': ('metrics/layouts.html#_parsed', 'camflow/metrics/layouts.py'),
                                          'camflow.metrics.layouts._path': ('metrics/layouts.html#_path', 'camflow/metrics/layouts.py'),
                                          'camflow.metrics.layouts._results': ( 'metrics/layouts.html#_results',
                                                                                'camflow/metrics/layouts.py'),

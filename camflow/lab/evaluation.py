@@ -197,7 +197,7 @@ def frame_curves(table: pd.DataFrame, limit: int = 6, clips: int = 5) -> Html: #
         if lines: out.append(curves(lines, f"{metric}: worst clips", "looked-at frame", width=380, height=210))
     return side_by_side(*out[:limit]) if out else Html("<p>no metric left values by frame</p>")
 
-# %% ../../nbs/lab/12_evaluation.ipynb #a8282bdb
+# %% ../../nbs/lab/12_evaluation.ipynb #5cb7784f
 def paired_table(found: pd.DataFrame) -> Html: # of `tables.paired`
     "The comparison for people."
     rows = []
@@ -217,9 +217,11 @@ def paired_set_table(found: pd.DataFrame) -> Html: # of `tables.paired_sets`
 def paired_text(found: pd.DataFrame) -> str: # of `tables.paired`
     "The comparison as lines of text."
     head = f"{'metric':28} {'A':>10} {'B':>10} {'B - A [95 %]':>34} {'p (Holm)':>9} {'clips':>6}  verdict"
+    worst = lambda r: f"; worst case {interval(r.worst_difference, r.worst_low, r.worst_high)}, A lost {r.lost_a}, B lost {r.lost_b}" if r.lost_a or r.lost_b else ""
     lines = [f"{arrow(r.metric, r.higher_is_better):28} {show_number(r.mean_a):>10} {show_number(r.mean_b):>10} {interval(r.difference, r.low, r.high):>34} {show_number(r.p_holm):>9} {r.pairs:>6}  {r.verdict}"
-             + (f" ({r.note})" if r.note else "") + (f"; worst case {interval(r.worst_difference, r.worst_low, r.worst_high)}, A lost {r.lost_a}, B lost {r.lost_b}" if r.lost_a or r.lost_b else "") for r in found.itertuples()]
-    return "\n".join([head, *lines])
+             + (f" ({r.note})" if r.note else "") + worst(r) for r in found.itertuples() if r.pairs]
+    without = found.loc[found["pairs"] == 0, "metric"].tolist()
+    return "\n".join([head, *lines, *([f"no common number: {', '.join(without)}"] if without else [])])
 
 
 def _differing(a, b, metric, count):

@@ -66,13 +66,19 @@ class _Prompts:
             if (text := self.short.get(Path(name).name, self.short.get(Path(name).stem))) is not None: return text, ""
         return None, f"no prompt: {self.path.name} has no row {names[0]}" if self.path else "no prompt: there is no caption table"
 
-# %% ../../nbs/metrics/35_layouts.ipynb #34de5f3e
+# %% ../../nbs/metrics/35_layouts.ipynb #6ae0e8b0
+@lru_cache(maxsize=8)
+def _parsed(file: str, stamp): return read_json(file) # stamp: time of change
+
+
 @lru_cache(maxsize=256)
-def _path(file: str, name: str, stamp) -> Cameras: # stamp: time of change
+def _path(file: str, name: str, stamp) -> Cameras:
     "A named camera of a file with its own idea of size."
-    data = read_json(file)
-    if name in data and not str(next(iter(data))).startswith("frame"): return Cameras(data[name], focal_K(24.0, (1280, 1280)), (1280, 1280))
-    return Cameras.from_unreal_json(data, name)
+    data = _parsed(file, stamp)
+    if not isinstance(data, dict) or not data: raise InputError(f"no cameras; {file}; expected camera_extrinsics.json or cameras.json")
+    if str(next(iter(data))).startswith("frame"): return Cameras.from_unreal_json(data, name)
+    if name not in data: raise InputError(f"camera {name!r} is missing; {file}; cameras there: {', '.join(list(data)[:5])}")
+    return Cameras(data[name], focal_K(24.0, (1280, 1280)), (1280, 1280))
 
 
 def camera_of(file,                       # camera_extrinsics.json, cameras.json, or a RealEstate10K text file

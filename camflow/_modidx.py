@@ -2697,6 +2697,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'camflow/metrics/sfm_fallback.py'),
                                               'camflow.metrics.sfm_fallback._cost': ( 'metrics/sfm_fallback.html#_cost',
                                                                                       'camflow/metrics/sfm_fallback.py'),
+                                              'camflow.metrics.sfm_fallback._derivatives': ( 'metrics/sfm_fallback.html#_derivatives',
+                                                                                             'camflow/metrics/sfm_fallback.py'),
                                               'camflow.metrics.sfm_fallback._normal': ( 'metrics/sfm_fallback.html#_normal',
                                                                                         'camflow/metrics/sfm_fallback.py'),
                                               'camflow.metrics.sfm_fallback._turn': ( 'metrics/sfm_fallback.html#_turn',

@@ -1,6 +1,6 @@
 "Cameras read from rendered videos must be the true ones, whichever backend reads them; clips without parallax are named; failures are typed."
 import math
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name != "fallback" and n
 PATHS = ("arc_right", "zoom_in", "translate_up")
 
 
-@lru_cache(maxsize=None)
+@cache
 def clip(name, frames=12, side=192, seed=3, motion=False):
     "A finely textured room on one of the presets (or standing still): uint8 [T,3,H,W], poses [T,4,4], K."
     path = tr.static(frames) if name == "static" else tr.preset(name, frames)

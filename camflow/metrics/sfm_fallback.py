@@ -91,18 +91,23 @@ def _turn(w): # Rodrigues for small and large vectors [C,3]
     import cv2
     return np.stack([cv2.Rodrigues(x)[0] for x in w])
 
-# %% ../../nbs/metrics/14_sfm_fallback.ipynb #f054947d
-def _normal(m: Model, on, free, column, huber: float, refine: bool):
-    "Blocks of the normal equations: A, B, W, gradients of cameras and points, points' numbers."
-    cam, points = m.frame[on], np.unique(m.track[on])
-    p = np.searchsorted(points, m.track[on])
-    R, X = m.w2c[cam, :, :3], m.X[m.track[on]]
-    x, y, z = (np.einsum("mij,mj->mi", R, X) + m.w2c[cam, :, 3]).T
+# %% ../../nbs/metrics/14_sfm_fallback.ipynb #ca5ef33f
+def _derivatives(m: Model, on):
+    "Residuals [M,2] of the observations `on`, and their derivatives by the camera's turn and shift [M,2,6], by the point [M,2,3] and by the focal length [M,2]."
+    R = m.w2c[m.frame[on], :, :3]
+    x, y, z = (np.einsum("mij,mj->mi", R, m.X[m.track[on]]) + m.w2c[m.frame[on], :, 3]).T
     fx, fy, zero = m.K[0, 0], m.K[1, 1], np.zeros_like(x)
     r = np.stack([fx * x / z + m.K[0, 2], fy * y / z + m.K[1, 2]], 1) - m.pixel[on]
     D = np.stack([np.stack([fx / z, zero, -fx * x / z**2], 1), np.stack([zero, fy / z, -fy * y / z**2], 1)], 1)
     turn = -np.stack([np.stack([zero, -z, y], 1), np.stack([z, zero, -x], 1), np.stack([-y, x, zero], 1)], 1)
-    Jc, Jp = np.concatenate([D @ turn, D], 2), D @ R
+    return r, np.concatenate([D @ turn, D], 2), D @ R, np.stack([x / z, y / z], 1)  # one focal length for both directions
+
+# %% ../../nbs/metrics/14_sfm_fallback.ipynb #a2bbaf11
+def _normal(m: Model, on, free, column, huber: float, refine: bool):
+    "Blocks of the normal equations: A, B, W, gradients of cameras and points, points' numbers."
+    cam, points = m.frame[on], np.unique(m.track[on])
+    p = np.searchsorted(points, m.track[on])
+    r, Jc, Jp, Jf = _derivatives(m, on)
     weight = np.minimum(1, huber / np.maximum(np.linalg.norm(r, axis=1), 1e-9))
     n, C, P = 6 * len(free) + refine, len(free), len(points)
     A, W, gc = np.zeros((n, n)), np.zeros((n, P, 3)), np.zeros(n)
@@ -121,7 +126,6 @@ def _normal(m: Model, on, free, column, huber: float, refine: bool):
     V = W[:6 * C].reshape(C, 6, P, 3)
     np.add.at(V, (k[here], slice(None), p[here]), np.swapaxes(wJc, 1, 2) @ Jp[here])
     if refine:
-        Jf = np.stack([x / z, y / z], 1)  # one focal length for both directions
         wJf = weight[:, None] * Jf
         A[-1, -1], gc[-1] = (wJf * Jf).sum(), -(wJf * r).sum()
         cross = np.zeros((C, 6))

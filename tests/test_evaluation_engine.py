@@ -84,7 +84,7 @@ def test_kill_and_resume_give_the_same_table(clips, tmp_path):
     assert made >= 4
 
 
-@pytest.mark.parametrize("how", ["abort", "segfault"])
+@pytest.mark.parametrize("how", ["abort", pytest.param("segfault", marks=pytest.mark.slow)])
 def test_a_crash_costs_one_cell(clips, tmp_path, how):
     dark = Clip("dark", video(tmp_path, "dark", noise(5, level=20)), reference=clips[0].source)
     rows = evaluate([clips[0], dark, clips[2]], [Flicker(), Crash(how), PSNR(), Needy(), Bug(), Levels()], tmp_path / "out", processes=1)
@@ -227,6 +227,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_length(tmp_path):
     h, w = 240, 416
     wide = (torch.nn.functional.interpolate(torch.rand(1, 3, 40, 200, generator=torch.Generator().manual_seed(0)), (h, w + 800), mode="bicubic").clamp(0, 1)[0] * 255).to(torch.uint8)

@@ -116,7 +116,7 @@ class Feature:
     def covers(self, found, wanted): return True      # whether stored arrays hold what is wanted
     def pick(self, found, wanted): return found       # that part of them
 
-# %% ../../nbs/metrics/31_features.ipynb #2acdf46b
+# %% ../../nbs/metrics/31_features.ipynb #f4aeb569
 def clip_own(x, side):
     "CLIP's own preprocessing."
     from camflow.metrics.clip import clip_images # transformers takes seconds to import: only who needs it waits
@@ -165,7 +165,7 @@ class _Rows:
             if net is not None:
                 where = next((p.device for p in net.parameters()), x.device)
                 x = (getattr(net, self.feature.method) if self.feature.method else net)(x.to(where)).float()
-            self.rows.append(np.array(x.cpu())) # a copy: a class token is a view that would keep all tokens
+            self.rows.append(x.cpu().numpy().copy()) # a copy: a class token is a view that would keep all tokens
             self.frames += [chunk.first + i for i in places]
         self.done = self.wanted is not None and (not self.wanted or chunk.first + len(chunk) > self.wanted[-1])
 

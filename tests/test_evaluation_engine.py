@@ -84,7 +84,7 @@ def test_kill_and_resume_give_the_same_table(clips, tmp_path):
     assert made >= 4
 
 
-@pytest.mark.parametrize("how", ["abort", "segfault"])
+@pytest.mark.parametrize("how", ["abort", pytest.param("segfault", marks=pytest.mark.slow)])
 def test_a_crash_costs_one_cell(clips, tmp_path, how):
     dark = Clip("dark", video(tmp_path, "dark", noise(5, level=20)), reference=clips[0].source)
     rows = evaluate([clips[0], dark, clips[2]], [Flicker(), Crash(how), PSNR(), Needy(), Bug(), Levels()], tmp_path / "out", processes=1)
@@ -102,3 +102,150 @@ def test_a_hang_is_a_timeout(clips, tmp_path):
     dark = Clip("dark", video(tmp_path, "dark", noise(5, level=20)))
     rows = evaluate([dark, clips[1]], [Crash("hang"), Flicker()], tmp_path / "out", processes=1, patience=3)
     assert value(rows, "dark", "crash").status == "timeout" and value(rows, "dark", "flicker").status == "ok" and value(rows, "c1", "crash").status == "ok"
+
+
+def plain_file(path, frames=12, h=48, w=64, pix_fmt="yuv420p", rate=16):
+    "A file that another program has written."
+    import av
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = h, w, pix_fmt
+        for picture in noise(3, frames, h, w).permute(0, 2, 3, 1).contiguous().numpy():
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")): out.mux(packet)
+        for packet in stream.encode(): out.mux(packet)
+    return path
+
+
+def test_every_kind_of_bad_video(tmp_path):
+    good = video(tmp_path, "good", noise(1))
+    (tmp_path / "text.mp4").write_bytes(b"not a video" * 100)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:good.stat().st_size // 2])
+    files = {"text": tmp_path / "text.mp4", "empty": tmp_path / "empty.mp4", "cut": tmp_path / "cut.mp4", "absent": tmp_path / "absent.mp4", "one": video(tmp_path, "one", noise(2, 1)),
+             "other_size": video(tmp_path, "small", noise(3, 12, 32, 32)), "shorter": video(tmp_path, "shorter", noise(4, 5)), "portrait": video(tmp_path, "portrait", noise(5, 12, 96, 32)),
+             "ten_bit": plain_file(tmp_path / "ten.mp4", pix_fmt="yuv420p10le"), "good": good}
+    clips = [Clip(k, f, reference=good) for k, f in files.items()] + [Clip("alone", good)]
+    from camflow.metrics.suite import build
+    rows = evaluate(clips, build("vbench, reference", random=False), tmp_path / "out", processes=0)
+    status = {c: dict(zip(part.metric, part.status)) for c, part in rows.groupby("clip")}
+    for bad in ("text", "empty", "cut", "absent"):
+        assert {status[bad][m] for m in ("temporal_flickering", "psnr", "ssim")} == {"failed"}, bad
+        assert all(str(files[bad]) in r for r in rows[(rows["clip"] == bad) & (rows.status == "failed")].reason)
+    assert status["one"]["temporal_flickering"] == "failed" and "1 frames" in value(rows, "one", "temporal_flickering").reason
+    for pair in ("other_size", "shorter", "portrait"):
+        assert status[pair]["temporal_flickering"] == "ok" and status[pair]["psnr"] == "failed" and "alike" in value(rows, pair, "psnr").reason
+    assert status["ten_bit"]["temporal_flickering"] == status["ten_bit"]["psnr"] == "ok" and status["alone"]["psnr"] == "skipped"
+    assert status["good"]["subject_consistency"] == "no_weights" and "dino_vitbase16_pretrain.pth" in value(rows, "good", "subject_consistency").reason
+    assert rows[~rows.status.isin(["ok"])].value.isna().all() and len(rows) == len(clips) * 10 and rows["seconds"].notna().all()
+
+
+def test_without_a_frame_rate(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    import camflow.metrics.features as features
+    from camflow.metrics.suite import build
+    file, real = video(tmp_path, "v", noise(1)), features.probe
+    monkeypatch.setattr(features, "probe", lambda path: replace(real(path), fps=float("nan")))
+    rows = evaluate([Clip("v", file)], build("temporal_flickering, dynamic_degree", random=True, raft_iters=1), tmp_path / "out", processes=0)
+    assert rows.status.tolist() == ["ok", "skipped"] and "fps" in rows.reason[1] and rows.fps.isna().all()
+
+
+def test_second_evaluation_opens_no_video(clips, tmp_path, monkeypatch):
+    from camflow.metrics.suite import build
+    make = lambda: [*build("temporal_flickering, subject_consistency, clip_f, clip_v, clip_t, psnr", random=True), Ends()]
+    clips = [Clip.of(c.record() | {"prompt": "noise"}) for c in clips]
+    first = evaluate(clips, make(), tmp_path / "a", processes=0, cache=tmp_path / "cache")
+    assert set(first.status) == {"ok", "random_weights", "skipped"}
+    import camflow.media.video as module
+    def closed(path): raise AssertionError(f"{path} was opened")
+    with monkeypatch.context() as m:
+        m.setattr(module, "_open", closed)
+        again = evaluate(clips, make(), tmp_path / "b", processes=0, cache=tmp_path / "cache")
+    pd.testing.assert_frame_equal(first[SAME], again[SAME])
+    for entry in (tmp_path / "cache").rglob("*.safetensors"): entry.write_bytes(entry.read_bytes()[:-3])
+    repaired = evaluate(clips, make(), tmp_path / "c", processes=0, cache=tmp_path / "cache")
+    pd.testing.assert_frame_equal(first[SAME], repaired[SAME])
+
+
+def test_one_decode_and_one_pass_for_all(clips, tmp_path, monkeypatch):
+    "Every file is walked through once; CLIP sees a frame once, whoever asks."
+    import camflow.metrics.features as features
+    from camflow.metrics.suite import build
+    walked, real, seen = [], features.video_chunks, []
+    monkeypatch.setattr(features, "video_chunks", lambda path, size: walked.append(str(path)) or real(path, size))
+    metrics = build("background_consistency, clip_t, clip_f, clip_v, temporal_flickering, psnr", random=True, clip="clip_b32", clip_input="clip", clip_frames=5)
+    net = next(m for m in metrics if m.name == "clip_f").needs["rows"].feature.network
+    images = type(net).image
+    monkeypatch.setattr(type(net), "image", lambda self, x: seen.append(len(x)) or images(self, x))
+    one = Clip("one", clips[1].video, source=clips[1].source, reference=clips[1].reference, prompt="noise")
+    rows = evaluate([one], metrics, tmp_path / "out", processes=0)
+    assert sorted(walked) == sorted({str(one.video), str(one.source)}) and set(rows.status) == {"ok", "random_weights"}
+    assert sum(seen) == 12 + 5, "all frames of the video for the background, five of the source"
+
+
+def test_resume_measures_only_what_is_missing(clips, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    evaluate(clips[:2], [Slow(marks)], tmp_path / "out", processes=0)
+    assert len(list(marks.iterdir())) == 2
+    rows = evaluate(clips, [Flicker(), Slow(marks)], tmp_path / "out", processes=0)
+    assert len(list(marks.iterdir())) == 3 and len(rows) == 6
+    clips[0].video.write_bytes(clips[1].video.read_bytes())            # another video under the same name, known already by its content
+    again = evaluate(clips, [Flicker(), Slow(marks)], tmp_path / "out", processes=0)
+    assert value(again, "c0", "flicker").value == value(again, "c1", "flicker").value != value(rows, "c0", "flicker").value
+    assert len(Table(tmp_path / "out/table.parquet").read()) == 6
+
+
+def test_weights_that_arrive_later_are_measured(clips, tmp_path):
+    from camflow.metrics.suite import build
+    none = evaluate(clips, build("subject_consistency"), tmp_path / "out", processes=0)
+    some = evaluate(clips, build("subject_consistency", random=True), tmp_path / "out", processes=0)
+    assert set(none.status) == {"no_weights"} and set(some.status) == {"random_weights"} and len(Table(tmp_path / "out/table.parquet").read()) == 3
+
+
+def test_set_metrics_say_how_many_are_missing(clips, tmp_path):
+    from camflow.metrics.suite import build
+    rows = evaluate(clips, build("fvd_videogpt", random=True, fvd_frames=9, minimum=5), tmp_path / "out", processes=0)
+    for r in rows.itertuples(): assert r.status == "skipped" and "3 generated and 1 real videos" in r.reason and "needs 5" in r.reason
+    bad = evaluate(clips, build("fvd_common_metrics", random=True, fvd_frames=16), tmp_path / "out", processes=0)
+    assert bad.status.tolist() == ["skipped"] and "12 frames" in bad.reason[0]
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from camflow.device import memory_stats, set_threads
+from camflow.metrics.clips import Clip
+from camflow.metrics.engine import evaluate
+from camflow.metrics.suite import build
+set_threads(1)
+if __name__ == "__main__":
+    evaluate([Clip("short", sys.argv[1])], build("temporal_flickering, subject_consistency, background_consistency", random=True), sys.argv[3] + "/a", processes=0)
+    before = memory_stats()["peak_bytes"]
+    evaluate([Clip("long", sys.argv[2])], build("temporal_flickering, subject_consistency, background_consistency", random=True), sys.argv[3] + "/b", processes=0)
+    print(before, memory_stats()["peak_bytes"])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_length(tmp_path):
+    h, w = 240, 416
+    wide = (torch.nn.functional.interpolate(torch.rand(1, 3, 40, 200, generator=torch.Generator().manual_seed(0)), (h, w + 800), mode="bicubic").clamp(0, 1)[0] * 255).to(torch.uint8)
+    for name, n in (("short", 81), ("long", 800)): write_video(tmp_path / f"{name}.mp4", Frames(torch.stack([wide[:, :, i:i + w] for i in range(n)]), "byte", 16), crf=30)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "short.mp4"), str(tmp_path / "long.mp4"), str(tmp_path)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    short, long = map(int, done.stdout.split()[-2:])
+    assert long - short < 24e6, f"{(long - short) / 1e6:.0f} MB more for ten times the length; the frames alone are {800 * 3 * h * w / 1e6:.0f} MB"
+
+
+def test_suite_metric_is_a_reward_and_is_served():
+    from camflow.metrics.vbench import temporal_flickering
+    from camflow.rewards.metric_reward import MetricReward
+    from camflow.rewards.protocol import Reward, Sample, run_reward
+    from camflow.servers.worker import describe, make_reward
+    reward = make_reward("camflow.rewards.metric_reward:MetricReward", {"metric": "temporal_flickering"})  # how a server makes it
+    assert isinstance(reward, Reward) and isinstance(reward, MetricReward) and describe(reward)["model_rev"] == "none"
+    scores = run_reward(reward, [Sample(noise(1)), Sample(noise(2)[:1])])
+    assert scores.status == ["ok", "invalid"] or scores.status == ["ok", "failed"]
+    assert abs(float(scores.values[0]) - temporal_flickering(noise(1))) < 1e-6

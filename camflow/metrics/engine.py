@@ -149,7 +149,7 @@ def in_workers(tasks: list,        # of {"clip": record, "metrics": numbers}
     finally:
         for w in workers: w.kill()
 
-# %% ../../nbs/metrics/34_engine.ipynb #9413a8f9
+# %% ../../nbs/metrics/34_engine.ipynb #8e3870e2
 def evaluate(clips,                  # of Clip
              metrics,                # engine metrics, plain metrics, set metrics
              out,                    # folder of the table (table.parquet) and the clips (clips.json)
@@ -159,7 +159,7 @@ def evaluate(clips,                  # of Clip
              seed: int = 0,
              redo: tuple = (),       # statuses that are measured again, for instance ("failed", "timeout")
              patience: float = 3600, # seconds without progress after which a step is given up; not with processes=0
-             size: int = 8,          # frames that are decoded at a time
+             size: int = 4,          # frames that are decoded at a time
              progress=None           # called with (clips done, clips)
             ) -> pd.DataFrame:       # rows of these clips and metrics, as in `table`
     "Measures every metric of every clip and adds it to the table."

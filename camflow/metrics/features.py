@@ -116,7 +116,7 @@ class Feature:
     def covers(self, found, wanted): return True      # whether stored arrays hold what is wanted
     def pick(self, found, wanted): return found       # that part of them
 
-# %% ../../nbs/metrics/31_features.ipynb #1c46c329
+# %% ../../nbs/metrics/31_features.ipynb #f4aeb569
 def clip_own(x, side):
     "CLIP's own preprocessing."
     from camflow.metrics.clip import clip_images # transformers takes seconds to import: only who needs it waits
@@ -165,7 +165,7 @@ class _Rows:
             if net is not None:
                 where = next((p.device for p in net.parameters()), x.device)
                 x = (getattr(net, self.feature.method) if self.feature.method else net)(x.to(where)).float()
-            self.rows.append(x.cpu().numpy())
+            self.rows.append(x.cpu().numpy().copy()) # a copy: a class token is a view that would keep all tokens
             self.frames += [chunk.first + i for i in places]
         self.done = self.wanted is not None and (not self.wanted or chunk.first + len(chunk) > self.wanted[-1])
 
@@ -323,7 +323,7 @@ class _Matches:
         if np.isnan(counts).all(): raise InputError(f"no pair of frames could be matched; {self.feature.name}; first: {self.failed}")
         return {"frames": frames, "counts": counts, "density": density}
 
-# %% ../../nbs/metrics/31_features.ipynb #e2d80bc6
+# %% ../../nbs/metrics/31_features.ipynb #3936e90a
 class Pictures(FrameRows):
     "Chosen frames as bytes."
     stored = False
@@ -343,7 +343,7 @@ class Pictures(FrameRows):
     def inputs(self, chunk, places):
         x = chunk.bytes(places)
         H, W = x.shape[-2:]
-        if self.longest is None or max(H, W) <= self.longest: return x.clone()
+        if self.longest is None or max(H, W) <= self.longest: return x
         scale = self.longest / max(H, W)
         return chunk.made(("resized", self.longest, tuple(places)), lambda: Frames(x, "byte").resize((max(1, round(H * scale)), max(1, round(W * scale)))).data)
 

@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'WORDS', 'Need', 'Sample', 'StreamMetric', 'unanswerable', '
            'known_info', 'content_of', 'gather', 'failure', 'as_record', 'signature', 'measure_clip', 'SetMetric',
            'score_set']
 
-# %% ../../nbs/metrics/33_streaming.ipynb #754729d1
+# %% ../../nbs/metrics/33_streaming.ipynb #39b9dc1e
 import inspect
 import json
 import math
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..files import InputError, _plain, content_hash
-from ..media.video import VideoInfo
+from ..media.video import VideoError, VideoInfo
 from .clips import Clip, clip_hash, file_hash
 from .features import Feature, FeatureCache, Held, Pictures, _quiet, code_hash, describe, info_of, stream
 from .interface import Result
@@ -137,7 +137,7 @@ def as_metric(metric) -> StreamMetric:
     if "." in out.name: raise InputError(f"metric {out.name!r} has a dot; engine; dots separate a metric from its numbers")
     return out
 
-# %% ../../nbs/metrics/33_streaming.ipynb #54bd69ed
+# %% ../../nbs/metrics/33_streaming.ipynb #0fd1f181
 def known_info(video,               # file
                cache: FeatureCache
               ) -> VideoInfo:
@@ -172,6 +172,7 @@ def gather(clip: Clip,
                 if v not in infos:
                     note(f"read {v}")
                     infos[v] = known_info(v, cache)
+                if infos[v].damage: raise VideoError(f"{v} is damaged ({infos[v].damage}); copy or download it again")
             wanted = need.feature.wanted(*(infos[v] for v in videos))
         except Exception as error: # becomes the status of what needs this feature
             asked[id(need)] = error

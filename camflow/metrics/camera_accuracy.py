@@ -17,7 +17,7 @@ from ..geometry.camera import Cameras
 from ..media.video import sample_indices
 from .conventions import camera_errors, curves, diagnose, segment_errors
 from .interface import Result
-from .pose import cami2v_errors, pose_error
+from .pose import cami2v_errors, pose_error, relative
 from .sfm import METHODS, Recovered, recover
 # Shapes: T frames, 3HW image, 44 pose.
 
@@ -133,6 +133,7 @@ def _judge(self, found: Recovered, asked: Cameras) -> list:
     place = {frame: i for i, frame in enumerate(asked.frames.tolist())}
     seen = asked[[place[frame] for frame in found.cameras.frames.tolist()]]
     details, whole = _told(found), len(seen) == len(asked)
+    measured = {"measured_c2w": relative(found.cameras)[:, :3].mul(1e6).round().div(1e6).tolist(), "measured_frames": found.cameras.frames.tolist()}
     numbers, kind, lines = path_numbers(seen, found.cameras, self.metric)
     steps = segment_errors(seen, found.cameras)
     details |= {"asked": kind, "scale_ls": pose_error(seen, found.cameras, "ls", gaps=()).scale, "segment_rot_deg": steps["rot_deg"], "segment_trans_ls": steps["trans"]}
@@ -140,7 +141,8 @@ def _judge(self, found: Recovered, asked: Cameras) -> list:
     if warning := diagnose(seen, found.cameras).warning: details["warning"] = warning
     if not whole: details["registered_frames_only"] = {name: value for name, value in numbers.items() if value == value}
     status = lambda number: self._status(number, kind, whole, found)
-    results = [Result(f"{self.name}.{number}", numbers[number], *status(number), details=details | ({"per_frame": lines[LINES[number]]} if number in LINES and whole else {}))
+    shown = lambda number: measured if number == "rot_mean_deg" else {}  # once: a report draws it beside the asked path
+    results = [Result(f"{self.name}.{number}", numbers[number], *status(number), details=details | shown(number) | ({"per_frame": lines[LINES[number]]} if number in LINES and whole else {}))
                for number in NUMBERS if number in numbers]
     return results + self._cost(found, details)
 

@@ -259,6 +259,8 @@ def measure_clip(clip: Clip,
 class SetMetric(StreamMetric):
     "Base of the metrics of a set: `needs` are called `fake` and `real`."
     of_set = True
+    by_group = False   # whether `score` is also told the group of each video, as fake_groups and real_groups
+    every_real = False # whether equal real videos stay, one per clip
 
     @property
     def inputs(self): return tuple(dict.fromkeys(r for need in self.needs.values() for r in need.roles))
@@ -275,19 +277,21 @@ def score_set(metric: SetMetric, clips, cache: FeatureCache,
              ) -> list:  # Results
     "The metric of all clips whose features are in the cache."
     if metric.missing: return [unanswerable(metric, ())]
-    sides, labels, seen = {"fake": [], "real": []}, {"fake": [], "real": []}, set()
+    sides, labels, groups, seen = {"fake": [], "real": []}, {"fake": [], "real": []}, {"fake": [], "real": []}, set()
     for clip in clips:
         if clip.id in lost: continue
         for side in sides:
             need = metric.needs[side]
             videos = tuple(getattr(clip, r) for r in need.roles)
-            if side == "real" and (content := content_of(videos)) in seen: continue
-            if side == "real": seen.add(content)
+            if side == "real" and not metric.every_real and (content := content_of(videos)) in seen: continue
+            if side == "real" and not metric.every_real: seen.add(content)
             wanted = need.feature.wanted(*(known_info(v, cache) for v in videos))
             sides[side].append(need.feature.pick(cache.get(content_of(videos), need.feature.key), wanted))
             labels[side].append(clip.cluster)
+            groups[side].append(clip.group)
+    of = {f"{side}_sources": labels[side] for side in sides} | ({f"{side}_groups": groups[side] for side in sides} if metric.by_group else {})
     started = time.perf_counter()
-    try: results = [] if not sides["fake"] else metric.score(**sides, fake_sources=labels["fake"], real_sources=labels["real"])
+    try: results = [] if not sides["fake"] else metric.score(**sides, **of)
     except Exception as error: results = failure(metric, error)
     results = results if isinstance(results, list) else [results]
     if not sides["fake"]: results = [Result(metric.name, status="skipped", reason=f"none of {len(clips)} clips has the features; first: {next(iter(lost.values()), 'no clips')}")]

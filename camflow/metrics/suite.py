@@ -35,7 +35,7 @@ from .matching import LightGlue, LoFTR, SourceMatches, load_matcher, random_matc
 from .musiq import MUSIQ, load_musiq
 from .perceptual import psnr, ssim
 from .raft import RAFT, dynamic_decision, load_raft
-from .streaming import Need, SetMetric, StreamMetric
+from .streaming import Need, SetMetric, StreamMetric, as_metric
 from .vbench import IMAGING_MODES, aesthetic_quality, consistency, imaging_quality
 from .view_distance import ViewDistance
 from .weights import NoWeights, answer, random_weights
@@ -340,7 +340,7 @@ def build(names="all",            # names and groups, as a list or separated by 
         return loaded[name]
     for name in names_of(names):
         wanted = {w: network(settings.clip if w == "clip" else w) for w in SUITE[name].weights}
-        metric = SUITE[name].make({w: net for w, (net, _) in wanted.items()}, settings)
+        metric = as_metric(SUITE[name].make({w: net for w, (net, _) in wanted.items()}, settings))
         if missing := "; ".join(m for _, m in wanted.values() if m): metric.missing = missing
         out.append(metric)
     return out

@@ -54,4 +54,4 @@ class ViewDistance(SetMetric):
         generated = np.stack([pick(v, 0) for v in views])
         true = np.stack([pick(v, 1) for v in views]) if self.mode == "sv4d" else pick(views[0], 1)
         found = fvd_v(generated, true, self.detect, self.mode)
-        return answer(self.name, found.pop("value"), self.networks, **details, **found)
+        return answer(self.name, found.pop("value"), self.networks, **(found | details))

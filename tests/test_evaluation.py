@@ -293,7 +293,7 @@ def measured(run):
 @pytest.mark.slow
 def test_killed_and_resumed_is_the_same_table_and_two_runs_compare(tmp_path):
     whole, flickering = (Path(ended(camflow(tmp_path/name, "run", "recam_evaluate", "-q", *SMALL, *more))[0]).parent
-                         for name, more in (("whole", []), ("flickering", ["-p", "fault=flicker", "-p", "amount=0.5"])))
+                         for name, more in (("whole", []), ("flickering", ["-p", "fault=flicker", "-p", "amount=60"])))
     process, parts = camflow(tmp_path/"killed", "run", "recam_evaluate", "-q", *SMALL), []
     while not parts and process.poll() is None:
         time.sleep(0.01)

@@ -15,45 +15,28 @@ import torch
 from ..data.prepare import write_table
 from ..files import InputError, write_json
 from ..geometry.camera import Cameras, write_unreal_json
-from ..geometry.rigid import so3_exp
 from ..geometry.trajectory import PRESETS, preset, static
 from ..media.frames import Frames
 from ..media.video import write_video
+from .distortions import blur, drop, flicker, freeze, noise, shift, turn
 from .layouts import find_clips
 from .table import export_vbench, write_csv, write_rows
 from .tables import failures, set_lines, summary, wide
 from .vbench import QUALITY, quality_score
 from ..training.metric_writer import MetricWriter
 from ..world.clips import HELD_OUT, scene_clips
+from ..world.render import default_K
 
 # %% ../../nbs/metrics/39_evaluation.ipynb #f285f347
-def _noisy(path_T44, degrees, generator):
-    "Every pose after the first turned about a random axis by `degrees`."
-    axis = torch.nn.functional.normalize(torch.randn(len(path_T44), 3, generator=generator, dtype=torch.float64), dim=1)
-    turn = torch.eye(4, dtype=torch.float64).repeat(len(path_T44), 1, 1)
-    turn[1:, :3, :3] = so3_exp(math.radians(degrees) * axis[1:])
-    return path_T44 @ turn
+FAULTS = {"none": "nothing", "pose_noise": "degrees of rotation of each pose", "blur": "pixels of a Gaussian", "flicker": "grey levels of every second frame", "noise": "PSNR, dB",
+          "drop": "each so many-th frame is lost", "shift": "frames that the result comes late", "static": "the first frame all the time"}
 
 
-def _flicker(x, amount): return np.where((np.arange(len(x)) % 2 == 0)[:, None, None, None], x, np.clip(x * (1 - amount), 0, 255)).astype(np.uint8)
-
-
-def _blur(x, side):
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(x).float(), int(side) | 1, 1, int(side) // 2, count_include_pad=False).round().byte().numpy()
-
-
-FAULTS = {"none": "nothing", "pose_noise": "degrees of rotation of each pose", "blur": "side of a box in pixels", "flicker": "share of light lost in every second frame",
-          "drop": "every n-th frame shows the one before", "shift": "frames that the result comes late", "static": "the first frame all the time"}
-
-
-def spoilt(frames_T3HW, fault: str, amount: float): # uint8; one of FAULTS except pose_noise, which is a matter of rendering; see FAULTS
-    "A clip with a known fault."
-    x, t = frames_T3HW, np.arange(len(frames_T3HW))
-    if fault == "blur": return _blur(x, amount)
-    if fault == "flicker": return _flicker(x, amount)
-    if fault == "drop": return x[np.where((t % max(2, int(amount)) == 0) & (t > 0), t - 1, t)]
-    if fault == "shift": return x[np.maximum(t - int(amount), 0)]
-    return x[np.zeros_like(t)] if fault == "static" else x
+def spoilt(frames_T3HW, fault: str, amount: float): # bytes; one of FAULTS except pose_noise, which is a matter of rendering; see FAULTS
+    "A clip with a known fault of `metrics.distortions`."
+    made = {"blur": lambda x: blur(x, amount), "flicker": lambda x: flicker(x, int(amount)), "noise": lambda x: noise(x, amount), "drop": lambda x: drop(x, int(amount)),
+            "shift": lambda x: shift(x, -int(amount)), "static": freeze}
+    return made[fault](frames_T3HW) if fault in made else frames_T3HW
 
 
 def world_results(folder,                  # gets results/cam_typeN and WebVID/
@@ -67,15 +50,15 @@ def world_results(folder,                  # gets results/cam_typeN and WebVID/
     if bad := [p for p in paths if p not in range(1, len(PRESETS) + 1)]: raise InputError(f"path {bad[0]}; world_results; presets are numbered 1..{len(PRESETS)}")
     folder, captions = Path(folder), []
     for i in range(sources):
-        generator = torch.Generator().manual_seed(seed * 1000 + i)
-        moves = [(static(frames), "static")] + [(_noisy(preset(p, frames), amount, generator) if fault == "pose_noise" else preset(p, frames), "") for p in paths]
+        asked = [Cameras(preset(p, frames), default_K(size), tuple(size)) for p in paths]
+        moves = [(static(frames), "static")] + [((turn(path, amount, seed * 1000 + i) if fault == "pose_noise" else path).c2w, "") for path in asked]
         made = scene_clips(HELD_OUT + 1000 * seed + i, moves, tuple(size), fps=fps)
         name = f"video{i + 1:02d}.mp4"
         captions.append({"file_name": name, "text": made.caption})
-        for p, clip in zip((None, *paths), made.frames_NT3HW):
+        for p, clip in zip((None, *paths), torch.from_numpy(made.frames_NT3HW)):
             file = folder/"WebVID/videos"/name if p is None else folder/f"results/cam_type{p}"/name
-            write_video(file, Frames(torch.from_numpy(np.ascontiguousarray(clip if p is None else spoilt(clip, fault, amount))), "byte", fps))
-            if p is not None and fault not in ("none", "pose_noise"): write_video(folder/f"truth/cam_type{p}"/name, Frames(torch.from_numpy(np.ascontiguousarray(clip)), "byte", fps))
+            write_video(file, Frames(clip if p is None else spoilt(clip, fault, amount), "byte", fps))
+            if p is not None and fault not in ("none", "pose_noise"): write_video(folder/f"truth/cam_type{p}"/name, Frames(clip, "byte", fps))
     write_table(folder/"WebVID/metadata.csv", ("file_name", "text"), captions)
     (folder/"WebVID/cameras").mkdir(exist_ok=True)
     write_unreal_json(folder/"WebVID/cameras/camera_extrinsics.json", {f"cam{p:02d}": Cameras(preset(p, frames), made.K_33, tuple(size)) for p in paths})

@@ -143,7 +143,7 @@ def windows(total: int,      # frames of the clip
 # %% ../../nbs/metrics/18_consistency.ipynb #b3358187
 class Consistency:
     "Epipolar and reprojection consistency of a clip."
-    name, higher_is_better, inputs = "consistency", False, ("video", "cameras")
+    name, higher_is_better, inputs = "consistency", False, ("video",)  # cameras are optional
 
     def __init__(self, depth=None,          # function of (video, cameras) -> Depth of every frame; None: triangulated
                  span: int = 8,             # steps of a window, frames

@@ -28,6 +28,7 @@ from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load
                                          set_rng_state, unflatten_optimizer)
 from .ema import EMA
 from .heartbeat import Heartbeat
+from .muon import HostMuon
 from .metric_writer import MetricWriter, read_metrics
 from .shard import assembled, gathered, pieces, refuse_plugin, shard, state_pieces
 
@@ -182,7 +183,7 @@ def make_optimizer(params,            # {name: parameter}
     adamw = torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay) if rest else None
     if cfg.muon and not by_muon: raise InputError(f"muon={list(cfg.muon)} names no matrix; the first names are {list(params)[:3]}")
     if not by_muon: return adamw
-    muon = torch.optim.Muon(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = (HostMuon if by_muon[0].device.type == "cpu" else torch.optim.Muon)(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, adamw) if adamw else muon
 
 # %% ../../nbs/training/03_loop.ipynb #65188ab1

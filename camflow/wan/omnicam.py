@@ -64,7 +64,7 @@ class RayEncoder(nn.Module):
         x = torch.cat([rays_BRTHW, rays_BRTHW - rays_BRTHW[:, :, :1]], 1).flatten(2).transpose(1, 2)
         return self.norm(self.proj_out(nn.functional.silu(self.proj_in(x.to(self.proj_in.weight.dtype)))))
 
-# %% ../../nbs/wan/20_omnicam.ipynb #02a2ae3f
+# %% ../../nbs/wan/20_omnicam.ipynb #f5bde064
 class CameraAttention(nn.Module):
     "Video tokens look at camera tokens."
     def __init__(self, dim: int,       # model width D
@@ -72,7 +72,7 @@ class CameraAttention(nn.Module):
                  head_dim: int,        # the model's, so that rotary tables are shared
                  eps: float = 1e-6):
         super().__init__()
-        if width % head_dim: raise InputError(f"camera_dim {width} is no multiple of the {head_dim} channels of a head; choose {-(-width // head_dim) * head_dim}")
+        if width % head_dim: raise InputError(f"camera_dim {width}; a head has {head_dim} channels: choose a multiple, e.g. {-(-width // head_dim) * head_dim}")
         self.head_dim = head_dim
         self.to_q, self.to_out = nn.Linear(dim, width), nn.Linear(width, dim)
         self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width)
@@ -92,7 +92,7 @@ class CameraAttention(nn.Module):
         out = attend(q, k, v, None)
         return self.to_out(out.unflatten(0, (-1, frames)).flatten(1, 2).type_as(x_BLD))
 
-# %% ../../nbs/wan/20_omnicam.ipynb #d58e3a4f
+# %% ../../nbs/wan/20_omnicam.ipynb #beb24f4d
 class OmniCamBlock(WanTransformerBlock):
     "A Wan block with a gated camera attention beside its cross-attention."
     def __init__(self, dim, ffn_dim, num_heads, qk_norm="rms_norm_across_heads", cross_attn_norm=True, eps=1e-6, added_kv_proj_dim=None,
@@ -112,15 +112,19 @@ class OmniCamBlock(WanTransformerBlock):
         u = by_part(self.norm1(hidden_states.float()), 1 + scale, shift).type_as(hidden_states)
         hidden_states = (hidden_states.float() + by_part(self.attn1(u, None, None, rotary_emb), gate)).type_as(hidden_states)
         u = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(u, encoder_hidden_states, None, None)
-        if camera is not None:
-            memory = camera if isinstance(camera, tuple) else self.camera_attn.memory(camera, rotary_emb)
-            seen = self.camera_attn(u, memory, rotary_emb, self.attn1.processor.attend, frames)
-            hidden_states = (hidden_states.float() + seen * self.camera_gate.to(seen.device) * camera_on).type_as(hidden_states)
+        hidden_states = self.look(hidden_states, u, encoder_hidden_states, rotary_emb, camera, camera_on, frames)
         u = by_part(self.norm3(hidden_states.float()), 1 + ffn_scale, ffn_shift).type_as(hidden_states)
         return (hidden_states.float() + by_part(self.ffn(u).float(), ffn_gate)).type_as(hidden_states)
 
-# %% ../../nbs/wan/20_omnicam.ipynb #3cc4d283
+    def look(self, hidden_states, u, context, rotary_emb, camera, camera_on, frames):
+        "At the text and the image, and along the camera's rays."
+        hidden_states = hidden_states + self.attn2(u, context, None, None)
+        if camera is None: return hidden_states
+        memory = camera if isinstance(camera, tuple) else self.camera_attn.memory(camera, rotary_emb)
+        seen = self.camera_attn(u, memory, rotary_emb, self.attn1.processor.attend, frames)
+        return (hidden_states.float() + seen * self.camera_gate.to(seen.device) * camera_on).type_as(hidden_states)
+
+# %% ../../nbs/wan/20_omnicam.ipynb #f012782b
 @dataclass
 class CameraMemory:
     "A camera as the model needs it, for every step of a sampling run."
@@ -180,7 +184,7 @@ class OmniCamTransformer3DModel(WanTransformer3DModel):
         x_BLD, frames = self._tokens(hidden_states).contiguous(), grid[0] if self.config.camera_attention == "frame" else 1
         rope, camera = self.rope(range(grid[0]), *grid[1:]), (attention_kwargs or {}).get("camera") if camera is None else camera
         camera = self._camera(camera, x_BLD, grid)
-        if camera is not None: x_BLD = x_BLD + self.camera_input(camera.features) * camera.on.to(x_BLD.dtype)
+        if camera is not None and self.camera_input is not None: x_BLD = x_BLD + self.camera_input(camera.features) * camera.on.to(x_BLD.dtype)
         times_BS = timestep.expand(len(x_BLD))[:, None] if timestep.ndim == 1 else timestep
         temb, table, text, image = self.condition_embedder(times_BS.flatten(), self._padded(encoder_hidden_states), encoder_hidden_states_image)
         temb, table = temb.unflatten(0, times_BS.shape), table.unflatten(0, times_BS.shape).unflatten(2, (6, -1))   # [B,S,D], [B,S,6,D]

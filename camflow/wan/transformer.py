@@ -140,7 +140,7 @@ class PlannedAttention(WanAttnProcessor):
         self.plan = self._plans[key]
         return planned_attention(q, k, v, self.plan).transpose(1, 2).flatten(2)
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **more):
         context, image, heads = encoder_hidden_states, None, (attn.heads, -1)
         parallel = self._parallel_config if context is None else None
         if attn.add_k_proj is not None: image, context = context.tensor_split([context.shape[1] - self.text_length], 1)
@@ -152,7 +152,12 @@ class PlannedAttention(WanAttnProcessor):
         if image is not None:
             k, v = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
             out = out + self.attend(q, k.unflatten(2, heads), v.unflatten(2, heads), None)
+        if more: out = self.joined(attn, q, out, **more)
         return attn.to_out[1](attn.to_out[0](out.type_as(q)))
+
+    def joined(self, attn, q_BLHD, out_BLC, **more):
+        "For subclasses: what else the queries look at, added before the output projection."
+        raise InputError(f"this attention does not read {', '.join(more)}; give the model the processor that does")
 
 # %% ../../nbs/wan/00_transformer.ipynb #6bed780d
 def plan_attention(model,                            # any diffusers Wan transformer

@@ -6,6 +6,7 @@ import math
 import torch
 
 from camflow.wan import convert, omnicam_compat as compat
+from camflow.wan.lora import layer_aliases, load_lora, lora_state, original_name, read_lora
 from camflow.wan.omnicam import OmniCamTransformer3DModel
 from camflow.wan.sampling import recam_sigmas
 from camflow.wan.timesteps import TimestepSampler, loss_weight, musubi_epoch, musubi_stream
@@ -141,12 +142,48 @@ def wan_i2v_camera(folder, case, x, y):
     loss = out.square().mean()
     loss.backward()
     statistics = model.myadapter.final_bn2d
-    pairs += [(out.detach(), y["train_bn_train"]), (loss.detach()[None], y["loss"]), (statistics.running_mean, y["bn_running_mean_after"]), (statistics.running_var, y["bn_running_var_after"])]
+    pairs += [(out.detach(), y["train_bn_train"]), (loss.detach()[None], y["loss"]), (statistics.running_mean.clone(), y["bn_running_mean_after"]), (statistics.running_var.clone(), y["bn_running_var_after"])]
     with torch.no_grad(): pairs.append((model.adapter(*camera, grid)[2], y["adapter_bn_train"]))
     found = compat.omnicam_to_reference({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     gradient = difference((found[k.removeprefix("grad.")], g) for k, g in y.items() if k.startswith("grad."))
     assert {k.removeprefix("grad.") for k in y if k.startswith("grad.")} == set(case["config"]["grads"])
     return {"": verdict(difference(pairs), NETWORK), ".gradients": verdict(gradient, GRADIENT)}
+
+
+# ---- LoRA
+
+@torch.no_grad()
+def lora(folder, case, x, y):
+    "The file as kohya writes it: base, merged into the weights, and beside them."
+    c, (args, camera) = case["config"], inputs(x)
+    state = folder.weights(case["lora_shapes"], c["lora_gain"])
+    state |= {k.removesuffix("lora_down.weight") + "alpha": torch.tensor(c["alpha"]) for k in state if k.endswith("lora_down.weight")}
+    make = lambda: published_model(folder, case) if camera else plain_model(folder, case)
+    run = lambda model: model(*args, **({"camera": camera} if camera else {})).sample
+    beside, merged = make(), make()
+    pairs = [(run(beside), y["base"])]
+    reports = [load_lora(beside, state, c["multiplier"], loud=False), load_lora(merged, state, c["multiplier"], merge=True, loud=False)]
+    assert all(len(r.matched) == len(state) // 3 and not r.unmatched for r in reports), str(reports[0])
+    return verdict(difference(pairs + [(run(beside), y["unmerged"]), (run(merged), y["merged"])]), NETWORK)
+
+
+def lora_convert(data):
+    "kohya's names and factors to ComfyUI's, through the names of our model."
+    given, want = data["input"], data["output"]
+    rank = given["rank"]
+    with torch.device("meta"): model = OmniCamTransformer3DModel(num_layers=1 + max(int(k.split("_")[3]) for k in given["keys"]))
+    names = layer_aliases(model)
+    state = {k: torch.ones(()) * given["alpha"] if k.endswith("alpha") else torch.ones(rank, 1) if "down" in k else torch.ones(1, rank) for k in given["keys"]}
+    pairs, form, left = read_lora(state)
+    pairs = {names[k]: p for k, p in pairs.items()}
+    comfy, back = lora_state(pairs, "comfy"), lora_state(pairs, "kohya")
+    keys = {"lora_unet_" + original_name(n).replace(".", "_") + f".lora_{kohya}.weight": f"diffusion_model.{original_name(n)}.lora_{peft}.weight"
+            for n in pairs for kohya, peft in (("down", "A"), ("up", "B"))}
+    again = lora_state({names[k]: p for k, p in read_lora(comfy)[0].items()}, "kohya")
+    wrong = (form != "kohya") + len(left) + (keys != want["other_format_key_of"]) + (set(comfy) != set(want["other_format_key_of"].values())) + (set(back) != set(given["keys"]))
+    wrong += sorted({v.item() for k, v in again.items() if k.endswith("alpha")}) != want["back_to_default_alpha"]
+    wrong += (set(again) == set(given["keys"])) != want["back_to_default_keys_equal"]
+    return verdict(float(wrong) + largest(abs(v.flatten()[0].item() - want["scale_on_each_factor"]) for v in comfy.values()), NUMBER)
 
 
 # ---- names
@@ -180,8 +217,8 @@ def key_map(path):
     return verdict(float(wrong), 0.0)
 
 
-FILES = {"timesteps": timesteps}
-KINDS = {"plucker": plucker, "plucker_net": plucker_net, "cross_attn": cross_attn, "wan_i2v": wan_i2v, "wan_i2v_camera": wan_i2v_camera}
+FILES = {"timesteps": timesteps, "lora_convert": lora_convert}
+KINDS = {"plucker": plucker, "plucker_net": plucker_net, "cross_attn": cross_attn, "wan_i2v": wan_i2v, "wan_i2v_camera": wan_i2v_camera, "lora": lora}
 
 
 def check(folder) -> dict:

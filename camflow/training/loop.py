@@ -28,8 +28,8 @@ from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load
                                          set_rng_state, unflatten_optimizer)
 from .ema import EMA
 from .heartbeat import Heartbeat
-from .muon import HostMuon
 from .metric_writer import MetricWriter, read_metrics
+from .muon import HostMuon
 from .shard import assembled, gathered, pieces, refuse_plugin, shard, state_pieces
 
 # %% ../../nbs/training/03_loop.ipynb #41ae5511

@@ -3442,6 +3442,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'camflow.training.loop._permutation': ( 'training/loop.html#_permutation',
                                                                                'camflow/training/loop.py'),
                                        'camflow.training.loop._trained': ('training/loop.html#_trained', 'camflow/training/loop.py'),
+                                       'camflow.training.loop.adamw_class': ('training/loop.html#adamw_class', 'camflow/training/loop.py'),
                                        'camflow.training.loop.agree': ('training/loop.html#agree', 'camflow/training/loop.py'),
                                        'camflow.training.loop.at_least': ('training/loop.html#at_least', 'camflow/training/loop.py'),
                                        'camflow.training.loop.choose_trainable': ( 'training/loop.html#choose_trainable',

@@ -137,7 +137,7 @@ def clip_tokens(encoder,     # CLIPVisionModel
     mean, std = (torch.tensor(v).view(3, 1, 1).to(image) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
     return encoder(((image + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states[-2]
 
-# %% ../../nbs/wan/29_omnicam_clips.ipynb #556390b8
+# %% ../../nbs/wan/29_omnicam_clips.ipynb #8c29ca92
 def lens(size) -> torch.Tensor: # (H, W)
     "fx/W, fy/H, cx/W, cy/H of the world's camera."
     K = default_K(size)
@@ -146,7 +146,8 @@ def lens(size) -> torch.Tensor: # (H, W)
 
 def vae_identity(vae):
     "What latents depend on: the encoder and the statistics; decoders may get better without the latents changing."
-    return {"vae": fingerprint({name: p for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}), "stats": [vae.config.latents_mean, vae.config.latents_std]}
+    return {"vae": fingerprint({name: p for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}),
+        "stats": [vae.config.latents_mean, vae.config.latents_std]}
 
 
 def signed(frames_NT3HW): # uint8 array
@@ -196,7 +197,7 @@ def world_latents(folder, vae, text: TextEncoder,         # caches go to folder/
     captions = [random_scene(int(key), detail=DETAIL).caption() for key in keys]
     return ImageClips(cache, keys, cache.stack(keys, "c2w"), lens(size).repeat(scenes, 1), cached_texts(Path(folder)/"text", text, captions), captions).hold()
 
-# %% ../../nbs/wan/29_omnicam_clips.ipynb #8d235748
+# %% ../../nbs/wan/29_omnicam_clips.ipynb #5be9ba20
 @dataclass(frozen=True)
 class FileItem:
     "One video of a set."
@@ -210,7 +211,8 @@ class FileItem:
         info = probe(self.video)
         stride = max(1, round(info.fps / fps)) if fps else 1
         numbers = [i * stride for i in range(frames)]
-        if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs {numbers[-1] + 1}: ask for fewer frames or a higher fps")
+        if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs "
+            f"{numbers[-1] + 1}: ask for fewer frames or a higher fps")
         if self.camera: cameras = Cameras.from_omnicam(self.camera, info.size, info.frames, numbers)
         else: cameras = Cameras.from_script(self.script, info.size, numbers, info.fps)
         return read_video(self.video, numbers).cover(tuple(size)), cameras.relative().cover(tuple(size))
@@ -224,15 +226,18 @@ def read_items(path): # metadata.jsonl; paths in it are relative to its folder
         if not line.strip(): continue
         try: record = json.loads(line)
         except json.JSONDecodeError as error: raise InputError(f"not JSON ({error}); {path}, line {number}; one object a line") from None
-        if unknown := set(record) - {"video", "text", "camera", "script"}: raise InputError(f"unknown fields {sorted(unknown)}; {path}, line {number}; there are video, text, camera, script")
-        if not record.get("video") or bool(record.get("camera")) == bool(record.get("script")): raise InputError(f"{record}; {path}, line {number}; an item has a video, and a camera file or a script")
+        if unknown := set(record) - {"video", "text", "camera", "script"}: raise InputError(f"unknown fields {sorted(unknown)}; {path}, line {number}; there "
+            f"are video, text, camera, script")
+        if not record.get("video") or bool(record.get("camera")) == bool(record.get("script")): raise InputError(f"{record}; {path}, line {number}; an item "
+            f"has a video, and a camera file or a script")
         for name in ("video", "camera"):
-            if record.get(name) and not (path.parent/record[name]).is_file(): raise InputError(f"{name} {record[name]!r} does not exist; {path}, line {number}; paths are relative to that file")
+            if record.get(name) and not (path.parent/record[name]).is_file(): raise InputError(f"{name} {record[name]!r} does not exist; {path}, line "
+                f"{number}; paths are relative to that file")
         items.append(FileItem(**record | {name: str(path.parent/record[name]) for name in ("video", "camera") if record.get(name)}))
     if not items: raise InputError(f"no items; {path}; write one JSON object a line")
     return items
 
-# %% ../../nbs/wan/29_omnicam_clips.ipynb #5f0ed59a
+# %% ../../nbs/wan/29_omnicam_clips.ipynb #bd45f6aa
 def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_latents`; FileItems
                  frames: int = 81, size=(480, 832), fps: float = 16.0, # T; (H, W); of the clips
                  image_encoder=None,                        # CLIPVisionModel, where the transformer reads its tokens
@@ -246,7 +251,8 @@ def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_late
     def load(key):
         video, _ = named[key].clip(frames, size, fps)
         return video.signed().data.transpose(0, 1)[None].float(), dict(zip(("c2w", "K"), camera(named[key])))
-    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "fps": fps, "image_encoder": image_encoder and fingerprint(image_encoder.state_dict())}
+    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "fps": fps, "image_encoder": image_encoder
+        and fingerprint(image_encoder.state_dict())}
     cache, keys = shared_fill(Path(folder)/"latents", identity, named, load, encoder_of(vae, frames, image_encoder)), list(named)
     captions = [one.text for one in named.values()]
     clips = ImageClips(cache, keys, cache.stack(keys, "c2w"), cache.stack(keys, "K"), cached_texts(Path(folder)/"text", text, captions), captions)

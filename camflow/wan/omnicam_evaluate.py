@@ -27,8 +27,9 @@ from .vae import decode_latents
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #967f3876
-DIRECTIONS = ("left", "right", "up", "down", "forward", "backward", *(f"{side}{height}{angle}" for angle in (30, 45, 60) for height in ("up", "down") for side in ("left", "right")))
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #b996426b
+DIRECTIONS = ("left", "right", "up", "down", "forward", "backward", *(f"{side}{height}{angle}" for angle in (30, 45, 60) for height in ("up", "down")
+    for side in ("left", "right")))
 TURNS = ("pan right 20", "pan left 20", "tilt up 15", "tilt down 15")
 REPORTED = HELD_OUT + 600_000 # scenes of final reports; settings are chosen on those before it
 
@@ -96,7 +97,7 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
         videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start))))
     return torch.cat(videos)
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #0f81b790
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #84cd6d6f
 def read_rows(clips: ScriptClips):
     "Frames whose camera is read: ends of instructions, and every second frame, which helps to read those."
     T = clips.truth_MT3HW.shape[1]
@@ -105,7 +106,7 @@ def read_rows(clips: ScriptClips):
 
 
 def read_cameras(videos_MT3HW, clips: ScriptClips):
-    "Poses read off the videos by rendering the known scenes, relative to the first frame: [M,n,4,4] of `read_rows`, NaN where reading failed. Only what the first frame showed counts."
+    "Poses relative to the first frame, of the frames of `read_rows`, [M,n,4,4]; NaN where reading failed. Only what the first frame showed counts."
     from camflow.metrics.photometric import photometric_pose
     rows, poses = read_rows(clips), []
     for video, scene, asked in zip(videos_MT3HW, clips.scenes, clips.c2w_MT44):
@@ -143,15 +144,17 @@ def segment_signs(clips: ScriptClips, measured_Mn44): # of `read_cameras`
                           "read": bool(np.isfinite(got[n, k])), "agrees": bool(np.isfinite(got[n, k]) and asked[n, k] * got[n, k] > 0)})
     return pd.DataFrame(table)
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #429ae655
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #c01a7ca0
 def judge(videos_MT3HW, clips: ScriptClips, measured_Mn44=None): # None: read here
     "(numbers, table per instruction, poses read) of one set of videos; numbers hold lists of the clips' errors too."
     measured = read_cameras(videos_MT3HW, clips) if measured_Mn44 is None else measured_Mn44
     rotation, translation = camera_error(clips.c2w_MT44[:, read_rows(clips)][:, 1:], measured[:, 1:])
     table = segment_signs(clips, measured)
     mean = lambda x: float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else float("nan")
-    return {"psnr_db": float(frame_psnr(videos_MT3HW, clips.truth_MT3HW).mean()), "rotation_deg": mean(rotation), "translation_m": mean(translation), "sign_agreement": float(table.agrees.mean()),
-            "clips_read": float(np.isfinite(rotation).mean()), "segments": len(table), "rotations_deg": rotation.tolist(), "translations_m": translation.tolist()}, table, measured
+    return {"psnr_db": float(frame_psnr(videos_MT3HW, clips.truth_MT3HW).mean()), "rotation_deg": mean(rotation), "translation_m": mean(translation),
+        "sign_agreement": float(table.agrees.mean()),
+            "clips_read": float(np.isfinite(rotation).mean()), "segments": len(table), "rotations_deg": rotation.tolist(),
+            "translations_m": translation.tolist()}, table, measured
 
 
 def compare_errors(ours: dict, off: dict): # numbers of `judge` of two sets of videos of the same clips

@@ -53,7 +53,7 @@ def fitted_size(picture, size, step): # (H, W) of the picture; (H, W) whose area
     scale = math.sqrt(size[0] * size[1] / (picture[0] * picture[1]))
     return tuple(max(k, round(n * scale / k) * k) for n, k in zip(picture, step))
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #eb914015
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #92946c2c
 def prompt_parts(text: str): # "Object: ... ; Camera: ...", or a description alone -> (description, camera or "")
     "What is seen, without the camera's tags or file name, and the camera's text."
     match = re.fullmatch(r"(?s)\s*(?:Object:)?\s*(.*?)\s*;?\s*(?:(?:Camera|Caption):\s*(.*))?", text)
@@ -77,14 +77,15 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
     if name.endswith(".safetensors"):
         path = Cameras.from_omnicam(name, size)
         numbers = [round(k * source_fps / fps) if source_fps else k for k in range(frames)]
-        if numbers[-1] >= len(path): raise InputError(f"{len(path)} poses; {name}; {frames} frames at {fps:g} a second need pose {numbers[-1] + 1}: ask for fewer frames, or set source_fps to the rate of its video")
+        if numbers[-1] >= len(path): raise InputError(f"{len(path)} poses; {name}; {frames} frames at {fps:g} a second need pose {numbers[-1] + 1}: ask for "
+            f"fewer frames, or set source_fps to the rate of its video")
         return path[numbers].relative(), ""
     if name in PRESETS or name.isdigit(): return Cameras(preset(int(name) if name.isdigit() else name, frames, unit / SUBJECT), lens_K(size, fov), size), ""
     if not name: raise InputError("an empty camera; give a script, words, a preset or a camera file")
     segments = parse(name) if "<" in name else understand(name)
     return Cameras(script_path(segments, frames, fps, unit), lens_K(size, fov), size), script_text(segments)
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #892d502b
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #4542d469
 class Generator:
     "The parts of an image-to-video model, in eval mode."
     def __init__(self, transformer, vae, text: TextEncoder, image_encoder=None):
@@ -116,9 +117,10 @@ def load_generator(weights: str = "",   # folder with transformer/, vae/, text_e
     vae = from_folder(AutoencoderKLWan, folders["vae"], torch_dtype=torch.float32)
     encoder = from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=torch.float32 if not weights else dtype or compute_dtype()).eval()
     image = from_folder(CLIPVisionModel, folders["image_encoder"], dtype=torch.float32).eval().to(where) if folders["image_encoder"].is_dir() else None
-    return Generator(transformer.to(where), vae.to(where), TextEncoder(AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True), encoder.to(where)), image)
+    return Generator(transformer.to(where), vae.to(where), TextEncoder(AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True),
+        encoder.to(where)), image)
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #20ae9d53
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #31f58bbd
 SOLVERS = ("unipc", "dpm++", "euler")
 
 
@@ -127,24 +129,28 @@ def make_solver(name: str = "unipc", shift: float = 5.0, steps: int = 20):
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     if name not in SOLVERS: raise InputError(f"solver {name!r}; one of {', '.join(SOLVERS)}")
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    made = {"unipc": lambda: UniPCMultistepScheduler(**flow), "dpm++": lambda: DPMSolverMultistepScheduler(**flow), "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift)}[name]()
+    made = {"unipc": lambda: UniPCMultistepScheduler(**flow), "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
+        "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift)}[name]()
     made.set_timesteps(steps)
     return made
 
 
-def make_guider(guidance: float, slg_layers=(), slg_scale: float = 3.0, slg_start: float = 0.0, slg_end: float = 0.3, blocks: int = 0): # of the text, 1: none; blocks that are skipped; strength and share of the steps; blocks of the model
+def make_guider(guidance: float, slg_layers=(), slg_scale: float = 3.0, slg_start: float = 0.0, slg_end: float = 0.3,
+    blocks: int = 0): # of the text, 1: none; blocks that are skipped; strength and share of the steps; blocks of the model
     "diffusers' guidance, with skipped layers where asked."
     from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
     from diffusers.hooks import LayerSkipConfig
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     if not slg_layers: return ClassifierFreeGuidance(guidance_scale=guidance)
-    if wrong := [n for n in slg_layers if not 0 <= n < blocks]: raise InputError(f"slg_layers={list(slg_layers)}: there is no block {wrong[0]}, this model has 0..{blocks - 1}")
-    if guidance == 1: raise InputError("slg_layers need guidance by the text: with guidance=1 diffusers runs the branch of skipped layers without skipping any; set guidance, e.g. 5")
+    if wrong := [n for n in slg_layers if not 0 <= n < blocks]: raise InputError(f"slg_layers={list(slg_layers)}: there is no block {wrong[0]}, this model "
+        f"has 0..{blocks - 1}")
+    if guidance == 1: raise InputError("slg_layers need guidance by the text: with guidance=1 diffusers runs the branch of skipped layers without skipping "
+        "any; set guidance, e.g. 5")
     if not 0 <= slg_start <= slg_end <= 1: raise InputError(f"slg_start={slg_start}, slg_end={slg_end}; shares of the steps, the start first")
     TransformerBlockRegistry.register(OmniCamBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None))
     return SkipLayerGuidance(guidance, slg_scale, slg_start, slg_end, skip_layer_config=LayerSkipConfig(list(slg_layers), fqn="blocks"))
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #aeaf74f2
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #6cfbf7eb
 def guided(run,            # (context) -> velocity
            guider, model,  # of `make_guider`; the transformer, which hooks of skipped layers go into
            context, negative, # text [B,L,D]; None: not needed
@@ -160,7 +166,8 @@ def guided(run,            # (context) -> velocity
 
 
 @torch.no_grad()
-def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict, name: str = ""): # uint8 picture of the video's size; Cameras of that size; description; steps, shift, guidance, ...; names the noise
+def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
+    name: str = ""): # uint8 picture of the video's size; Cameras of that size; description; steps, shift, guidance, ...; names the noise
     "Latents [B,C,f,h,w], one per camera, from one noise."
     model, where = parts.transformer, device()
     frames, size, B = len(cameras[0]), tuple(image_3HW.shape[1:]), len(cameras)
@@ -171,7 +178,8 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict, na
     grid = (image.shape[2], *(n // p for n, p in zip(image.shape[3:], model.config.patch_size[1:])))
     memory = model.remember(camera_rays(torch.stack([c.c2w for c in cameras]), K, grid[1:]), grid, B)
     context, negative = (parts.text.encode([t]).to(model.dtype).expand(B, -1, -1) for t in (text, config["negative"] or NEGATIVE_PROMPT))
-    solver, guider = make_solver(config["solver"], config["shift"], config["steps"]), make_guider(config["guidance"], config["slg_layers"], config["slg_scale"], config["slg_start"], config["slg_end"], len(model.blocks))
+    solver, guider = make_solver(config["solver"], config["shift"], config["steps"]), make_guider(config["guidance"], config["slg_layers"],
+        config["slg_scale"], config["slg_start"], config["slg_end"], len(model.blocks))
     noise = torch.randn(parts.latent_shape(frames, size), generator=generator(config["seed"], "omnicam", name))
     x = noise.expand(B, -1, -1, -1, -1).to(where)
     for number, t in enumerate(solver.timesteps):
@@ -183,8 +191,9 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict, na
         x = solver.step(v, t, x, return_dict=False)[0]
     return x.float()
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #b84fc7a4
-DEFAULTS = dict(images=[], texts={}, cameras=[], weights="", loras=[], lora_multiplier=1.0, size=[480, 832], keep_aspect=True, frames=81, fps=16.0, unit=SUBJECT, fov=0.0, source_fps=0.0, steps=20, shift=5.0, guidance=5.0,
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #0d3b8c37
+DEFAULTS = dict(images=[], texts={}, cameras=[], weights="", loras=[], lora_multiplier=1.0, size=[480, 832], keep_aspect=True, frames=81, fps=16.0,
+    unit=SUBJECT, fov=0.0, source_fps=0.0, steps=20, shift=5.0, guidance=5.0,
                 camera_guidance=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, output="video", batch=1)
 
 
@@ -205,12 +214,14 @@ def checked(config: dict): # full configuration
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0")
     if not config["images"]: raise InputError("no images; give picture files")
     images = [Path(p) for p in config["images"]]
-    if same := [p.stem for p in images if sum(p.stem == q.stem for q in images) > 1]: raise InputError(f"two images are called {same[0]!r}; their results would overwrite each other: rename one")
-    if unused := sorted(set(config["texts"]) - {p.name for p in images}): raise InputError(f"texts: {unused[0]!r} is not among the images ({images[0].name}, ...)")
+    if same := [p.stem for p in images if sum(p.stem == q.stem for q in images) > 1]: raise InputError(f"two images are called {same[0]!r}; their results "
+        f"would overwrite each other: rename one")
+    if unused := sorted(set(config["texts"]) - {p.name for p in images}): raise InputError(f"texts: {unused[0]!r} is not among the images ({images[0].name}, "
+        f"...)")
     make_solver(config["solver"], config["shift"], config["steps"])
     return config
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #463d2847
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #b0581605
 def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
          parts=None):           # a Generator; None: of `weights`
     "Films every image with every camera; what is there already is kept. Returns counts."
@@ -220,16 +231,19 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
     config, results = checked({**DEFAULTS, **config}), Path(run_dir)/"results"
     pictures = {Path(p): first_frame(p) for p in config["images"]}        # all input is read before the first network runs
     asked = named_cameras(config["cameras"])
-    paths = {image: {name: asked_camera(text, tuple(picture.shape[1:]), config["frames"], config["fps"], config["unit"], config["fov"], config["source_fps"]) for name, text in asked.items()} for image, picture in pictures.items()}
+    paths = {image: {name: asked_camera(text, tuple(picture.shape[1:]), config["frames"], config["fps"], config["unit"], config["fov"], config["source_fps"])
+        for name, text in asked.items()} for image, picture in pictures.items()}
     if parts is None: parts = load_generator(config["weights"], config["loras"], config["lora_multiplier"])
     written, record = 0, {}
     for image, picture in pictures.items():
         size = fitted_size(picture.shape[1:], config["size"], parts.step) if config["keep_aspect"] else tuple(config["size"])
-        if any(n % k for n, k in zip(size, parts.step)): raise InputError(f"size={list(size)} must be rows and columns in multiples of {list(parts.step)} for this model")
+        if any(n % k for n, k in zip(size, parts.step)): raise InputError(f"size={list(size)} must be rows and columns in multiples of {list(parts.step)} "
+            f"for this model")
         small, folder = Frames(picture[None], "byte").cover(size), results/image.stem
         cameras = {name: camera.cover(size) for name, (camera, _) in paths[image].items()}
         description = prompt_parts(config["texts"].get(image.name, ""))[0]
-        record |= {f"{image.stem}/{name}": {"c2w": camera.c2w.tolist(), "script": paths[image][name][1], "K": camera.K[0].tolist(), "size": list(size), "text": description} for name, camera in cameras.items()}
+        record |= {f"{image.stem}/{name}": {"c2w": camera.c2w.tolist(), "script": paths[image][name][1], "K": camera.K[0].tolist(), "size": list(size),
+            "text": description} for name, camera in cameras.items()}
         wanted = {"video": [".mp4"], "latent": [".safetensors"], "both": [".mp4", ".safetensors"]}[config["output"]]
         missing = [name for name in cameras if not all((folder/f"{name}{end}").exists() for end in wanted)]
         for start in range(0, len(missing), config["batch"]):

@@ -62,7 +62,7 @@ def draw_hidden(seed: int, items, text: float, camera: float): # of the run; pos
     draw = lambda purpose: torch.stack([torch.rand((), generator=generator(seed, purpose, i)) for i in items])
     return draw("no text") < text, draw("no camera") < camera
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #14975e26
+# %% ../../nbs/wan/26_omnicam_train.ipynb #edc6ad6e
 @torch.no_grad()
 def open_camera(model, gate: float = 0.3, seed: int = 0): # of the run
     "For training from nothing: the input term and the gates start open."
@@ -90,10 +90,12 @@ def from_recam(model, recam: ReCamTransformer3DModel, image: float = 0.5): # of 
 TINY = dict(ffn_dim=512, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
 
 
-def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.float32, **changes): # diffusers folder of OmniCam or Wan; of a tiny one: "recam" or "nothing"
+def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.float32,
+    **changes): # diffusers folder of OmniCam or Wan; of a tiny one: "recam" or "nothing"
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
-        if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel": return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
+        if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel": return from_folder(OmniCamTransformer3DModel, folder,
+            torch_dtype=dtype, **changes)
         from diffusers import WanTransformer3DModel
         return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype), copy=False, **changes)
     model = tiny_omnicam(seed, **TINY | changes)
@@ -102,7 +104,7 @@ def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.f
     elif start != "nothing": raise InputError(f"start={start!r}; 'recam' or 'nothing', for a model without a folder")
     return model
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #b40797f5
+# %% ../../nbs/wan/26_omnicam_train.ipynb #d082a6e9
 def prepare_trained(model, patterns=("lora_", "camera_"), rank: int = 0, seed: int = 0, alpha=None): # of LoRA, 0: none; None: alpha = rank
     "Adds the LoRA and chooses what trains; returns the names."
     if rank: add_lora(model, rank, alpha, LORA_LAYERS, seed)
@@ -110,17 +112,21 @@ def prepare_trained(model, patterns=("lora_", "camera_"), rank: int = 0, seed: i
     return trainable_modules(model, tuple(patterns))
 
 
-def save_memory(model, storage: str = "", offload: str = "", backend: str = ""): # "float8_e4m3fn"; "block" ; name of an attention kernel of diffusers; "": as it is
+def save_memory(model,
+                storage: str = "",  # torch type that frozen weights are stored in, e.g. float8_e4m3fn; "": as they are
+                offload: str = "",  # "block": frozen blocks wait on the host
+                backend: str = ""): # attention kernel of diffusers; "": planned by size
     "Switches on what is asked for."
     if backend: model.set_attention_backend(backend)
     if storage:
         if not isinstance(getattr(torch, storage, None), torch.dtype): raise InputError(f"storage {storage!r}; a torch type such as float8_e4m3fn")
-        model.enable_layerwise_casting(storage_dtype=getattr(torch, storage), compute_dtype=compute_dtype(), skip_modules_pattern=["lora_", "camera_", "patch_embedding", "norm", "condition_embedder", "proj_out"])
+        model.enable_layerwise_casting(storage_dtype=getattr(torch, storage), compute_dtype=compute_dtype(), skip_modules_pattern=["lora_", "camera_",
+            "patch_embedding", "norm", "condition_embedder", "proj_out"])
     if offload not in ("", "block"): raise InputError(f"offload {offload!r}; 'block' or nothing")
     if offload: model.enable_group_offload(onload_device=device(), offload_type="block_level", num_blocks_per_group=1)
     return model
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #a907ef4b
+# %% ../../nbs/wan/26_omnicam_train.ipynb #5df9f897
 @torch.no_grad()
 def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays None: no camera
            steps: int = 8, shift: float = 3.0, # of the sampler
@@ -145,28 +151,36 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
     "Mean PSNR of the sample and of what it must beat: the same model without camera and with another clip's camera, and the still first frame."
     where, patch = next(model.parameters()).device, model.config.patch_size[1:]
     grid = tuple(n // (8 * p) for n, p in zip(truth.shape[-2:], patch))
-    target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))], grid))
+    target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))],
+        grid))
     decode = lambda z: decode_latents(vae, z.to(next(vae.parameters()).device)).float().cpu()
     run = lambda camera: decode(sample(model, image, camera, context, clip, steps, shift))
-    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(rays.roll(1, 0)), "still": truth[:, :, :1].expand_as(truth), "reconstruction": decode(target)}
+    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(rays.roll(1, 0)), "still": truth[:, :, :1].expand_as(truth),
+        "reconstruction": decode(target)}
     scores = {name: clip_psnr(video, truth) for name, video in made.items()}
     beats = {f"beats_{name}": float((scores["sample"] > scores[name]).float().mean()) for name in ("camera_off", "wrong_camera", "still")}
     return {f"psnr_{name}": float(v.mean()) for name, v in scores.items()} | beats
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #338fea58
+# %% ../../nbs/wan/26_omnicam_train.ipynb #06779883
 MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", "blocks.*.ffn.*.weight", "blocks.*.camera_attn.to_*.weight"]
-DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995, checkpoint_every=0, checkpoint_seconds=180., log_every=10,
-                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, cameras=4, held_out=24, cache_folder=None, vae=None, transformer=None, text_encoder=None, image_encoder=None,
-                model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6, min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
+DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
+    checkpoint_every=0, checkpoint_seconds=180., log_every=10,
+                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, cameras=4, held_out=24, cache_folder=None,
+                vae=None, transformer=None, text_encoder=None, image_encoder=None,
+                model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
+                min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
                 text_dropout=0.1, camera_dropout=0.1, storage="", offload="", attention="", sample_steps=8, sample_shift=3.0, validation_clips=16, export=None)
-ORIGINAL = dict(data="files", frames=81, size=[480, 832], fps=16.0, trainable_modules=["lora_", "camera_"], lora_rank=64, epochs=10, lr=1e-4, betas=(0.9, 0.999), muon=[], warmup=0, schedule="constant", ema_decay=0., seed=42,
-                batch_size=1, bf16=True, gradient_checkpointing=True, timesteps="shift", shift=3.0, sigmoid_scale=1.0, text_dropout=0., camera_dropout=0.1) # the README's numbers; the original hides no camera, ours has to for its guidance
+ORIGINAL = dict(data="files", frames=81, size=[480, 832], fps=16.0, trainable_modules=["lora_", "camera_"], lora_rank=64, epochs=10, lr=1e-4,
+    betas=(0.9, 0.999), muon=[], warmup=0, schedule="constant", ema_decay=0., seed=42,
+                batch_size=1, bf16=True, gradient_checkpointing=True, timesteps="shift", shift=3.0, sigmoid_scale=1.0, text_dropout=0.,
+                camera_dropout=0.1) # the README's numbers; the original hides no camera, ours has to for its guidance
 
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "files"): raise InputError(f"data {config['data']!r}; world or files")
-    if config["data"] == "files" and not config["items"]: raise InputError("data = files needs items, a metadata.jsonl with video, text, and camera or script of every clip")
+    if config["data"] == "files" and not config["items"]: raise InputError("data = files needs items, a metadata.jsonl with video, text, and camera or "
+        "script of every clip")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, epochs=0, scenes=1, cameras=1, held_out=1, validation_clips=1, sample_steps=1, lora_rank=0, frames=5, timestep_buckets=1, fps=0)
     for name in ("text_dropout", "camera_dropout"):
@@ -177,22 +191,27 @@ def checked(config: dict): # full configuration
 
 def sampler_of(config: dict): # full configuration
     "The run's TimestepSampler."
-    return TimestepSampler(config["timesteps"], shift=config["shift"], sigmoid_scale=config["sigmoid_scale"], min_timestep=config["min_timestep"], max_timestep=config["max_timestep"], compat=config["compat"])
+    return TimestepSampler(config["timesteps"], shift=config["shift"], sigmoid_scale=config["sigmoid_scale"], min_timestep=config["min_timestep"],
+        max_timestep=config["max_timestep"], compat=config["compat"])
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #8d15b714
+# %% ../../nbs/wan/26_omnicam_train.ipynb #96f17ce3
 def parts(config: dict): # full configuration
     "(transformer, vae, text encoder, image encoder or None) of a run: loaded where a folder is given, tiny otherwise."
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
     vae = from_folder(AutoencoderKLWan, config["vae"] or tiny_path("vae"), torch_dtype=torch.float32).eval().requires_grad_(False).to(device())
-    model = starting_model(config["transformer"], config["start"], config.get("seed", 0), torch.bfloat16 if config.get("bf16") else torch.float32, **config["model"])
+    model = starting_model(config["transformer"], config["start"], config.get("seed", 0), torch.bfloat16 if config.get("bf16") else torch.float32,
+        **config["model"])
     step = [vae.config.scale_factor_spatial * n for n in model.config.patch_size[1:]]
-    if any(n % k for n, k in zip(config["size"], step)): raise InputError(f"size={list(config['size'])} must be rows and columns in multiples of {step} for this model")
-    if model.config.image_dim and not config["image_encoder"]: raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to the folder of its CLIP model")
+    if any(n % k for n, k in zip(config["size"], step)): raise InputError(f"size={list(config['size'])} must be rows and columns in multiples of {step} for "
+        f"this model")
+    if model.config.image_dim and not config["image_encoder"]: raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to "
+        "the folder of its CLIP model")
     root = Path(config["text_encoder"] or tiny_path("recam"))
     for name in ("tokenizer", "text_encoder"):
         if not (root/name).is_dir(): raise InputError(f"{root} has no folder {name}; give a folder with tokenizer/ and text_encoder/")
-    text = TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder", dtype=torch.float32 if not config["text_encoder"] else compute_dtype()).eval().to(device()))
+    text = TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder",
+        dtype=torch.float32 if not config["text_encoder"] else compute_dtype()).eval().to(device()))
     clip = from_folder(CLIPVisionModel, config["image_encoder"], dtype=torch.float32).eval().to(device()) if config["image_encoder"] else None
     return model, vae, text, clip
 
@@ -209,7 +228,7 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
     count = min(config["held_out"], config["validation_clips"])
     return model, vae, train, held, torch.cat([signed(world_clips(HELD_OUT + s, config["cameras"], **shape).frames_NT3HW[:1]) for s in range(count)])
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #6f1433b0
+# %% ../../nbs/wan/26_omnicam_train.ipynb #89a69d78
 def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
          run_dir):     # folder of the run
     "Trains OmniCam from cached latents; with `export` set, writes the weights there at the end."
@@ -238,15 +257,16 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     def validate(model, step): return compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
 
     trained = set(prepare_trained(model, config["trainable_modules"], config["lora_rank"], cfg.seed, config["lora_alpha"]))
-    result = fit(run_dir, save_memory(model, config["storage"], config["offload"], config["attention"]), step_fn, batch_fn, cfg, validate=validate if held else None, trainable=lambda name: name in trained)
+    result = fit(run_dir, save_memory(model, config["storage"], config["offload"], config["attention"]), step_fn, batch_fn, cfg, validate=validate if held
+        else None, trainable=lambda name: name in trained)
     if config["export"] and result.status != "stopped": export_omnicam(run_dir, config["export"], config)
     return result
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #0b65e667
+# %% ../../nbs/wan/26_omnicam_train.ipynb #daa4a6c5
 CARD = """# tiny OmniCam
 
-OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`. Text encoder, tokenizer
-and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
+OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
+Text encoder, tokenizer and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
 
 - start: blocks of the tiny ReCam
 - data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; two thirds script-like paths, the others free moves
@@ -288,9 +308,11 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
         numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
     model.half().save_pretrained(out)
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
-    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"], held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
+    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
+        held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card), encoding="utf-8")
+    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card),
+        encoding="utf-8")
     return numbers
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #afc4e73d

@@ -271,3 +271,13 @@ def test_the_original_profile_is_the_published_recipe():
     assert (original["lora_rank"], original["shift"], original["lr"], original["epochs"], original["seed"]) == (64, 3.0, 1e-4, 10, 42)
     assert fsdp == {**original, "num_processes": 8, "shard": True}
     assert omnicam_train.TrainConfig.pick({**omnicam_train.DEFAULTS, **omnicam_train.ORIGINAL}).gradient_checkpointing
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_lora_in_pieces(base, tmp_path):
+    "Sharded over two ranks, as the profile fsdp8 does over eight; the first rank writes what all have trained."
+    from camflow.lab.launch import launch
+    config = {**base, "steps": 2, "trainable_modules": ["lora_", "camera_"], "lora_rank": 2, "muon": [], "shard": True, "validate_every": 0, "export": str(tmp_path/"out")}
+    launch("camflow.wan.omnicam_train", config, tmp_path/"run", num_processes=2)
+    assert OmniCamTransformer3DModel.from_pretrained(tmp_path/"out").config.num_layers == 1 and (tmp_path/"out/lora_kohya.safetensors").exists()
+    assert load_checkpoint(tmp_path/"run"/"checkpoints").meta["config"]["shard"]

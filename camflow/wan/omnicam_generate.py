@@ -6,15 +6,14 @@
 __all__ = ['SOLVERS', 'DEFAULTS', 'first_frame', 'fitted_size', 'prompt_parts', 'lens_K', 'asked_camera', 'Generator',
            'load_generator', 'make_solver', 'make_guider', 'guided', 'film', 'named_cameras', 'checked', 'main']
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #a8a1e2a3
-import functools
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #8dbf7aee
 import math
 import re
 from pathlib import Path
 
 import torch
 
-from ..assets import list_tiny, tiny_path
+from ..assets import tiny_path
 from ..data.stereo_files import _open_image
 from ..device import compute_dtype, device, generator
 from ..files import InputError, atomic_write, write_json
@@ -28,8 +27,9 @@ from ..media.video import write_video
 from ..training.checkpoint import from_folder
 from ..training.loop import at_least, run_main
 from .lora import load_lora
-from .omnicam import OmniCamBlock, OmniCamTransformer3DModel, camera_rays
+from .omnicam import OmniCamBlock, camera_rays
 from .omnicam_clips import clip_tokens, encode_first, image_condition
+from .omnicam_train import starting_model
 from .text import NEGATIVE_PROMPT, TextEncoder
 from .vae import decode_latents
 
@@ -85,7 +85,7 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
     segments = parse(name) if "<" in name else understand(name)
     return Cameras(script_path(segments, frames, fps, unit), lens_K(size, fov), size), script_text(segments)
 
-# %% ../../nbs/wan/28_omnicam_generate.ipynb #4542d469
+# %% ../../nbs/wan/28_omnicam_generate.ipynb #5dd9bff6
 class Generator:
     "The parts of an image-to-video model, in eval mode."
     def __init__(self, transformer, vae, text: TextEncoder, image_encoder=None):
@@ -112,7 +112,8 @@ def load_generator(weights: str = "",   # folder with transformer/, vae/, text_e
     if not weights: folders |= {"transformer": tiny_path("omnicam"), "vae": tiny_path("vae")}
     for name, folder in folders.items():
         if name != "image_encoder" and not folder.is_dir(): raise InputError(f"{root} has no folder {name}; give a folder in diffusers' layout")
-    transformer = from_folder(OmniCamTransformer3DModel, folders["transformer"], torch_dtype=torch.float32 if not weights else dtype or compute_dtype())
+    transformer = starting_model(folders["transformer"], dtype=torch.float32 if not weights else dtype or compute_dtype())
+    if not any(float(block.camera_gate.abs().max()) for block in transformer.blocks): print("the camera of these weights is untrained: videos will not follow it")
     for file in loras: print(load_lora(transformer, file, multiplier, merge=True), flush=True)
     vae = from_folder(AutoencoderKLWan, folders["vae"], torch_dtype=torch.float32)
     encoder = from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=torch.float32 if not weights else dtype or compute_dtype()).eval()

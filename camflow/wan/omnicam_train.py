@@ -126,7 +126,7 @@ def save_memory(model,
     if offload: model.enable_group_offload(onload_device=device(), offload_type="block_level", num_blocks_per_group=1)
     return model
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #5df9f897
+# %% ../../nbs/wan/26_omnicam_train.ipynb #562324e9
 @torch.no_grad()
 def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays None: no camera
            steps: int = 8, shift: float = 3.0, # of the sampler
@@ -135,7 +135,8 @@ def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays
     "Latents [B,C,f,h,w], without guidance by text."
     noise = item_noise(image.shape[1:], seed, range(len(image)), "sample").to(image.device)
     grid = tuple(n // p for n, p in zip(image.shape[2:], model.config.patch_size))
-    camera = None if rays is None else model.remember(rays, grid, len(image))
+    whole = not hasattr(next(model.parameters()), "device_mesh")  # of a model in pieces (FSDP2) only a forward has the weights together
+    camera = model.remember(rays, grid, len(image)) if rays is not None and whole else rays
     def velocity(x, level):
         run = lambda memory: image_velocity(model, x, torch.full((len(x),), level), image, memory, context, clip)
         v = run(camera)
@@ -262,7 +263,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     if config["export"] and result.status != "stopped": export_omnicam(run_dir, config["export"], config)
     return result
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #daa4a6c5
+# %% ../../nbs/wan/26_omnicam_train.ipynb #2e2c13ea
 CARD = """# tiny OmniCam
 
 OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
@@ -295,7 +296,9 @@ def trained_model(run_dir, config=None): # folder of the run; None reads its con
 
 def export_omnicam(run_dir, out, config=None, # folder of the run; folder to write; None reads run_dir/config.json
                    note: str = ""):           # end of the card's line about training
-    "Writes the run's newest weights, card.md and scores.json; returns the held-out numbers."
+    "Writes the run's newest weights, card.md and scores.json; returns the held-out numbers. Call it on all ranks; the first one writes."
+    config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
+    _, vae, _, held, truth = datasets(config, run_dir) if config["data"] == "world" else [None] * 5   # all ranks: caches wait for each other
     if _shares()[0]: return {}
     (model, ckpt, config), out = trained_model(run_dir, config), Path(out)
     if config["lora_rank"]:
@@ -303,7 +306,6 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
         model.fuse_lora(), model.unload_lora()
     numbers = {}
     if config["data"] == "world":
-        _, vae, _, held, truth = datasets(config, run_dir)
         model = model.half().float()   # measured as written
         numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
     model.half().save_pretrained(out)

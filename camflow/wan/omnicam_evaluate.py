@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'TURNS', 'REPORTED', 'COMPONENTS', 'SPANS', 'script_cases', 'ScriptClips', 'scripted', 'film',
-           'read_rows', 'read_cameras', 'segment_motion', 'segment_signs', 'judge', 'compare_errors']
+           'read_rows', 'read_cameras', 'segment_motion', 'segment_signs', 'judge', 'compare_errors', 'slopes',
+           'report']
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #2d75adb5
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #f4e1773f
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..device import generator
-from ..files import InputError
+from ..files import InputError, read_json, write_json
 from ..geometry.script import Segment, path_state, script_path, script_text
 from ..geometry.trajectory import SUBJECT
+from ..training.loop import configuration
 from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
 from .evaluate import camera_error, frame_psnr, signed, to_bytes
 from .omnicam import camera_rays
 from .omnicam_clips import encode_first, lens
-from .omnicam_train import sample
+from .omnicam_train import DEFAULTS, parts, sample
 from .vae import decode_latents
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
@@ -163,3 +166,48 @@ def compare_errors(ours: dict, off: dict): # numbers of `judge` of two sets of v
     mean = lambda numbers, name: float(np.asarray(numbers[name])[rows].mean()) if rows.any() else float("nan")
     ratio = lambda name: mean(ours, name) / mean(off, name)
     return {"rotation_ratio": ratio("rotations_deg"), "translation_ratio": ratio("translations_m"), "clips_compared": int(rows.sum())}
+
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #d13c13ca
+def slopes(table): # of `segment_signs`
+    "Measured against asked change of the dominant component, {component: slope}; NaN where nothing was read."
+    read = table[table.read]
+    slope = lambda rows: float((rows.asked * rows.measured).sum() / (rows.asked ** 2).sum()) if len(rows) else float("nan")
+    return {name: slope(read[read.component == name]) for name in COMPONENTS if (table.component == name).any()}
+
+
+def report(out,                    # folder of `export_omnicam`; scores.json and card.md get what is found
+           count: int = 40,        # scripts
+           first: int = REPORTED,  # first scene seed
+           steps: int = 12, shift: float = 5.0, camera_guidance: float = 1.5): # of the sampler
+    "Films held-out scripts with finished weights, with their camera, without, and with a wrong one; returns the numbers."
+    config = configuration({"transformer": str(out)}, DEFAULTS)
+    model, vae, text, _ = parts(config)
+    clips = scripted(script_cases(count), first)
+    context, made = text.encode(clips.captions), {}
+    for camera in ("asked", "off", "wrong"):
+        made[camera] = judge(film(model.eval(), vae, clips, context, camera, steps, shift, camera_guidance), clips)
+    plain = {camera: {k: v for k, v in numbers.items() if not isinstance(v, list)} for camera, (numbers, _, _) in made.items()}
+    table = made["asked"][1]
+    fast = table.script.str.contains("high")
+    found = {**plain, **compare_errors(made["asked"][0], made["off"][0]), "sign_agreement_high": float(table[fast].agrees.mean()),
+             "sign_agreement_low": float(table[~fast].agrees.mean()), "slopes": slopes(table),
+             "settings": {"clips": count, "first_seed": first, "steps": steps, "shift": shift, "camera_guidance": camera_guidance}}
+    write_json(Path(out)/"scores.json", read_json(Path(out)/"scores.json") | {"scripts": found})
+    (Path(out)/"card.md").write_text(_with_scripts((Path(out)/"card.md").read_text(encoding="utf-8"), found), encoding="utf-8")
+    return found
+
+
+def _with_scripts(card: str, found: dict):
+    "The card with the numbers of `report` before its licence."
+    s, asked, off, wrong = found["settings"], found["asked"], found["off"], found["wrong"]
+    row = lambda name, n: (f"  - {name}: PSNR {n['psnr_db']:.2f} dB, sign agreement {n['sign_agreement']:.2f} of {n['segments']} instructions, rotation error "
+                           f"{n['rotation_deg']:.2f} degrees, translation error {n['translation_m']:.3f} m, {n['clips_read']:.2f} of the clips read")
+    lines = [f"- held-out scripts (seeds from {s['first_seed']}), {s['clips']} clips, {s['steps']} Euler steps with shift {s['shift']}, camera guidance "
+        f"{s['camera_guidance']};"
+             " cameras read by the photometric reader:", row("asked camera", asked), row("no camera", off), row("wrong camera", wrong),
+             f"  - sign agreement at high speed {found['sign_agreement_high']:.2f}, at low {found['sign_agreement_low']:.2f}; against the model without camera "
+             f"{found['rotation_ratio']:.2f} of its rotation error and {found['translation_ratio']:.2f} of its translation error ({found['clips_compared']} "
+             f"clips read in both)",
+             "  - measured of asked change: " + ", ".join(f"{name} {value:.2f}" for name, value in found["slopes"].items())]
+    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("- licence:")[0]
+    return before + "\n".join(lines) + "\n- licence:" + card.split("- licence:")[1]

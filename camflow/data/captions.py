@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'EXCLAMATIONS', 'Finding', 'Row', 'decode_line', 'cell_text', 'normal_name', 'read_table', 'check_texts',
-           'scene_of', 'best_sibling', 'repair', 'check_files', 'apply_overlay', 'split_scenes', 'Cleaned', 'clean',
-           'lens', 'write_clean']
+           'scene_of', 'best_sibling', 'repair', 'check_files', 'override', 'apply_overlay', 'split_scenes', 'Cleaned',
+           'clean', 'lens', 'write_clean']
 
 # %% ../../nbs/data/12_captions.ipynb #1849ec78
 import csv
@@ -230,16 +230,21 @@ def check_files(captions: dict, root, items=()): # {name: (line, caption)}; data
     return kept, findings
 
 
-def apply_overlay(captions: dict, path): # {name: (line, caption)}; table with file_name, text; an empty text drops the video
+def override(captions: dict, rows, source): # {name: (line, caption)}; Rows, an empty text drops the video; where they come from
     "(captions with the overrides, findings about overrides that fit nothing)."
-    rows, problems = read_table(path)
-    if problems: raise InputError(f"overlay {path}, line {problems[0].row}: {KINDS[problems[0].kind]}; an overlay is edited by hand, mend it there")
     captions, findings = dict(captions), []
     for row in rows:
-        if row.name not in captions: findings.append(Finding("overlay", row.name, row.number, "ignored", f"no such row in the table; {path}"))
+        if row.name not in captions: findings.append(Finding("overlay", row.name, row.number, "ignored", f"no such row in the table; {source}"))
         elif row.text.strip(): captions[row.name] = (captions[row.name][0], row.text.strip())
         else: del captions[row.name]
     return captions, findings
+
+
+def apply_overlay(captions: dict, path): # {name: (line, caption)}; table with file_name, text; an empty text drops the video
+    "`override` by the rows of a table."
+    rows, problems = read_table(path)
+    if problems: raise InputError(f"overlay {path}, line {problems[0].row}: {KINDS[problems[0].kind]}; an overlay is edited by hand, mend it there")
+    return override(captions, rows, path)
 
 
 def split_scenes(names, test: float = 0.1, seed: int = 0): # videos; share of scenes -> ({names}, {names}) of training and test

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ScriptError', 'Segment', 'speed_factor', 'rates', 'check_order', 'parse', 'script_text', 'sphere_poses', 'poses_at',
-           'script_path', 'path_state', 'straight_pieces', 'path_segments', 'path_to_script', 'omnicam_poses']
+           'script_path', 'path_state', 'straight_pieces', 'path_segments', 'path_to_script', 'measured_rates',
+           'omnicam_poses']
 
 # %% ../../nbs/geometry/08_script.ipynb #810fcec8
 import math
@@ -44,7 +45,7 @@ class Segment:
     direction: str = "stay"
     rotate: str = "stay"
 
-# %% ../../nbs/geometry/08_script.ipynb #3261cb38
+# %% ../../nbs/geometry/08_script.ipynb #299e4665
 _NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?"
 _MOVE = re.compile(rf"(left|right)?(up|down)?(forward|backward)?({_NUMBER})?(?:\s*\*\s*({_NUMBER}))?")
 _TURN = re.compile(rf"(counterclockwise|clockwise|(?:pan|tilt)\s*(?:left|right|up|down))\s*({_NUMBER})?")
@@ -60,7 +61,8 @@ def _move_rates(word: str, fail) -> list:
     side, height, radial, angle, factor = match.groups()
     if radial and (side or height): fail(f"direction {word!r} mixes two moves", f"write {(side or '') + (height or '')}+{radial}")
     if (angle is not None) != bool(side and height):
-        fail(f"direction {word!r} {'has an angle' if angle else 'lacks its angle'}", "only diagonals have an angle, measured from the vertical: leftup45, rightdown30")
+        fail(f"direction {word!r} {'has an angle' if angle else 'lacks its angle'}",
+             "only diagonals have an angle, measured from the vertical: leftup45, rightdown30")
     if angle is not None and float(angle) > 90: fail(f"angle {angle} in direction {word!r}", "0 is straight up or down, 90 is sideways")
     across, along = (math.sin(math.radians(float(angle))), math.cos(math.radians(float(angle)))) if angle is not None else (bool(side), bool(height))
     rates = [20 * across * (-1 if side == "left" else 1), 15 * along * (-1 if height == "up" else 1), 0.2 * bool(radial) * (-1 if radial == "forward" else 1)]
@@ -75,7 +77,7 @@ def speed_factor(speed, fail=_fail) -> float: # number, numeric text, "high" or 
     if not (math.isfinite(value) and value > 0): fail(f"speed {speed!r}", "write high, low or a positive number (1 is high)")
     return value
 
-# %% ../../nbs/geometry/08_script.ipynb #d418dc8a
+# %% ../../nbs/geometry/08_script.ipynb #a95a0b14
 def rates(segment: Segment,            # any
           fail=_fail) -> list:         # called as fail(what, remedy)
     "[phi, theta, r, pan, tilt, roll] per second; ScriptError where a word is not of the language."
@@ -87,25 +89,27 @@ def rates(segment: Segment,            # any
         for word in segment.rotate.split("+"):
             match = _TURN.fullmatch(word.strip())
             name = re.sub(r"\s", "", match[1]) if match else None
-            if name not in _TURNS: fail(f"rotate {word.strip()!r} is not known", f"write stay, or {', '.join([*_TURNS][:6])} with degrees per second, joined by +")
+            if name not in _TURNS:
+                fail(f"rotate {word.strip()!r} is not known", f"write stay, or {', '.join([*_TURNS][:6])} with degrees per second, joined by +")
             axis, sign = _TURNS[name]
             total[axis] += sign * (10 * factor if match[2] is None else float(match[2]))
     return total
 
-# %% ../../nbs/geometry/08_script.ipynb #dbc6b064
+# %% ../../nbs/geometry/08_script.ipynb #6821c4fd
 _FIELDS = ("starttime", "endtime", "speed", "direction", "rotate")
 _OPEN = re.compile(r"<(/?)(\w*)>")
 
 
 def _fields(text: str, at: int):
     "Yields (segment number, {field: (body, position)}, position of the segment's end)."
-    number, found, begin = 1, {}, at
+    number, found = 1, {}
     while True:
         at += len(text[at:]) - len(text[at:].lstrip())
         match = _OPEN.match(text, at)
         if at == len(text) or (match and match[0] == "<sep>"):
             if found: yield number, found, at
-            elif at < len(text) or number == 1: _fail("an empty segment" if at < len(text) else "no instruction", f"write {' '.join(f'<{f}>..</{f}>' for f in _FIELDS)}", number, at)
+            elif at < len(text) or number == 1:
+                _fail("an empty segment" if at < len(text) else "no instruction", f"write {' '.join(f'<{f}>..</{f}>' for f in _FIELDS)}", number, at)
             if at == len(text): return
             number, found, at = number + 1, {}, match.end()
             continue
@@ -126,15 +130,17 @@ def _time(body: str, fail) -> float:
     if not 0 <= value < math.inf: fail(f"time {body.strip()}", "times are seconds from the start of the clip, 0 or later")
     return value
 
-# %% ../../nbs/geometry/08_script.ipynb #6b7e3d40
+# %% ../../nbs/geometry/08_script.ipynb #0fae7638
 def check_order(segments, places=None): # Segments; position of each in the text
     "ScriptError unless every segment ends after its start and starts after the one before ended."
     last = 0.0
     for number, one in enumerate(segments, 1):
         at = places[number - 1] if places else None
-        if not (math.isfinite(one.start) and math.isfinite(one.end) and one.start >= 0): _fail(f"times {one.start}..{one.end}", "give finite seconds from 0 on", number, at)
+        if not (math.isfinite(one.start) and math.isfinite(one.end) and one.start >= 0):
+            _fail(f"times {one.start}..{one.end}", "give finite seconds from 0 on", number, at)
         if one.end <= one.start: _fail(f"end {one.end:g} s is not after start {one.start:g} s", "exchange or correct them", number, at)
-        if one.start < last - 1e-9: _fail(f"start {one.start:g} s lies before the end of the segment before, {last:g} s", "segments follow each other in time: shorten one", number, at)
+        if one.start < last - 1e-9:
+            _fail(f"start {one.start:g} s lies before the end of the segment before, {last:g} s", "segments follow each other in time: shorten one", number, at)
         last = one.end
 
 
@@ -198,7 +204,7 @@ def sphere_poses(state_T6,               # phi, theta, r, pan, tilt, roll
     orbit = _along_z(torch.full_like(r, unit)) @ _axis(-phi, 1) @ _axis(theta - elevation, 0) @ _along_z(-unit * (1 + r))
     return orbit @ _axis(pan, 1) @ _axis(tilt, 0) @ _axis(roll, 2)
 
-# %% ../../nbs/geometry/08_script.ipynb #81db8bdd
+# %% ../../nbs/geometry/08_script.ipynb #6479d7e4
 def poses_at(segments,                 # Segments or a script
              times,                    # seconds, [T]
              unit: float = 1.0,        # distance to the scene's centre, in the unit that the poses shall have
@@ -212,7 +218,8 @@ def poses_at(segments,                 # Segments or a script
     corner, value = _corners(segments)
     for i, (theta, r) in enumerate(value[:, 1:3]):
         if 1 + r < 0.02: _fail("the camera reaches the scene's centre", "move forward less: high speed covers 0.2 of the distance a second", (i + 1) // 2)
-        if abs(theta - elevation) > 89: _fail(f"the camera passes over the pole ({elevation - theta:.0f} degrees)", "move up or down less: high speed turns 15 degrees a second", (i + 1) // 2)
+        if abs(theta - elevation) > 89:
+            _fail(f"the camera passes over the pole ({elevation - theta:.0f} degrees)", "high speed turns 15 degrees/s: move less", (i + 1) // 2)
     times = np.asarray(times, dtype=np.float64)
     state = np.stack([np.interp(times, corner, column) for column in value.T], -1)
     return inverse(sphere_poses(np.zeros((1, 6)), unit, elevation)) @ sphere_poses(state, unit, elevation)
@@ -225,21 +232,30 @@ def script_path(segments,                 # Segments or a script
                 elevation: float = 0.0,   # of the first camera above the centre, degrees
                 ) -> torch.Tensor:
     "Camera-to-world poses of frames relative to the first of them, float64 [T,4,4], OpenCV axes. Frame k is at k / fps seconds."
-    numbers = np.arange(frames) if isinstance(frames, int) else np.asarray(frames, dtype=np.float64)
-    if not len(numbers) or not (math.isfinite(fps) and fps > 0): raise InputError(f"{len(numbers)} frames at {fps} a second; script_path; ask for at least one frame, fps above 0")
+    numbers = np.arange(frames) if isinstance(frames, (int, np.integer)) else np.asarray(frames, dtype=np.float64)
+    if not len(numbers) or not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"{len(numbers)} frames at {fps} a second; script_path; ask for at least one frame, fps above 0")
     poses = poses_at(segments, numbers / fps, unit, elevation)
     return inverse(poses[0]) @ poses
 
-# %% ../../nbs/geometry/08_script.ipynb #6fbaf2a4
+# %% ../../nbs/geometry/08_script.ipynb #1f4038b0
+def _finite_poses(c2w_T44, least: int, where: str) -> torch.Tensor:
+    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < least or not torch.isfinite(c2w).all():
+        raise InputError(f"poses {list(c2w.shape)}; {where}; give at least {least} finite 4x4 camera-to-world matrices")
+    return c2w
+
+
 def path_state(c2w_T44,                  # camera-to-world, OpenCV axes, any world
                unit: float = 1.0,        # distance to the scene's centre in front of the first camera, in the unit of the poses
                elevation: float = 0.0) -> np.ndarray:   # of the first camera, degrees
     "phi, theta, r, pan, tilt, roll of every pose, [T,6]; the inverse of `sphere_poses`."
-    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
+    c2w = _finite_poses(c2w_T44, 1, "path_state")
     P = sphere_poses(np.zeros((1, 6)), unit, elevation) @ inverse(c2w[0]) @ c2w
     x, y, z = (P[:, :3, 3] - torch.tensor([0, 0, unit], dtype=torch.float64)).unbind(-1)
     far = torch.stack([x, y, z]).norm(dim=0)
-    if (far < 1e-3 * unit).any(): raise InputError(f"the camera stands in the scene's centre; path_state, frame {int(far.argmin())}; give a larger unit than {unit:g}")
+    if (far < 1e-3 * unit).any():
+        raise InputError(f"the camera stands in the scene's centre; path_state, frame {int(far.argmin())}; give a larger unit than {unit:g}")
     phi, theta = torch.atan2(x, -z).rad2deg(), torch.asin((y / far).clamp(-1, 1)).rad2deg() + elevation
     orbit = _axis(-phi, 1) @ _axis(theta - elevation, 0)
     R = orbit[:, :3, :3].mT @ P[:, :3, :3]
@@ -252,19 +268,20 @@ def path_state(c2w_T44,                  # camera-to-world, OpenCV axes, any wor
 def straight_pieces(values_TD, tol: float) -> list: # samples; largest deviation of any number -> indices of the corners
     "Fewest corners such that all samples lie within `tol` of the line between the corners around them."
     values, n = np.asarray(values_TD, dtype=np.float64), len(values_TD)
-    best = [(0, 0.0, None)] + [(n, math.inf, None)] * (n - 1)
+    best = [(0, 0.0, None)] + [(n, math.inf, None)] * (n - 1) # (pieces, squared deviation, corner before) up to each sample
     for i in range(n - 1):
-        for j in range(i + 1, n):
-            u = np.linspace(0, 1, j - i + 1)[:, None]
-            off = np.abs(values[i] * (1 - u) + values[j] * u - values[i:j + 1])
-            if off.max() > 2 * tol: break
-            step = (best[i][0] + 1, best[i][1] + float((off**2).sum()), i)
-            if off.max() <= tol and step[:2] < best[j][:2]: best[j] = step
+        k, d = np.arange(1, n - i)[:, None], values[i + 1:] - values[i]
+        low, high, slope = np.maximum.accumulate((d - tol) / k), np.minimum.accumulate((d + tol) / k), d / k
+        fits = ((slope >= low - 1e-12) & (slope <= high + 1e-12)).all(1)
+        off = (np.cumsum(d * d, 0) - 2 * slope * np.cumsum(d * k, 0) + slope**2 * np.cumsum(k * k, 0)).sum(1)
+        for j in np.flatnonzero(fits):
+            step = (best[i][0] + 1, best[i][1] + max(float(off[j]), 0.0), i)
+            if step[:2] < best[i + 1 + j][:2]: best[i + 1 + j] = step
     corners = [n - 1]
     while corners[-1]: corners.append(best[corners[-1]][2])
     return corners[::-1]
 
-# %% ../../nbs/geometry/08_script.ipynb #d0a39124
+# %% ../../nbs/geometry/08_script.ipynb #879d3cc0
 def _words(rate) -> Segment:
     "Speed, direction and rotate of six rates per second, as a Segment without times."
     across, along, radial = rate[0] / 20, rate[1] / 15, rate[2] / 0.2
@@ -289,9 +306,7 @@ def path_segments(c2w_T44,                 # camera-to-world, one pose per frame
                   elevation: float = 0.0,  # of the first camera, degrees
                   tol: float = 0.01) -> list: # largest deviation: degrees of each angle, percent of the distance
     "Segments of a path; between their corners no frame is further off than `tol`."
-    c2w = torch.as_tensor(c2w_T44, dtype=torch.float64)
-    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or len(c2w) < 2 or not torch.isfinite(c2w).all():
-        raise InputError(f"poses {list(c2w.shape)}; path_segments; give at least two finite 4x4 camera-to-world matrices")
+    c2w = _finite_poses(c2w_T44, 2, "path_segments")
     if not (fps > 0 and tol > 0 and unit > 0): raise InputError(f"fps {fps}, tol {tol}, unit {unit}; path_segments; all are positive")
     state = path_state(c2w, unit, elevation)
     corners, segments = straight_pieces(state * [1, 1, 100, 1, 1, 1], tol), []
@@ -306,6 +321,23 @@ def path_segments(c2w_T44,                 # camera-to-world, one pose per frame
 def path_to_script(c2w_T44, fps: float, unit: float = 1.0, elevation: float = 0.0, tol: float = 0.01) -> str: # as `path_segments`
     "The script of a path."
     return script_text(path_segments(c2w_T44, fps, unit, elevation, tol))
+
+# %% ../../nbs/geometry/08_script.ipynb #b5934263
+def measured_rates(segments,                # Segments or a script
+                   c2w_T44,                 # camera-to-world of the frames, frame k at k / fps seconds
+                   fps: float,              # frames per second
+                   unit: float = 1.0,       # distance to the scene's centre, in the unit of the poses
+                   elevation: float = 0.0) -> np.ndarray:   # of the first camera, degrees
+    "[phi, theta, r, pan, tilt, roll] per second of the path during each segment, [segments,6]; NaN where the path has ended."
+    segments = parse(segments) if isinstance(segments, str) else list(segments)
+    check_order(segments)
+    state = path_state(c2w_T44, unit, elevation)
+    times = np.arange(len(state)) / fps
+    at = lambda t: [np.interp(t, times, column) for column in state.T]
+    ended = times[-1] + 1 / fps + 1e-9 # the last frame lasts until here
+    rows = [np.subtract(at(one.end), at(one.start)) / max(min(one.end, times[-1]) - one.start, 1e-9) if one.end <= ended else [math.nan] * 6
+            for one in segments]
+    return np.array(rows).reshape(-1, 6)
 
 # %% ../../nbs/geometry/08_script.ipynb #8762bc88
 @patch(cls_method=True)

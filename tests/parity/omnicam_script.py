@@ -46,7 +46,8 @@ def script(path, score):
         failure = _failure(text)
         if "error" in want:
             said = want["error"]
-            yield failure is not None and (failure["type"], failure["stage"]) == (said["type"], said["stage"]) and failure["message"].startswith(said["message_start"])
+            same = failure is not None and (failure["type"], failure["stage"]) == (said["type"], said["stage"])
+            yield same and failure["message"].startswith(said["message_start"])
             continue
         yield failure is None
         w2c, smooth = omnicam_poses(text)

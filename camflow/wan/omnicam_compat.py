@@ -122,9 +122,11 @@ class PublishedBlock(OmniCamBlock):
     def look(self, hidden_states, u, context, rotary_emb, camera, camera_on, frames):
         return hidden_states + self.attn2(u, context, None, None, **({} if camera is None else {"camera": camera}))
 
-# %% ../../nbs/wan/21_omnicam_compat.ipynb #75770753
+# %% ../../nbs/wan/21_omnicam_compat.ipynb #6646fe27
 class PublishedOmniCam(OmniCamTransformer3DModel):
     "OmniCam-Wan as published, with diffusers' names."
+    _keep_in_fp32_modules = [*OmniCamTransformer3DModel._keep_in_fp32_modules, "conv", "myadapter"]    # poses and batch statistics
+
     def __init__(self, num_layers: int = 40,
                  camera_hidden: int = 64,              # width of PluckerNet
                  camera_inner: int = 640,              # between the two linear layers of camera keys and values
@@ -171,7 +173,7 @@ class PublishedOmniCam(OmniCamTransformer3DModel):
         if memory is not None: memory.keys = [camera_memory(block.attn2, memory.features) for block in self.blocks]
         return memory
 
-# %% ../../nbs/wan/21_omnicam_compat.ipynb #97a20fbd
+# %% ../../nbs/wan/21_omnicam_compat.ipynb #340cab64
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 
 
@@ -200,8 +202,9 @@ def omnicam_from_reference(state: dict,                    # Wan's names: any Wa
                            **extras) -> OmniCamTransformer3DModel:  # config fields: camera_dim, camera_attention, text_length, ...
     "Our model on a Wan checkpoint, its camera untrained."
     state = clean_state(state)
+    renamed = rename(state, DIT)
     with torch.device("meta"): model = OmniCamTransformer3DModel(**(i2v_config(state, num_heads) | extras))
-    return fill(model, rename(state, DIT))
+    return fill(model, renamed)
 
 
 def published_from_reference(state: dict,                  # total-N.safetensors
@@ -216,7 +219,9 @@ def published_from_reference(state: dict,                  # total-N.safetensors
     with torch.device("meta"): model = PublishedOmniCam(**(config | extras))
     load_strict(model, omnicam_to_diffusers(state))
     model.rope = FrameRotary(model.config.attention_head_dim, tuple(model.config.patch_size), model.config.rope_max_seq_len)
-    return model if dtype is None else cast(model, dtype)
+    if dtype is not None: cast(model, dtype)
+    model.conv.float(), model.myadapter.float()
+    return model
 
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #a14e3d07
 @torch.no_grad()

@@ -11,6 +11,7 @@ SYSTEMS = {
     "da3": ["da3", "cameras"],
     "qwen3vl": ["qwen3vl"],
     "metrics": ["metrics", "metrics_matching", "metrics_networks"],
+    "omnicam": ["omnicam"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
 }

@@ -5,7 +5,9 @@ import math
 
 import torch
 
-from camflow.wan import convert, omnicam_compat as compat
+from camflow.media.frames import Frames
+from camflow.wan import convert, omnicam_compat as compat, vae as video_vae
+from camflow.wan.i2v_condition import given_mask, image_condition
 from camflow.wan.lora import layer_aliases, load_lora, lora_state, original_name, read_lora
 from camflow.wan.omnicam import OmniCamTransformer3DModel
 from camflow.wan.sampling import recam_sigmas
@@ -186,6 +188,35 @@ def lora_convert(data):
     return verdict(float(wrong) + largest(abs(v.flatten()[0].item() - want["scale_on_each_factor"]) for v in comfy.values()), NUMBER)
 
 
+# ---- VAE and image condition
+
+@torch.no_grad()
+def vae(folder, case, x, y):
+    model, pairs = folder.vae(case["config"], case["shapes"]), []
+    for whole in (True, False):  # one pass, and diffusers' cached loop
+        pairs.append((video_vae.encode_video(model, x["video"][None], whole)[0], y["latent"]))
+        pairs.append((video_vae.decode_latents(model, x["latent"][None], whole, clamp=False)[0], y["decoded_unclamped"]))
+    return verdict(difference(pairs), NETWORK)
+
+
+@torch.no_grad()
+def i2v_condition(folder, case, x, y):
+    model, video = folder.vae(case["config"], case["shapes"]), Frames(x["frames_uint8"].permute(0, 3, 1, 2), "byte").signed().data
+    condition = image_condition(model, video[:1], len(video))
+    return verdict(difference([(condition[0], y["latents_image"]), (video_vae.encode_video(model, video.transpose(0, 1)[None])[0], y["latents"])]), NETWORK)
+
+
+@torch.no_grad()
+def first_last(folder, case, x, y):
+    model, frames = folder.vae(case["config"], case["shapes"]), case["config"]["num_frames"]
+    return verdict(difference([(image_condition(model, x["first"], frames), y["first_only"]), (image_condition(model, x["first"], frames, x["last"]), y["first_and_last"])]), NETWORK)
+
+
+def i2v_mask(data):
+    rows = [(r, False) for r in data["first_frame"]] + [(data["first_and_last_frame"], True)]
+    return verdict(largest(relative(given_mask(r["input"]["video_frames"], last), r["output"]["mask_channel_by_latent_frame"]) for r, last in rows), 0.0)
+
+
 # ---- names
 
 def shapes(path):
@@ -217,8 +248,9 @@ def key_map(path):
     return verdict(float(wrong), 0.0)
 
 
-FILES = {"timesteps": timesteps, "lora_convert": lora_convert}
-KINDS = {"plucker": plucker, "plucker_net": plucker_net, "cross_attn": cross_attn, "wan_i2v": wan_i2v, "wan_i2v_camera": wan_i2v_camera, "lora": lora}
+FILES = {"timesteps": timesteps, "lora_convert": lora_convert, "i2v_mask": i2v_mask}
+KINDS = {"plucker": plucker, "plucker_net": plucker_net, "cross_attn": cross_attn, "wan_i2v": wan_i2v, "wan_i2v_camera": wan_i2v_camera, "lora": lora,
+         "vae": vae, "i2v_condition": i2v_condition, "i2v_condition_first_last": first_last}
 
 
 def check(folder) -> dict:

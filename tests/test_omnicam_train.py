@@ -11,6 +11,7 @@ from camflow.files import InputError
 from camflow.geometry.script import Segment, script_text
 from camflow.training.checkpoint import load_checkpoint
 from camflow.wan import omnicam_generate, omnicam_train
+from camflow.wan.i2v_condition import read_first_frame
 from camflow.wan.omnicam import OmniCamTransformer3DModel, camera_rays
 from camflow.wan.omnicam_clips import FileItem, file_latents, lens, read_items, world_latents
 from camflow.wan.omnicam_train import compare, main, prepare_trained, sample, starting_model, trained_model
@@ -176,10 +177,10 @@ def generator_of(layers=1):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"images": []}, "no images"), ({"images": ["none.png"]}, "does not exist"), ({"cameras": []}, "no cameras"), ({"cameras": ["<starttime>0</starttime>"]},
+    ({"images": []}, "no images"), ({"images": ["none.png"]}, "no image at"), ({"cameras": []}, "no cameras"), ({"cameras": ["<starttime>0</starttime>"]},
     "segment 1"), ({"cameras": ["jump about"]}, "clause|sentence"),
     ({"output": "gif"}, "video, latent or both"), ({"solver": "ddim"}, "one of unipc"), ({"texts": {"x.png": "a"}}, "not among the images"),
-    ({"frames": 10}, r"4k \+ 1"), ({"fov": 190}, "below 180"), ({"guidence": 1}, "guidence"),
+    ({"frames": 10}, r"4k \+ 1"), ({"fov": 190}, "between 0 and 180"), ({"guidence": 1}, "guidence"),
     ({"guidance": 1.0, "slg_layers": [0]}, "need guidance"), ({"guidance": 3.0, "slg_layers": [9]}, "no block 9")])
 def test_bad_requests(tmp_path, change, words):
     from PIL import Image
@@ -195,14 +196,14 @@ def test_pictures_of_all_kinds_and_a_long_caption(tmp_path):
     Image.new("P", (48, 80)).save(tmp_path/"palette.png")
     (tmp_path/"broken.png").write_bytes(b"\x89PNG nothing")
     names = ["alpha.png", "print.jpg", "palette.png"]
-    blue = omnicam_generate.first_frame(tmp_path/"alpha.png")[:, 0, 0].tolist()
+    blue = read_first_frame(tmp_path/"alpha.png").data[0, :, 0, 0].tolist()
     assert blue[2] == 255 and 125 <= blue[0] <= 130                                                    # half transparent over white
     config = {"images": [str(tmp_path/n) for n in names], "texts": {"alpha.png": "a box " * 5000}, "cameras": [SCRIPT], "size": [48, 80], "frames": 5,
         "fps": 8.0, "steps": 1, "guidance": 1.0}
     assert omnicam_generate.main(config, tmp_path/"run", generator_of())["written"] == 3
     record = json.loads((tmp_path/"run/results/cameras.json").read_text())
     assert record["palette/01_script"]["size"] == [80, 48] and record["alpha/01_script"]["size"] == [48, 80]
-    with pytest.raises(InputError, match="not a readable picture"): omnicam_generate.main({**config, "images": [str(tmp_path/"broken.png")], "texts": {}},
+    with pytest.raises(InputError, match="not a readable image"): omnicam_generate.main({**config, "images": [str(tmp_path/"broken.png")], "texts": {}},
         tmp_path/"run2", generator_of())
 
 

@@ -7,7 +7,7 @@ __all__ = ['DIRECTIONS', 'TURNS', 'REPORTED', 'COMPONENTS', 'SPANS', 'script_cas
            'read_rows', 'read_cameras', 'segment_motion', 'segment_signs', 'judge', 'compare_errors', 'slopes',
            'report']
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #f4e1773f
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #a134c3f5
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
 from .evaluate import camera_error, frame_psnr, signed, to_bytes
 from .omnicam import camera_rays
-from .omnicam_clips import encode_first, lens
+from .i2v_condition import image_condition
+from .omnicam_clips import lens
 from .omnicam_train import DEFAULTS, parts, sample
 from .vae import decode_latents
 
@@ -80,7 +81,7 @@ def scripted(scripts,             # Segments of each clip
     videos = torch.from_numpy(np.stack([render_clips(scene, [(scene.start @ path, K)], times, size=size)[0] for scene, path in zip(scenes, paths)]))
     return ScriptClips(videos[:, 0], videos, paths, np.roll(paths, -1, 0), list(scripts), [scene.caption() for scene in scenes], scenes, fps)
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #632af959
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #c86fec3a
 @torch.no_grad()
 def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKLWan, in eval mode
          clips: ScriptClips,
@@ -94,7 +95,7 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
     paths, size = clips.wrong_MT44 if camera == "wrong" else clips.c2w_MT44, clips.image_M3HW.shape[-2:]
     for start in range(0, len(clips), batch):
         rows = slice(start, start + batch)
-        image = encode_first(vae, signed(clips.image_M3HW[rows, None])[:, :, 0], frames)
+        image = image_condition(vae, signed(clips.image_M3HW[rows, None])[:, :, 0], frames)[:, 4:]
         grid = tuple(n // p for n, p in zip(image.shape[-2:], model.config.patch_size[1:]))
         rays = None if camera == "off" else camera_rays(torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4), grid)
         videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start))))

@@ -7,7 +7,7 @@ __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity',
            'open_camera', 'from_recam', 'starting_model', 'prepare_trained', 'save_memory', 'sample', 'compare',
            'checked', 'sampler_of', 'parts', 'datasets', 'main', 'load_trained', 'trained_model', 'export_omnicam']
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #6069face
+# %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
 import math
 from pathlib import Path
@@ -20,9 +20,10 @@ from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
 from .finetune import _shares, clip_psnr
+from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
 from .omnicam import OmniCamTransformer3DModel, from_wan, tiny_omnicam
-from .omnicam_clips import ImageClips, file_latents, image_condition, read_items, signed, world_clips, world_latents
+from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
 from .recam import ReCamTransformer3DModel
 from .sampling import add_noise, euler_sample, recam_sigmas
 from .text import TextEncoder
@@ -32,13 +33,13 @@ from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, C channels, T video frames, f latent frames, h w latent rows and columns, L tokens, D width
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #431a8348
+# %% ../../nbs/wan/26_omnicam_train.ipynb #ce63b9ad
 def image_velocity(model,       # OmniCamTransformer3DModel or a wrapped one
                    x, level,    # noisy latents [B,C,f,h,w]; noise level [B] on the host
                    image, camera, context, clip=None, # image latents; rays, CameraMemory or None; text; CLIP tokens or None
                    plus: float = 0.0): # added to the timestep 1000 t; 1 in musubi
     "What the model predicts, float32."
-    joined = torch.cat([x, image_condition(image).to(x)], 1)
+    joined = torch.cat([x, with_mask(image).to(x)], 1)
     return model(joined, 1000 * level + plus, context, clip, camera=camera, return_dict=False)[0].float()
 
 
@@ -195,7 +196,7 @@ def sampler_of(config: dict): # full configuration
     return TimestepSampler(config["timesteps"], shift=config["shift"], sigmoid_scale=config["sigmoid_scale"], min_timestep=config["min_timestep"],
         max_timestep=config["max_timestep"], compat=config["compat"])
 
-# %% ../../nbs/wan/26_omnicam_train.ipynb #96f17ce3
+# %% ../../nbs/wan/26_omnicam_train.ipynb #e68539b2
 def parts(config: dict): # full configuration
     "(transformer, vae, text encoder, image encoder or None) of a run: loaded where a folder is given, tiny otherwise."
     from diffusers import AutoencoderKLWan
@@ -213,7 +214,7 @@ def parts(config: dict): # full configuration
         if not (root/name).is_dir(): raise InputError(f"{root} has no folder {name}; give a folder with tokenizer/ and text_encoder/")
     text = TextEncoder(AutoTokenizer.from_pretrained(root/"tokenizer", local_files_only=True), from_folder(UMT5EncoderModel, root/"text_encoder",
         dtype=torch.float32 if not config["text_encoder"] else compute_dtype()).eval().to(device()))
-    clip = from_folder(CLIPVisionModel, config["image_encoder"], dtype=torch.float32).eval().to(device()) if config["image_encoder"] else None
+    clip = ImageEncoder(from_folder(CLIPVisionModel, config["image_encoder"], dtype=torch.float32).eval().to(device())) if config["image_encoder"] else None
     return model, vae, text, clip
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_STOPPED', 'TrainConfig', 'configuration', 'at_least', 'one_cycle', 'learning_rate', 'positions', 'shuffled',
-           'item_noise', 'Optimizers', 'make_optimizer', 'Loop', 'choose_trainable', 'save', 'restore', 'one_step',
-           'mean', 'agree', 'validate', 'Batches', 'stop_signals', 'FitResult', 'fit', 'run_main']
+           'item_noise', 'Optimizers', 'adamw_class', 'make_optimizer', 'Loop', 'choose_trainable', 'save', 'restore',
+           'one_step', 'mean', 'agree', 'validate', 'Batches', 'stop_signals', 'FitResult', 'fit', 'run_main']
 
 # %% ../../nbs/training/03_loop.ipynb #a0272626
 import argparse
@@ -29,6 +29,7 @@ from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load
 from .ema import EMA
 from .heartbeat import Heartbeat
 from .metric_writer import MetricWriter, read_metrics
+from .muon import HostMuon
 from .shard import assembled, gathered, pieces, refuse_plugin, shard, state_pieces
 
 # %% ../../nbs/training/03_loop.ipynb #41ae5511
@@ -40,6 +41,7 @@ class TrainConfig:
     lr: float = 1e-4               # peak learning rate
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
+    optimizer: str = "adamw"       # or "adamw8bit": moments in 8 bits, needs bitsandbytes
     muon: tuple = ()               # shell patterns of names whose 2-D weights Muon updates (step size like AdamW's); AdamW does the rest
     warmup: int = 0                # steps of linear warmup
     schedule: str = "constant"     # "constant", "cosine" or "linear" (to `final_lr`), or "onecycle", see `one_cycle`
@@ -64,6 +66,8 @@ class TrainConfig:
         self.betas, self.muon = tuple(self.betas), tuple(self.muon)
         if self.schedule not in ("constant", "cosine", "linear", "onecycle"): raise InputError(f"schedule {self.schedule!r} is not constant, cosine, linear or onecycle")
         at_least(vars(self), steps=1, batch_size=1, accumulation=1, log_every=1, keep=1, lr=0, weight_decay=0, warmup=0, grad_clip=0, checkpoint_every=0, validate_every=0)
+        if self.optimizer not in ("adamw", "adamw8bit"): raise InputError(f"optimizer {self.optimizer!r} is not adamw or adamw8bit")
+        if self.optimizer == "adamw8bit" and self.shard: raise InputError("adamw8bit keeps moments in blocks that do not follow the pieces of shard; use adamw, or shard=false")
         if not 0 <= self.ema_decay < 1: raise InputError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
         if self.shard and self.muon: raise InputError("muon orthogonalises whole matrices, and with shard every rank holds a piece; set muon=[] (AdamW), or shard=false")
 
@@ -174,15 +178,23 @@ class Optimizers:
             first += count
 
 # %% ../../nbs/training/03_loop.ipynb #c42c1fb2
+def adamw_class(name: str): # "adamw" or "adamw8bit"
+    "torch's AdamW, or that of bitsandbytes."
+    if name == "adamw": return torch.optim.AdamW
+    try: from bitsandbytes.optim import AdamW8bit
+    except ImportError as error: raise InputError(f"optimizer adamw8bit needs bitsandbytes ({error}); pip install bitsandbytes, or use adamw") from None
+    return AdamW8bit
+
+
 def make_optimizer(params,            # {name: parameter}
                    cfg: TrainConfig):
     "AdamW, and Muon (torch's own, Newton-Schulz orthogonalised momentum) for the matrices that `cfg.muon` names."
     matrix = lambda name, p: p.ndim == 2 and any(fnmatch(name, pattern) for pattern in cfg.muon)
     by_muon, rest = ([p for name, p in params.items() if matrix(name, p) == wanted] for wanted in (True, False))
-    adamw = torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay) if rest else None
+    adamw = adamw_class(cfg.optimizer)(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay) if rest else None
     if cfg.muon and not by_muon: raise InputError(f"muon={list(cfg.muon)} names no matrix; the first names are {list(params)[:3]}")
     if not by_muon: return adamw
-    muon = torch.optim.Muon(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = (HostMuon if by_muon[0].device.type == "cpu" else torch.optim.Muon)(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, adamw) if adamw else muon
 
 # %% ../../nbs/training/03_loop.ipynb #65188ab1

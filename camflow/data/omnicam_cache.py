@@ -156,8 +156,8 @@ def _dropped(item, status, reason): return dict(name=item.name, line=item.line, 
 def _camera_status(error: InputError) -> str:
     return "no_camera" if isinstance(error, NoCamera) else "camera_length" if re.match(r"\d+ poses for \d+ frames", str(error)) else "bad_camera"
 
-# %% ../../nbs/data/19_omnicam_cache.ipynb #31e9547e
-def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras: LatentCache, made: dict, hashes) -> list: # see `plan`
+# %% ../../nbs/data/19_omnicam_cache.ipynb #3286413e
+def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made: dict, hashes) -> list: # see `plan`
     "Rows of one item."
     d, text = item.dataset, t5_text(item.prompt, options.keep_prompt).text
     if facts.get("missing"): return [_dropped(item, "missing", f"{item.path} does not exist; copy it, or remove the row")]
@@ -186,7 +186,7 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras: Late
 
 
 def plan(items, facts: dict,          # of `list_clips`, `survey`
-         options: CacheOptions, cameras: LatentCache) -> tuple: # cameras already there -> (rows, {key: camera} of new ones)
+         options: CacheOptions, cameras=()) -> tuple: # keys of cameras already there -> (rows, {key: camera} of new ones)
     "Rows of all items, in order."
     known, made, rows = {}, {}, []
     def hashes(path):

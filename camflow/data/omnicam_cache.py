@@ -339,8 +339,8 @@ def audit_rows(rows) -> dict: # of `plan` or a manifest
     kept, drops = [r for r in rows if r["status"] == "ok"], [r for r in rows if r["status"] != "ok"]
     names = {r["name"] for r in kept}
     return dict(clips=len(kept), items=len({(r["dataset"], r["name"], r["line"]) for r in rows}), dropped=len(drops),
-                reasons=dict(Counter(r["status"] for r in drops)), distinct_clips=len({r["key"] for r in kept}), distinct_texts=len({r["text_key"] for r in kept}),
-                same_stem=len(names) - len({Path(n).stem for n in names}))
+                reasons=dict(Counter(r["status"] for r in drops)), distinct_clips=len({r["key"] for r in kept}),
+                distinct_texts=len({r["text_key"] for r in kept}), same_stem=len(names) - len({Path(n).stem for n in names}))
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #e8ed0792
 class OmniCamCache:

@@ -43,7 +43,8 @@ def select_bucket(size,                        # (W, H) of the video
                   no_upscale: bool = False,    # small videos keep their size
                   step: int = STEP) -> tuple:  # pixels
     "(W, H) that a video is brought to, by `Frames.cover`."
-    if min(size) < step or min(resolution) < step: raise InputError(f"a video of {size[0]} x {size[1]} for {resolution[0]} x {resolution[1]}; sides have at least {step} pixels")
+    if min(size) < step or min(resolution) < step:
+        raise InputError(f"a video of {size[0]} x {size[1]} for {resolution[0]} x {resolution[1]}; sides have at least {step} pixels")
     if not enable_bucket: return whole_steps(resolution[0], step), whole_steps(resolution[1], step)
     if no_upscale and size[0] * size[1] <= resolution[0] * resolution[1]: return whole_steps(size[0], step), whole_steps(size[1], step)
     return nearest_bucket(size, bucket_sizes(resolution, step))
@@ -65,7 +66,8 @@ def windows(total: int,              # frames in the video
             max_frames: int = 129):  # of full
     "(first, frames) of every clip; no clip where the video is too short."
     if extraction not in EXTRACTIONS: raise InputError(f"frame_extraction {extraction!r}; one of {', '.join(EXTRACTIONS)}")
-    if min([*targets, stride, sample, max_frames]) < 1: raise InputError(f"target_frames {list(targets)}, stride {stride}, sample {sample}, max_frames {max_frames}; all at least 1")
+    if min([*targets, stride, sample, max_frames]) < 1:
+        raise InputError(f"target_frames {list(targets)}, stride {stride}, sample {sample}, max_frames {max_frames}; all at least 1")
     if extraction == "full": return [(0, round_frames(min(total, max_frames)))] if total else []
     found = []
     for frames in sorted({round_frames(f) for f in targets}):
@@ -119,7 +121,8 @@ def cut(cameras,        # Cameras of the whole video: one pose per frame of the 
     "Cameras of the clip: its frames, its crop, relative to its first frame."
     where = {int(n): i for i, n in enumerate(cameras.frames)}
     if missing := [n for n in window.frames if n not in where]:
-        raise InputError(f"the camera has no pose for frame {missing[0]} ({len(cameras)} poses, {len(window.frames)} frames wanted); cut the video to its poses, poses are not stretched")
+        raise InputError(f"the camera has no pose for frame {missing[0]} ({len(cameras)} poses, {len(window.frames)} frames wanted); "
+                         "cut the video to its poses, poses are not stretched")
     return cameras[[where[n] for n in window.frames]].cover(window.size).relative()
 
 # %% ../../nbs/data/17_buckets.ipynb #da22693a
@@ -129,4 +132,5 @@ def batch_table(latents,          # (F, H, W) in latent units of every clip
     "Clips, whole batches and left-over clips of every shape."
     counts = {}
     for shape in latents: counts[tuple(shape)] = counts.get(tuple(shape), 0) + repeats
-    return [dict(frames=4 * f - 3, width=8 * w, height=8 * h, clips=n, batches=-(-n // batch_size), in_last=(n - 1) % batch_size + 1) for (f, h, w), n in sorted(counts.items())]
+    return [dict(frames=4 * f - 3, width=8 * w, height=8 * h, clips=n, batches=-(-n // batch_size), in_last=(n - 1) % batch_size + 1)
+            for (f, h, w), n in sorted(counts.items())]

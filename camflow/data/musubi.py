@@ -51,7 +51,8 @@ class Dataset:
     def source(self): return next(getattr(self, key) for key in SOURCES if getattr(self, key))
 
     def extraction(self): # arguments of `windows`
-        return dict(targets=self.target_frames, extraction=self.frame_extraction, stride=self.frame_stride, sample=self.frame_sample, max_frames=self.max_frames)
+        return dict(targets=self.target_frames, extraction=self.frame_extraction, stride=self.frame_stride,
+                    sample=self.frame_sample, max_frames=self.max_frames)
 
 
 SOURCES = ("video_jsonl_file", "video_directory", "image_jsonl_file", "image_directory")
@@ -77,7 +78,8 @@ def _typed(key: str, value):
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
     if key == "resolution":
         if whole(value): return value, value
-        if not (isinstance(value, list) and len(value) == 2 and all(map(whole, value)) and min(value) >= 16): raise ValueError("[width, height], at least 16 pixels")
+        if not (isinstance(value, list) and len(value) == 2 and all(map(whole, value)) and min(value) >= 16):
+            raise ValueError("[width, height], at least 16 pixels")
     elif key == "target_frames":
         if not (isinstance(value, list) and value and all(map(whole, value))): raise ValueError("a list of frame counts, e.g. [21]")
     elif key == "source_fps":
@@ -124,7 +126,8 @@ def _check_sources(one: Dataset, found: list, path):
     "A data set has one source, and a cache directory of its own."
     where, given = f"{path}, line {one.line}", [key for key in SOURCES if getattr(one, key)]
     if len(given) != 1: raise InputError(f"{one.name} has {' and '.join(given) or 'no source'}; {where}; give one of {', '.join(SOURCES)}")
-    if given[0].endswith("jsonl_file") and not one.cache_directory: raise InputError(f"{one.name} has no cache_directory; {where}; musubi-tuner needs it with a table")
+    if given[0].endswith("jsonl_file") and not one.cache_directory:
+        raise InputError(f"{one.name} has no cache_directory; {where}; musubi-tuner needs it with a table")
     if one.cache_directory and (same := [o for o in found if o is not one and o.cache_directory == one.cache_directory]):
         raise InputError(f"{one.name} and {same[0].name} share the cache_directory {one.cache_directory!r}; {where}; give each its own")
 
@@ -169,8 +172,10 @@ def batch_key(key: str) -> tuple: # of a tensor in a file -> (name in a batch, s
 def _write(path, tensors: dict, **metadata):
     "One file, atomically; NaN is refused."
     for name, t in tensors.items():
-        if not torch.isfinite(t.float()).all(): raise InputError(f"{name} has NaN or infinite numbers; {path}; a training would take them in: encode the clip again")
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"architecture": ARCHITECTURE, "format_version": FORMAT, **{k: str(v) for k, v in metadata.items()}})
+        if not torch.isfinite(t.float()).all():
+            raise InputError(f"{name} has NaN or infinite numbers; {path}; a training would take them in: encode the clip again")
+    said = {"architecture": ARCHITECTURE, "format_version": FORMAT, **{k: str(v) for k, v in metadata.items()}}
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, said)
     with atomic_write(path) as file: file.write(data)
     return Path(path)
 
@@ -206,8 +211,10 @@ def read_cache_file(path) -> tuple: # any of the three -> ({name in a batch: ten
     try:
         with safe_open(path, "pt") as file: tensors, metadata = {batch_key(name)[0]: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except FileNotFoundError: raise InputError(f"{path} does not exist; encode the clip") from None
-    except (SafetensorError, OSError) as error: raise InputError(f"{path} is unreadable ({error}); it may be truncated: remove it and encode the clip again") from None
-    if metadata.get("architecture") != ARCHITECTURE: raise InputError(f"{path} is of architecture {metadata.get('architecture')!r}; files of {ARCHITECTURE!r} are read")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is unreadable ({error}); it may be truncated: remove it and encode the clip again") from None
+    if metadata.get("architecture") != ARCHITECTURE:
+        raise InputError(f"{path} is of architecture {metadata.get('architecture')!r}; files of {ARCHITECTURE!r} are read")
     return tensors, metadata
 
 # %% ../../nbs/data/18_musubi.ipynb #ff411d1c

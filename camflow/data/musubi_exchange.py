@@ -24,7 +24,8 @@ def write_musubi(cache: OmniCamCache, folder) -> list: # cache directory of musu
     times, stems = Counter(plain.values()), []
     for key, (i, row) in rows.items():
         item, stem = cache[i], plain[key] if times[plain[key]] == 1 else f"{plain[key]}-{key[-8:]}"
-        write_latents(folder, stem, row["source_size"], item["latents"], with_mask(item["image"]) if "image" in item else None, item.get("clip"), 0, len(row["frames"]))
+        image = with_mask(item["image"]) if "image" in item else None
+        write_latents(folder, stem, row["source_size"], item["latents"], image, item.get("clip"), 0, len(row["frames"]))
         write_text(folder, stem, row["text"], item["context"])
         if "c2w" in item: write_camera(folder, stem, row["text"], inverse(item["c2w"].double()), item["intrinsics"])
         stems.append(stem)
@@ -45,7 +46,10 @@ def take_musubi(folder, rows, directory,      # cache folder; of `plan`; directo
         try: found = read_cache_file(named[at])[0]
         except InputError as error: bad[row["name"]] = str(error); continue
         if uses[at] > 1: bad[row["name"]] = f"{named[at].name} fits {uses[at]} videos of one name; encode them"
-        elif "latents" not in found or list(found["latents"].shape[1:]) != row["latent"]: bad[row["name"]] = f"{named[at].name} was made with another size or length; encode it"
-        else: taken[key] = {"latents": found["latents"]} | ({"image": found["latents_image"][4:]} if "latents_image" in found else {}) | ({"clip": found["clip"]} if "clip" in found else {})
+        elif "latents" not in found or list(found["latents"].shape[1:]) != row["latent"]:
+            bad[row["name"]] = f"{named[at].name} was made with another size or length; encode it"
+        else:
+            parts = {"latents": found["latents"], "image": found.get("latents_image"), "clip": found.get("clip")}
+            taken[key] = {part: t[4:] if part == "image" else t for part, t in parts.items() if t is not None}
     cache.add(taken)
     return dict(taken=len(taken), bad=bad)

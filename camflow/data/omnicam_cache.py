@@ -111,7 +111,9 @@ def camera_source(prompt: str,          # with script or file
         if not match: raise InputError("#trajectory without a {path}; write #trajectory:{file.safetensors}")
         places = [Path(match[1]), *(Path(folder)/Path(match[1]).name for folder in folders)]
         found = next((p for p in places if p.is_file()), None)
-        if found is None: raise InputError(f"camera file not found; {match[1]}; also not in {', '.join(map(str, folders)) or 'any folder'}: give the folder with the set's camera files")
+        if found is None:
+            said = ", ".join(map(str, folders)) or "any folder"
+            raise InputError(f"camera file not found; {match[1]}; also not in {said}: give the folder with the set's camera files")
         return "file", found
     if "Camera:" not in prompt: raise NoCamera("neither a camera script nor a #trajectory in the prompt")
     return "script", prompt[prompt.index("Camera:"):]
@@ -135,8 +137,9 @@ def clip_camera(source, window: Window, # of `camera_source`; the clip
     return {"c2w": cameras.c2w.float(), "intrinsics": torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H]).float()}
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #7a0392e6
-STATUSES = {"ok": "a clip", "missing": "the file is not there", "unreadable": "the file is no video, or is damaged", "too_short": "fewer frames than every target length",
-            "no_text": "no description besides the camera", "no_camera": "neither script nor camera file", "bad_camera": "the script or camera file cannot be used",
+STATUSES = {"ok": "a clip", "missing": "the file is not there", "unreadable": "the file is no video, or is damaged",
+            "too_short": "fewer frames than every target length", "no_text": "no description besides the camera",
+            "no_camera": "neither script nor camera file", "bad_camera": "the script or camera file cannot be used",
             "camera_length": "the camera file has another number of poses than the video has frames"}
 
 
@@ -164,8 +167,11 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
     if facts.get("problem"): return [_dropped(item, "unreadable", facts["problem"])]
     if not text: return [_dropped(item, "no_text", "nothing is left for the text encoder; describe the video")]
     rate = d.source_fps or facts["fps"]
-    clips = video_windows(facts["frames"], facts["size"], facts["fps"] or float("nan"), d.resolution, d.enable_bucket, d.bucket_no_upscale, d.source_fps, **d.extraction())
-    if not clips: return [_dropped(item, "too_short", f"{facts['frames']} frames{f' at {d.source_fps:g} a second' if d.source_fps else ''}; target_frames {list(d.target_frames)}")]
+    clips = video_windows(facts["frames"], facts["size"], facts["fps"] or float("nan"), d.resolution, d.enable_bucket, d.bucket_no_upscale, d.source_fps,
+                          **d.extraction())
+    if not clips:
+        at = f" at {d.source_fps:g} a second" if d.source_fps else ""
+        return [_dropped(item, "too_short", f"{facts['frames']} frames{at}; target_frames {list(d.target_frames)}")]
     rows = []
     try: source = camera_source(item.prompt, options.camera_folders)
     except InputError as error:
@@ -173,11 +179,13 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
         source = None
     for window in clips:
         key = "clip:" + content_hash([facts["sha256"], window.frames, window.bucket], 32)
-        row = dict(name=item.name, line=item.line, dataset=d.name, status="ok", reason="", path=str(item.path), first=window.first, frames=list(window.frames), fps=window.fps,
-                   bucket=list(window.bucket), latent=list(window.latent), source_size=facts["size"], repeats=d.num_repeats, text=text, key=key, text_key=text_key(text), camera_key="")
+        row = dict(name=item.name, line=item.line, dataset=d.name, status="ok", reason="", path=str(item.path), first=window.first, frames=list(window.frames),
+                   fps=window.fps, bucket=list(window.bucket), latent=list(window.latent), source_size=facts["size"], repeats=d.num_repeats, text=text,
+                   key=key, text_key=text_key(text), camera_key="")
         if source:
             said = hashes(source[1]) if source[0] == "file" else source[1]
-            row["camera_key"] = ck = "camera:" + content_hash([source[0], said, window.frames, window.bucket, facts["size"], facts["frames"], rate, options.fov, options.unit], 32)
+            of = [source[0], said, window.frames, window.bucket, facts["size"], facts["frames"], rate, options.fov, options.unit]
+            row["camera_key"] = ck = "camera:" + content_hash(of, 32)
             if ck not in cameras and ck not in made:
                 try: made[ck] = clip_camera(source, window, facts, rate, options.fov, options.unit)
                 except InputError as error: return [_dropped(item, _camera_status(error), str(error))]
@@ -297,9 +305,11 @@ def make_cache(folder, items,                # cache folder; of `list_clips`
     ledger.close()
     wait()
     ledger.refresh(), clips.refresh()
-    rows = [row if row["status"] != "ok" or row["key"] in clips else _dropped(_row_item(row), "unreadable", ledger.rows[f"failed:{row['key']}"]["reason"]) for row in rows]
-    if rank == 0: write_manifest(folder, name, rows, {"clips": content_hash(identity), "texts": content_hash(text_identity), "cameras": Path(cameras.folder).name})
-    return dict(opened=opened, videos=len(jobs), encoded=encoded, texts=encoded_texts, cameras=len(made), dropped_files=len(bad_clips) + len(bad_texts) + len(bad_cameras)) | audit_rows(rows)
+    there = lambda row: row["status"] != "ok" or row["key"] in clips
+    rows = [row if there(row) else _dropped(_row_item(row), "unreadable", ledger.rows[f"failed:{row['key']}"]["reason"]) for row in rows]
+    if rank == 0: write_manifest(folder, name, rows, {kind: part.folder.name for kind, part in (("clips", clips), ("texts", texts), ("cameras", cameras))})
+    dropped = len(bad_clips) + len(bad_texts) + len(bad_cameras)
+    return dict(opened=opened, videos=len(jobs), encoded=encoded, texts=encoded_texts, cameras=len(made), dropped_files=dropped) | audit_rows(rows)
 
 
 def _row_item(row): return CacheItem(row["name"], Path(row["path"]), "", Dataset(row["dataset"]), row["line"])
@@ -327,8 +337,10 @@ def read_manifest(path) -> tuple: # -> (header, rows)
 def audit_rows(rows) -> dict: # of `plan` or a manifest
     "Clips, items and reasons."
     kept, drops = [r for r in rows if r["status"] == "ok"], [r for r in rows if r["status"] != "ok"]
-    return dict(clips=len(kept), items=len({(r["dataset"], r["name"], r["line"]) for r in rows}), dropped=len(drops), reasons=dict(Counter(r["status"] for r in drops)),
-                distinct_clips=len({r["key"] for r in kept}), distinct_texts=len({r["text_key"] for r in kept}), same_stem=len({r["name"] for r in kept}) - len({Path(r["name"]).stem for r in kept}))
+    names = {r["name"] for r in kept}
+    return dict(clips=len(kept), items=len({(r["dataset"], r["name"], r["line"]) for r in rows}), dropped=len(drops),
+                reasons=dict(Counter(r["status"] for r in drops)), distinct_clips=len({r["key"] for r in kept}),
+                distinct_texts=len({r["text_key"] for r in kept}), same_stem=len(names) - len({Path(n).stem for n in names}))
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #e8ed0792
 class OmniCamCache:

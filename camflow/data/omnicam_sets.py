@@ -28,22 +28,22 @@ class OmniCamSet:
     camera: str          # "script" or "file"
     resolution: tuple    # W, H
     frames: int          # of a clip
-    about: str = ""
 
     @property
     def page(self): return f"https://huggingface.co/datasets/yangxiaoda/{self.name}"
 
 
 SETS = {one.name: one for one in (
-    OmniCamSet("OmniCam-Sep-1-OpenSoraPlan", "script", (1024, 576), 21, "videos of OpenSoraPlan"),
-    OmniCamSet("OmniCam-Sep-2-Simple", "script", (1024, 576), 21, "simple scenes"),
-    OmniCamSet("OmniCam-Sep-3-ImageNet", "script", (1024, 576), 21, "ImageNet pictures, animated"),
-    OmniCamSet("OmniCam-Sep-3-CO3D", "script", (1024, 576), 21, "objects of CO3D"),
-    OmniCamSet("OmniCam-Uni-4-RealCam", "file", (1920, 1088), 77, "real videos with measured cameras"))}
+    OmniCamSet("OmniCam-Sep-1-OpenSoraPlan", "script", (1024, 576), 21),
+    OmniCamSet("OmniCam-Sep-2-Simple", "script", (1024, 576), 21),
+    OmniCamSet("OmniCam-Sep-3-ImageNet", "script", (1024, 576), 21),
+    OmniCamSet("OmniCam-Sep-3-CO3D", "script", (1024, 576), 21),
+    OmniCamSet("OmniCam-Uni-4-RealCam", "file", (1920, 1088), 77))}
 
 # %% ../../nbs/data/20_omnicam_sets.ipynb #e9ac833a
-PROBLEMS = {"video": "the row's video is not there", "damaged": "the video cannot be read", "duplicate": "the same video again", "prompt": "no description besides the camera", "form": "the camera is of the other kind, or there is none",
-            "script": "the script cannot be read", "camera": "the camera file is missing or cannot be used", "length": "poses and frames differ in number", "short": "fewer frames than a clip needs",
+PROBLEMS = {"video": "the row's video is not there", "damaged": "the video cannot be read", "duplicate": "the same video again",
+            "prompt": "no description besides the camera", "form": "the camera is of the other kind, or there is none", "script": "the script cannot be read",
+            "camera": "the camera file is missing or cannot be used", "length": "poses and frames differ in number", "short": "fewer frames than a clip needs",
             "orphan": "a file that no row names"}
 
 
@@ -104,10 +104,12 @@ def verify_set(folder,                 # of the set
         if found: problems.append(dict(problem=found[0], line=item.line, name=item.path, detail=found[1]))
         else: usable.append((item, video, camera))
         if on_row: on_row(n, len(items))
-    files = [p for part, ends in (("videos", VIDEOS + IMAGES), ("safetensors", (".safetensors",))) for p in sorted((folder/part).rglob("*")) if p.suffix.lower() in ends]
+    parts = (("videos", VIDEOS + IMAGES), ("safetensors", (".safetensors",)))
+    files = [p for part, ends in parts for p in sorted((folder/part).rglob("*")) if p.suffix.lower() in ends]
     problems += [dict(problem="orphan", line=0, name=str(p.relative_to(folder)), detail=PROBLEMS["orphan"]) for p in files if p not in used]
     counts = dict(Counter(one["problem"] for one in problems))
-    return usable, dict(set=folder.name, kind=kind, rows=len(items), usable=len(usable), counts=counts, meaning={one: PROBLEMS[one] for one in counts}, problems=problems)
+    return usable, dict(set=folder.name, kind=kind, rows=len(items), usable=len(usable), counts=counts,
+                        meaning={one: PROBLEMS[one] for one in counts}, problems=problems)
 
 # %% ../../nbs/data/20_omnicam_sets.ipynb #58d5168b
 def prepare_set(folder,                # of the set
@@ -120,12 +122,15 @@ def prepare_set(folder,                # of the set
     usable, report = verify_set(folder, kind, frames, level, on_row)
     if not usable or len(usable) < least * report["rows"]:
         first = next((one for one in report["problems"] if one["line"]), {"line": 0, "detail": "the table is empty"})
-        raise InputError(f"{len(usable)} of {report['rows']} rows of {folder} are usable ({report['counts']}); first: line {first['line']}, {first['detail']}; mend the set, or lower least={least}")
+        raise InputError(f"{len(usable)} of {report['rows']} rows of {folder} are usable ({report['counts']}); first: line {first['line']}, {first['detail']}; "
+                         f"mend the set, or lower least={least}")
     resolution, frames = resolution or (known.resolution if known else (832, 480)), frames or (known.frames if known else 21)
-    row = lambda item, video: json.dumps({"video_path": str(video.relative_to(folder) if video.is_relative_to(folder) else video), "caption": item.caption}, ensure_ascii=False)
+    where = lambda video: str(video.relative_to(folder) if video.is_relative_to(folder) else video)
+    row = lambda item, video: json.dumps({"video_path": where(video), "caption": item.caption}, ensure_ascii=False)
     with atomic_write(folder/"metadata.checked.jsonl", "w") as file: file.writelines(row(item, video) + "\n" for item, video, _ in usable)
     with atomic_write(folder/"dataset.toml", "w") as file:
-        file.write(f"# {folder.name}: {len(usable)} of {report['rows']} rows\n[[datasets]]\nvideo_jsonl_file = \"metadata.checked.jsonl\"\ncache_directory = \"cache\"\n"
+        file.write(f"# {folder.name}: {len(usable)} of {report['rows']} rows\n[[datasets]]\n"
+                   f"video_jsonl_file = \"metadata.checked.jsonl\"\ncache_directory = \"cache\"\n"
                    f"resolution = [{resolution[0]}, {resolution[1]}]\nenable_bucket = true\ntarget_frames = [{frames}]\nframe_extraction = \"head\"\n")
     read_toml(folder/"dataset.toml")
     return report

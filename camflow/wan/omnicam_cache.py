@@ -71,8 +71,9 @@ def condition(item: dict) -> torch.Tensor: # of OmniCamCache
     return torch.cat([given_mask(T).to(image)[..., None, None].expand(-1, -1, *image.shape[2:]), image])
 
 # %% ../../nbs/wan/30_omnicam_cache.ipynb #724786af
-DEFAULTS = dict(toml="", root="", overlay="", cache_folder="", name="manifest", camera_folders=[], camera_required=True, keep_prompt=False, fov=60.0, unit=1.0, vae="", text_encoder="", image_encoder="",
-                tiles="whole", batch=4, shard=32, text_batch=32, workers=2, retry=False, verify=False, gc=False, take="", export="", skip_bad=False)
+DEFAULTS = dict(toml="", root="", overlay="", cache_folder="", name="manifest", camera_folders=[], camera_required=True, keep_prompt=False, fov=60.0,
+                unit=1.0, vae="", text_encoder="", image_encoder="", tiles="whole", batch=4, shard=32, text_batch=32,
+                workers=2, retry=False, verify=False, gc=False, take="", export="", skip_bad=False)
 
 
 def checked(config: dict): # overrides of DEFAULTS
@@ -101,8 +102,8 @@ def main(config: dict, # overrides of DEFAULTS
     ledger.close(), wait()
     def progress(done, total):
         if rank == 0: writer.log(done, done=done, of=total, ranks=world)
-    report = make_cache(folder, items, identity, encoders.encode_clips, text_identity, encoders.encode_texts, options, config["name"], config["batch"], config["shard"], config["text_batch"],
-                        config["workers"], rank, world, wait, config["retry"], progress)
+    report = make_cache(folder, items, identity, encoders.encode_clips, text_identity, encoders.encode_texts, options, config["name"],
+                        config["batch"], config["shard"], config["text_batch"], config["workers"], rank, world, wait, config["retry"], progress)
     wait()
     own = {name: report.pop(name) for name in ("opened", "videos", "encoded", "texts", "cameras", "dropped_files")}
     write_json(run_dir/"ranks"/f"rank{rank:05d}.json", own | dict(cpu_seconds=time.process_time() - begin - encoders.seconds, load_seconds=encoders.seconds))
@@ -124,10 +125,11 @@ def finish(config, run_dir, folder, world: int, report: dict, took: dict, checke
     cache = OmniCamCache(folder, config["name"])
     drops = [row for row in cache.all_rows if row["status"] != "ok"]
     if drops and not config["skip_bad"]:
-        raise InputError(f"{len(drops)} of {report['items']} items gave no clip ({report['reasons']}; {folder}/manifests/{config['name']}.jsonl says why; the others are done), first: "
-                         f"{drops[0]['name']}: {drops[0]['reason']}; mend them and run again, or set skip_bad=true")
+        raise InputError(f"{len(drops)} of {report['items']} items gave no clip ({report['reasons']}; {folder}/manifests/{config['name']}.jsonl says why; "
+                         f"the others are done), first: {drops[0]['name']}: {drops[0]['reason']}; mend them and run again, or set skip_bad=true")
     long = sum(len(row["text"].split()) > 350 for row in cache.rows)
-    return {**total, **report, "long_texts": long, "taken": took["taken"], "misfits": took["bad"], "verified": checked_files, "swept": gc(folder) if config["gc"] else None,
+    return {**total, **report, "long_texts": long, "taken": took["taken"], "misfits": took["bad"], "verified": checked_files,
+            "swept": gc(folder) if config["gc"] else None,
             "exported": len(write_musubi(cache, config["export"])) if config["export"] else 0, "ranks": world}
 
 # %% ../../nbs/wan/30_omnicam_cache.ipynb #f9cb0253

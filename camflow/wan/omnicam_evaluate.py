@@ -168,7 +168,7 @@ def compare_errors(ours: dict, off: dict): # numbers of `judge` of two sets of v
     ratio = lambda name: mean(ours, name) / mean(off, name)
     return {"rotation_ratio": ratio("rotations_deg"), "translation_ratio": ratio("translations_m"), "clips_compared": int(rows.sum())}
 
-# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #d13c13ca
+# %% ../../nbs/wan/27_omnicam_evaluate.ipynb #21880d64
 def slopes(table): # of `segment_signs`
     "Measured against asked change of the dominant component, {component: slope}; NaN where nothing was read."
     read = table[table.read]
@@ -210,5 +210,8 @@ def _with_scripts(card: str, found: dict):
              f"{found['rotation_ratio']:.2f} of its rotation error and {found['translation_ratio']:.2f} of its translation error ({found['clips_compared']} "
              f"clips read in both)",
              "  - measured of asked change: " + ", ".join(f"{name} {value:.2f}" for name, value in found["slopes"].items())]
+    aims = {"signs agree in 0.90": asked["sign_agreement"] >= 0.9, "rotation error at most a third of that without camera": found["rotation_ratio"] <= 1 / 3,
+            "translation error at most a third": found["translation_ratio"] <= 1 / 3, "PSNR above both controls": asked["psnr_db"] > max(off["psnr_db"], wrong["psnr_db"])}
+    lines.append("  - aims: " + "; ".join(f"{name}: {'reached' if met else 'not reached'}" for name, met in aims.items()))
     before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("- licence:")[0]
     return before + "\n".join(lines) + "\n- licence:" + card.split("- licence:")[1]

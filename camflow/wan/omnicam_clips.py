@@ -24,6 +24,7 @@ from ..geometry.trajectory import SUBJECT, chain, compose, dolly, orbit, pan, ro
 from ..media.frames import Frames
 from ..media.video import probe, read_video
 from ..training.checkpoint import fingerprint
+from ..training.loop import shuffled
 from .finetune import _shares, cached_texts
 from .i2v_condition import given_mask, image_condition
 from .omnicam import camera_rays
@@ -97,6 +98,7 @@ class ImageClips:
     @property
     def cameras(self): return self.c2w_SNT44.shape[1]
     def __len__(self): return len(self.keys) * self.cameras
+    def choose(self, positions, seed: int = 0): return [shuffled(i, len(self), seed) for i in positions]
 
     def hold(self):
         "The same set with its latents in memory."

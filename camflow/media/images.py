@@ -20,7 +20,7 @@ def _opened(path):
         image = Image.open(path)
         image.load()
         return image
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({type(error).__name__}: {error}); convert it to PNG") from error
 
 

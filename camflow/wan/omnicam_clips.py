@@ -20,6 +20,7 @@ from ..device import device, generator
 from ..files import InputError, content_hash, sha256_file
 from ..geometry import script  # noqa: F401 (Cameras.from_script, Cameras.from_omnicam)
 from ..geometry.camera import Cameras
+from ..geometry.focal import one_lens
 from ..geometry.trajectory import SUBJECT, chain, compose, dolly, orbit, pan, roll, static, tilt
 from ..media.frames import Frames
 from ..media.video import probe, read_video
@@ -200,7 +201,7 @@ class FileItem:
         numbers = [i * stride for i in range(frames)]
         if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs "
             f"{numbers[-1] + 1}: ask for fewer frames or a higher fps")
-        if self.camera: cameras = Cameras.from_omnicam(self.camera, info.size, info.frames, numbers)
+        if self.camera: cameras = one_lens(Cameras.from_omnicam(self.camera, info.size, info.frames, numbers))
         else: cameras = Cameras.from_script(self.script, info.size, numbers, info.fps)
         return read_video(self.video, numbers).cover(tuple(size)), cameras.relative().cover(tuple(size))
 

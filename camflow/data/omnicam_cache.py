@@ -121,7 +121,7 @@ def camera_source(prompt: str,          # with script or file
 def clip_camera(source, window: Window, # of `camera_source`; the clip
                 facts: dict,            # of its video
                 rate: float,            # frames per second of the video file
-                focal: Focal | None = None, # of a script's lens
+                focal: Focal | None = None, # of a script's lens; None: 60 degrees
                 unit: float = 1.0) -> dict: # distance to the scene's centre, in the poses' unit -> c2w [T,4,4], intrinsics [4]
     "Poses relative to the first frame, OpenCV axes, and fx/W, fy/H, cx/W, cy/H."
     kind, value = source
@@ -130,7 +130,7 @@ def clip_camera(source, window: Window, # of `camera_source`; the clip
         cameras = cut(one_lens(Cameras.from_omnicam(value, size, video_frames=facts["frames"])), window)
     else:
         if not rate: raise InputError("the video says no frame rate, a script is in seconds; set source_fps in the data set")
-        cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), focal.K, size, window.frames).cover(window.size)
+        cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), (focal or choose_focal(size, fov=60.0)).K, size, window.frames).cover(window.size)
     (H, W), K = window.size, cameras.K[0]
     return {"c2w": cameras.c2w.float(), "intrinsics": torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H]).float()}
 

@@ -3498,6 +3498,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'camflow.rl.estimate.forward_flops': ('rl/estimate.html#forward_flops', 'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.grid': ('rl/estimate.html#grid', 'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.grpo': ('rl/estimate.html#grpo', 'camflow/rl/estimate.py'),
+                                     'camflow.rl.estimate.omnicam': ('rl/estimate.html#omnicam', 'camflow/rl/estimate.py'),
+                                     'camflow.rl.estimate.omnicam_flops': ('rl/estimate.html#omnicam_flops', 'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.parameter_shapes': ( 'rl/estimate.html#parameter_shapes',
                                                                                'camflow/rl/estimate.py'),
                                      'camflow.rl.estimate.probe': ('rl/estimate.html#probe', 'camflow/rl/estimate.py'),

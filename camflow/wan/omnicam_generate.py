@@ -21,7 +21,7 @@ from ..files import InputError, atomic_write, write_json
 from ..geometry import script as _script  # noqa: F401 (Cameras.from_omnicam)
 from ..geometry.camera import Cameras, focal_K
 from ..depth.estimators import load_lens
-from ..geometry.focal import choose_focal, one_lens
+from ..geometry.focal import choose_focal
 from ..geometry.script import parse, script_path, script_text
 from ..geometry.script_language import understand
 from ..geometry.trajectory import PRESETS, SUBJECT, preset
@@ -67,7 +67,9 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
     "Cameras [T] of the picture relative to the first frame, and the script where it is one."
     name = str(asked).strip()
     if name.endswith(".safetensors"):
-        path = one_lens(Cameras.from_omnicam(name, size))
+        path = Cameras.from_omnicam(name, size)
+        told = math.degrees(2 * math.atan(size[1] / 2 / path.K[0, 0, 0].item())) # of the file's video, whose aspect the picture need not have
+        path = Cameras(path.c2w, choose_focal(size, fov=told).K, size, path.frames)
         numbers = [round(k * source_fps / fps) if source_fps else k for k in range(frames)]
         if numbers[-1] >= len(path): raise InputError(f"{len(path)} poses; {name}; {frames} frames at {fps:g} a second need pose {numbers[-1] + 1}: ask for "
             f"fewer frames, or set source_fps to the rate of its video")

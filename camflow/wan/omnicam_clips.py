@@ -20,10 +20,12 @@ from ..device import device, generator
 from ..files import InputError, content_hash, sha256_file
 from ..geometry import script  # noqa: F401 (Cameras.from_script, Cameras.from_omnicam)
 from ..geometry.camera import Cameras
+from ..geometry.focal import one_lens
 from ..geometry.trajectory import SUBJECT, chain, compose, dolly, orbit, pan, roll, static, tilt
 from ..media.frames import Frames
 from ..media.video import probe, read_video
 from ..training.checkpoint import fingerprint
+from ..training.loop import shuffled
 from .finetune import _shares, cached_texts
 from .i2v_condition import given_mask, image_condition
 from .omnicam import camera_rays
@@ -97,6 +99,7 @@ class ImageClips:
     @property
     def cameras(self): return self.c2w_SNT44.shape[1]
     def __len__(self): return len(self.keys) * self.cameras
+    def choose(self, positions, seed: int = 0): return [shuffled(i, len(self), seed) for i in positions]
 
     def hold(self):
         "The same set with its latents in memory."
@@ -198,7 +201,7 @@ class FileItem:
         numbers = [i * stride for i in range(frames)]
         if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs "
             f"{numbers[-1] + 1}: ask for fewer frames or a higher fps")
-        if self.camera: cameras = Cameras.from_omnicam(self.camera, info.size, info.frames, numbers)
+        if self.camera: cameras = one_lens(Cameras.from_omnicam(self.camera, info.size, info.frames, numbers))
         else: cameras = Cameras.from_script(self.script, info.size, numbers, info.fps)
         return read_video(self.video, numbers).cover(tuple(size)), cameras.relative().cover(tuple(size))
 

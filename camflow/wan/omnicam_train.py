@@ -18,11 +18,12 @@ from ..assets import tiny_path
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
-from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
+from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
 from .omnicam import OmniCamTransformer3DModel, from_wan, tiny_omnicam
+from .omnicam_set import cached_clips
 from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
 from .recam import ReCamTransformer3DModel
 from .sampling import add_noise, euler_sample, recam_sigmas
@@ -167,7 +168,7 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
 MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", "blocks.*.ffn.*.weight", "blocks.*.camera_attn.to_*.weight"]
 DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
     checkpoint_every=0, checkpoint_seconds=180., log_every=10,
-                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, cameras=4, held_out=24, cache_folder=None,
+                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, cameras=4, held_out=24, cache_folder=None, manifest="manifest",
                 vae=None, transformer=None, text_encoder=None, image_encoder=None,
                 model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
                 min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
@@ -180,7 +181,8 @@ ORIGINAL = dict(data="files", frames=81, size=[480, 832], fps=16.0, trainable_mo
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
-    if config["data"] not in ("world", "files"): raise InputError(f"data {config['data']!r}; world or files")
+    if config["data"] not in ("world", "files", "cache"): raise InputError(f"data {config['data']!r}; world, files or cache")
+    if config["data"] == "cache" and not config["cache_folder"]: raise InputError("data = cache needs cache_folder, the folder that omnicam_cache filled")
     if config["data"] == "files" and not config["items"]: raise InputError("data = files needs items, a metadata.jsonl with video, text, and camera or "
         "script of every clip")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
@@ -207,7 +209,7 @@ def parts(config: dict): # full configuration
     step = [vae.config.scale_factor_spatial * n for n in model.config.patch_size[1:]]
     if any(n % k for n, k in zip(config["size"], step)): raise InputError(f"size={list(config['size'])} must be rows and columns in multiples of {step} for "
         f"this model")
-    if model.config.image_dim and not config["image_encoder"]: raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to "
+    if model.config.image_dim and not config["image_encoder"] and config["data"] != "cache": raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to "
         "the folder of its CLIP model")
     root = Path(config["text_encoder"] or tiny_path("recam"))
     for name in ("tokenizer", "text_encoder"):
@@ -224,6 +226,7 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
     items = read_items(config["items"]) if config["data"] == "files" else None
     model, vae, text, clip = parts(config)
     shape = dict(frames=config["frames"], size=tuple(config["size"]))
+    if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["manifest"], config["batch_size"]), None, None
     if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip), None, None
     train = world_latents(cache, vae, text, 0, config["scenes"], config["cameras"], **shape)
     held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape)
@@ -245,10 +248,10 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 
     def batch_fn(step, rank, world, micro):
         items = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)
-        target, image, rays, context, clip = train.batch([shuffled(i, len(train), cfg.seed) for i in items], grid)
+        target, image, rays, context, clip = train.batch(train.choose(items, cfg.seed), grid)
         no_text, no_camera = draw_hidden(cfg.seed, items, config["text_dropout"], config["camera_dropout"])
         context, rays = context * ~no_text[:, None, None], rays * ~no_camera[:, None, None, None, None]
-        level = draw_levels(sampler, cfg.seed, items, config["timestep_buckets"], size)
+        level = draw_levels(sampler, cfg.seed, items, config["timestep_buckets"], tuple(target.shape[3:]))
         return target, image, rays, context, clip, item_noise(target.shape[1:], cfg.seed, items), level
 
     def step_fn(model, batch, noise):

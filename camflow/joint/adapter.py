@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'WANTED', 'TARGETS', 'POSTS', 'OPAQUE', 'joint_blocks', 'ModelSpec', 'State', 'inject', 'JointAdapter',
            'switched', 'target_gate']
 
-# %% ../../nbs/joint/02_adapter.ipynb #d8e06a8b
+# %% ../../nbs/joint/02_adapter.ipynb #2bc21f2b
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float
             down.copy_(torch.randn(down.shape, generator=generator(seed, "lora", f"{name}.{adapter}")) / rank)
             up.zero_()
 
-# %% ../../nbs/joint/02_adapter.ipynb #0bcb1b65
+# %% ../../nbs/joint/02_adapter.ipynb #52715f08
 class JointAdapter:
     "Joint branches and role LoRAs on a network, in place."
     def __init__(self, model: nn.Module,          # UNet of SD or SVD, or a Wan transformer
@@ -146,7 +147,7 @@ class JointAdapter:
         if name not in self.branches:
             block = self.blocks[name]
             branch = self.branches[name] = JointBranch(block, name, self.state)
-            self.hooks += [getattr(block.attn1, part).register_forward_hook(branch.keep(part)) for part in ("to_q", "to_k", "to_v")]
+            self.hooks += [getattr(block.attn1, part).register_forward_hook(partial(branch.keep, part)) for part in ("to_q", "to_k", "to_v")]
             self.hooks.append(block.attn1.register_forward_hook(branch, with_kwargs=True))
         return self.branches[name]
 

@@ -314,7 +314,7 @@ def test_unicon_reads_what_it_wrote_and_what_is_left_over_is_listed(tmp_path):
     tensors = load_file(file)
     gone, odd = next(k for k in tensors if "mid_block" in k and "to_q.lora.up" in k), "unet.mid_block.attentions.7.transformer_blocks.0.attn1n.to_q.lora"
     down = tensors[gone.replace("lora.up", "lora.down")]
-    save_file({**tensors, f"{odd}.down.weight": down, f"{odd}.up.weight": tensors[gone]}, file)
+    save_file({**tensors, f"{odd}.down.weight": down.clone(), f"{odd}.up.weight": tensors[gone].clone()}, file)
     with pytest.raises(InputError, match="2 keys fit nothing, first 'mid_block.attentions.7"): read_unicon(net := sd(), tmp_path)
     assert not hasattr(net, "joint_adapter")
     assert len(read_unicon(net, tmp_path, strict=False)[1].unmatched) == 2

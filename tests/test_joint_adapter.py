@@ -278,6 +278,14 @@ def test_hot_path_never_looks_at_values():
     assert out.shape == (4, 4, 8, 8) and out.device.type == "meta"
 
 
+def test_sixteen_bit_networks_train_in_float32():
+    x, t, text = image_batch(4)
+    adapter = draw(JointAdapter(sd().to(torch.bfloat16)))
+    with adapter.use(grouped(2), gate=torch.tensor([1.0, 0.0, 1.0, 1.0])): out = adapter.model(x.bfloat16(), t, text.bfloat16()).sample
+    out.float().square().mean().backward()
+    assert out.dtype == torch.bfloat16 and {p.dtype for p in adapter.parameters()} == {torch.float32} and all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+
+
 def test_a_lora_of_somebody_else_stays_and_counts_as_network():
     net, (x, t, text) = sd(), image_batch(4)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=r".*attn1\.(to_q|to_v)", init_lora_weights=False), net, "flow")

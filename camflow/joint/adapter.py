@@ -75,7 +75,7 @@ class State:
     fuse: bool = True                 # False: never form the product of the output projection and the trained matrix
     record: Any = None                # a dict: gathers what each branch computed
 
-# %% ../../nbs/joint/02_adapter.ipynb #70756341
+# %% ../../nbs/joint/02_adapter.ipynb #77806d3b
 def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float, seed: int = 0):
     "Adds a LoRA to layers, B zero, A drawn by the layer's name; inactive for PEFT, and nothing else of the model changes."
     tuners = lambda: {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -89,7 +89,7 @@ def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float
     with torch.no_grad():
         for name in layers:
             layer = model.get_submodule(name)
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            down, up = (side[adapter].float().weight for side in (layer.lora_A, layer.lora_B))   # an optimizer's step is lost in 16 bits
             down.copy_(torch.randn(down.shape, generator=generator(seed, "lora", f"{name}.{adapter}")) / rank)
             up.zero_()
 

@@ -194,11 +194,11 @@ def test_estimators_are_checked():
 
 
 def test_networks_by_name_take_any_size_and_range():
-    clip = moving((40, 56), (1, 0), 3)
+    clip = moving((40, 56), (1, 0), 3).byte()
     forward, backward = estimate_flow(load_flow("random"), clip, True)
-    tall = estimate_flow(load_flow("random"), Frames((clip.data * 255).round().to(torch.uint8).mT.contiguous(), "byte"))
+    tall = estimate_flow(load_flow("random"), Frames(clip.unit().data.mT.contiguous(), "unit"))
     assert forward.size == (40, 56) and len(backward) == 2 and tall.size == (56, 40)
-    assert (tall.data.mT.flip(1) - forward.data).abs().mean() < 0.05 * forward.data.abs().mean() + 0.05  # portrait: u and v change places
+    assert (tall.data.mT.flip(1) - forward.data).abs().max() < 1e-2  # portrait: u and v change places; another range
 
 
 # motion buckets
@@ -234,7 +234,7 @@ def test_the_median_is_127_and_order_is_kept(tmp_path, kind):
 def test_ties_and_bad_maps(tmp_path):
     m = fit_map([0., 0., 0., 1.])
     assert m.bucket(0.) == 0 and m.bucket(2.) == 255 and isinstance(m, QuantileMap) and isinstance(fit_map([.1, .2, .4], "log"), LogMap)
-    with pytest.raises(InputError, match="positive speeds"): fit_map([0., 0.1, 0.2], "log")
+    with pytest.raises(InputError, match="positive speeds"): fit_map([0., 0., 0.2], "log")
     with pytest.raises(InputError, match="at least two"): fit_map([0.1])
     with pytest.raises(InputError, match="choose quantile or log"): fit_map([.1, .2], "rank")
     (tmp_path/"a.json").write_text(json.dumps({"kind": "magic"}))
@@ -273,7 +273,7 @@ def test_rendered_flow_explains_the_frames(tmp_path):
     bank = flow_bank([3, 4], tmp_path, "scenes", (48, 80), 3)
     for clip in (bank[0], flow_bank([3], tmp_path, "stereo", (48, 96), 3)[0]):
         found = lambda flow: warp_error(Frames(clip["frames"], "byte"), Flow(flow, "forward"), clip["occluded"][:, 0])["warp_error"]
-        assert found(clip["flow"]) < 0.7 * found(torch.zeros_like(clip["flow"]))
+        assert found(clip["flow"]) < 0.8 * found(torch.zeros_like(clip["flow"]))
     assert isinstance(bank, SceneFlow) and len(flow_bank([3, 4], tmp_path, "scenes", (48, 80), 3)) == 2
     with pytest.raises(InputError, match="no hard cases"): flow_bank([1], tmp_path, "scenes", hard=["thin"])
     with pytest.raises(InputError, match="at least two"): flow_bank([1], tmp_path, frames=1)

@@ -228,7 +228,7 @@ def save_gmflow(model: GMFlow,
     with atomic_write(Path(folder) / "model.safetensors") as file: file.write(save(tensors))
     write_json(Path(folder) / "config.json", asdict(model.config))
 
-# %% ../../nbs/flow/04_gmflow.ipynb #212e6882
+# %% ../../nbs/flow/04_gmflow.ipynb #e64ed0bf
 def working_size(size: tuple,     # (H, W) of the frames
                  wanted,          # (H, W) asked for, landscape; None: as they are
                  multiple: int = 32) -> tuple:
@@ -245,26 +245,29 @@ def to_gmflow(frames: Frames, size: tuple, where) -> Tensor: # [T,3,H,W] float32
     return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-def from_gmflow(flow_T2HW: Tensor, size: tuple) -> Tensor: # [T,2,H,W] in pixels of `size`
-    "Flow of the network's picture as flow of the frames."
+def from_gmflow(flow_T2HW: Tensor, size: tuple, exchange: bool = True) -> Tensor: # [T,2,H,W] in pixels of `size`
+    "Flow of the network's picture as flow of the frames; `exchange` swaps the components of a picture that was turned."
     turned = size[0] > size[1]
     target = size[::-1] if turned else size
     scale = [n / m for n, m in zip(target[::-1], flow_T2HW.shape[:1:-1])]
     if tuple(flow_T2HW.shape[-2:]) != tuple(target): flow_T2HW = F.interpolate(flow_T2HW, tuple(target), mode="bilinear", align_corners=True)
     u, v = (x * s for x, s in zip(flow_T2HW.unbind(1), scale))
-    return torch.stack([v.mT, u.mT] if turned else [u, v], 1)
+    if turned: u, v = (v.mT, u.mT) if exchange else (u.mT, v.mT)
+    return torch.stack([u, v], 1)
 
-# %% ../../nbs/flow/04_gmflow.ipynb #923ad32c
+# %% ../../nbs/flow/04_gmflow.ipynb #3630c37a
 @torch.no_grad()
 def gmflow_flow(model: GMFlow,                 # eval mode
                 frames: Frames,                # T frames, any size and range
                 bidirectional: bool = False,   # also backward
                 size: tuple | None = None,     # (H, W) to work at, landscape; None: the frames' own, rounded up to a multiple of 32
-                batch: int = 1):               # pairs at once
+                batch: int = 1,                # pairs at once
+                compat: str | None = None):    # "reference": components of portrait pictures are not exchanged, as in the published script
     "Flow of T-1 pairs at the frames' size: forward (t to t+1), or forward and backward (entry t: frame t+1 back to t); every frame is encoded once."
     if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; gmflow_flow; give Frames(data, range): the network wants 0..255 and cannot tell a picture in 0..1 from a dark one")
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; gmflow_flow; flow needs two")
     if model.training: raise InputError("the network is in training mode; gmflow_flow; call model.eval() first")
+    if compat not in (None, "reference"): raise InputError(f"compat {compat!r}; gmflow_flow; None or 'reference'")
     where, shape = next(model.parameters()).device, working_size(frames.size, size, model.config.multiple)
     known, out = None, []
     for i in range(0, len(frames) - 1, batch):
@@ -273,6 +276,6 @@ def gmflow_flow(model: GMFlow,                 # eval mode
         if known is not None: features = [torch.cat([a, b]) for a, b in zip(known, features)]
         known = [f[-1:] for f in features]
         flow = model.between([f[:-1] for f in features], [f[1:] for f in features], bidirectional)
-        out.append(from_gmflow(flow, frames.size).cpu().unflatten(0, (2 if bidirectional else 1, -1)))
+        out.append(from_gmflow(flow, frames.size, compat is None).cpu().unflatten(0, (2 if bidirectional else 1, -1)))
     found = torch.cat(out, 1)
     return (Flow(found[0], "forward"), Flow(found[1], "backward")) if bidirectional else Flow(found[0], "forward")

@@ -14,6 +14,7 @@ SYSTEMS = {
     "omnicam": ["omnicam"],
     "stereo": ["stereo"],
     "stereo-oracle": ["stereo_oracle"],
+    "gmflow": ["gmflow"],
 }
 
 

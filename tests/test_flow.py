@@ -201,6 +201,14 @@ def test_networks_by_name_take_any_size_and_range():
     assert (tall.data.mT.flip(1) - forward.data).abs().max() < 1e-2  # portrait: u and v change places; another range
 
 
+def test_the_tiny_network_is_small_and_sees_motion():
+    from camflow.assets import tiny_path
+    assert (tiny_path("flow")/"model.safetensors").stat().st_size < 2e6
+    clip = scene_flow(1_000_003, (64, 96), 3)
+    found, still = (numbers(judge(e, [clip]))[0] for e in (load_flow("tiny"), lambda f, b=False: Flow(torch.zeros(len(f) - 1, 2, *f.size), "forward")))
+    assert found < 0.8 * still
+
+
 # motion buckets
 
 def test_speed_is_independent_of_size_and_rate():

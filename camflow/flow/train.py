@@ -148,13 +148,13 @@ def held_out_errors(model, clips, count: int | None = None): # network; of `open
     model.train(mode)
     return found
 
-# %% ../../nbs/flow/18_train.ipynb #017cb667
+# %% ../../nbs/flow/18_train.ipynb #88be496e
 CARD = """# Optical flow network (GMFlow)
 
 {count:.2f} M parameters: {model}. Flow from one RGB frame to the next, pixels; `camflow.flow.estimators.load_flow("tiny")`.
 
 - Data: {clips} `stereo` clips of camflow.world, {render_size[0]} x {render_size[1]}, hard cases {hard}, and {scenes} `scenes` clips, {scene_size[0]} x {scene_size[1]}; crops of {size[0]} x {size[1]}.
-- Training: {steps} steps of {batch_size} pairs, AdamW, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of processor time. {note}
+- Training: {steps} steps of {batch_size} pairs, {optimizers}, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of processor time. {note}
 - Licence: Apache-2.0. Made for the tiny family of this project.
 
 Held-out clips ({held_out} + {held_out_scenes}), mean end-point error in pixels over clips:
@@ -169,7 +169,7 @@ def write_model(model, folder, config: dict, numbers: dict, steps: int, minutes:
     "Writes config.json, model.safetensors (float16) and card.md."
     save_gmflow(model, folder)
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items() if isinstance(value, float))
-    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, note=config["card"], **config | {"model": model.config, "steps": steps})
+    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, note=config["card"], **config | {"model": model.config, "steps": steps, "optimizers": "Muon for matrices, AdamW for the rest" if config.get("muon") else "AdamW"})
     with atomic_write(Path(folder) / "card.md", "w") as file: file.write(text)
 
 # %% ../../nbs/flow/18_train.ipynb #21318b7a

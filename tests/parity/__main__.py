@@ -15,6 +15,7 @@ SYSTEMS = {
     "stereo": ["stereo"],
     "joint": ["joint"],
     "stereo-oracle": ["stereo_oracle"],
+    "gmflow": ["gmflow"],
 }
 
 

@@ -291,8 +291,8 @@ CARD = """# tiny OmniCam
 OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
 Text encoder, tokenizer and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
 
-- start: blocks of the tiny ReCam
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; two thirds script-like paths, the others free moves
+- start: {start}
+- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves
 - training: {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
 - held-out scenes (seeds from {held_out}), {clips} clips, {sample_steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
@@ -334,6 +334,7 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
+                start="an earlier tiny OmniCam" if config["transformer"] else "blocks of the tiny ReCam",
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
     (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card),
         encoding="utf-8")

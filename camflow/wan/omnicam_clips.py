@@ -76,7 +76,7 @@ def random_script(generator: torch.Generator,  # source of all randomness
 def training_paths(seed: int,        # of the scene
                    cameras: int = 4, # N
                    frames: int = 9,
-                   scripted: float = 0.65): # share of script-like paths; the others are `random_move`
+                   scripted: float = 0.8):  # share of script-like paths; the others are `random_move`
     "Camera paths of a scene, [(path [frames,4,4], kind)]."
     source, moves = generator(int(seed), "omnicam paths"), []
     for _ in range(cameras):
@@ -179,7 +179,7 @@ def world_latents(folder, vae, text: TextEncoder,         # caches go to folder/
     def load(key):
         clips = world_clips(int(key), cameras, frames, size)
         return signed(clips.frames_NT3HW), {"c2w": torch.from_numpy(clips.c2w_NT44)}
-    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v1"}
+    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v2"}
     keys = [str(first + s) for s in range(scenes)]
     cache = shared_fill(Path(folder)/"latents", identity, keys, load, encoder_of(vae, frames))
     captions = [random_scene(int(key), detail=DETAIL).caption() for key in keys]

@@ -1435,6 +1435,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'camflow.joint.edm.edm_loss': ('joint/edm.html#edm_loss', 'camflow/joint/edm.py'),
                                    'camflow.joint.edm.edm_noise': ('joint/edm.html#edm_noise', 'camflow/joint/edm.py'),
                                    'camflow.joint.edm.frame_guidance': ('joint/edm.html#frame_guidance', 'camflow/joint/edm.py'),
+                                   'camflow.joint.edm.lognormal': ('joint/edm.html#lognormal', 'camflow/joint/edm.py'),
                                    'camflow.joint.edm.lognormal_sigmas': ('joint/edm.html#lognormal_sigmas', 'camflow/joint/edm.py'),
                                    'camflow.joint.edm.model_input': ('joint/edm.html#model_input', 'camflow/joint/edm.py'),
                                    'camflow.joint.edm.precondition': ('joint/edm.html#precondition', 'camflow/joint/edm.py'),

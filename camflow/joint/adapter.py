@@ -74,12 +74,13 @@ class State:
     fuse: bool = True                 # False: never form the product of the output projection and the trained matrix
     record: Any = None                # a dict: gathers what each branch computed
 
-# %% ../../nbs/joint/02_adapter.ipynb #e6b4cff4
+# %% ../../nbs/joint/02_adapter.ipynb #70756341
 def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float, seed: int = 0):
     "Adds a LoRA to layers, B zero, A drawn by the layer's name; inactive for PEFT, and nothing else of the model changes."
     tuners = lambda: {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     active, known = {name: list(m.active_adapters) for name, m in tuners().items()}, dict(getattr(model, "peft_config", None) or {})
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    if known: del model.peft_config                                   # PEFT would warn of a second LoRA, and forget the first
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), model, adapter)
     model.peft_config = {**known, **model.peft_config}
     for name, layer in tuners().items(): layer.set_adapter(active.get(name, []))

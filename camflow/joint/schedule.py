@@ -52,7 +52,7 @@ class Schedule:
     def __str__(self): return f"{self!r}\n{self.table().to_string(max_rows=12)}"
     def _repr_html_(self): return f"<code>{self!r}</code>{self.table().to_html(max_rows=12)}"
 
-# %% ../../nbs/joint/12_schedule.ipynb #365cbcb4
+# %% ../../nbs/joint/12_schedule.ipynb #b6bbab19
 def _checked(segments, names):
     "Ranges [segments][N] of (from, to)."
     if not segments: raise InputError("no segment; schedule; give [[(0, 1), (0, 1)]] for both together")
@@ -76,13 +76,14 @@ def _checked(segments, names):
 
 
 def _unicon(ranges, steps):
-    "Rows of the release: fractions of steps - 1, truncated."
+    "Rows of the release: fractions of steps - 1, truncated, both ends counted; shorter ranges repeat steps."
     rows = []
     for segment in ranges:
         scaled = [(int(a * (steps - 1)), int(b * (steps - 1))) for a, b in segment]
-        length = max(b - a for a, b in scaled)
-        rows += [tuple(a + int((b - a) * i / length) for a, b in scaled) for i in range(length)]
-    return [*rows, tuple(b for _, b in scaled), (steps,) * len(ranges[0])]
+        length = max(b - a + 1 for a, b in scaled)
+        more = [tuple(a + int((b - a + 1) * i / length) for a, b in scaled) for i in range(length)]
+        rows += more[rows[-1:] == more[:1]:] # where segments join the row is there already
+    return [*rows, (steps,) * len(ranges[0])]
 
 
 def _exact(ranges, steps, grid):

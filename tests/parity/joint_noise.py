@@ -18,6 +18,7 @@ SAMPLE, SAMPLE_RELATIVE, LOSS, TABLE, EXACT = 1e-3, 1e-4, 1e-5, 1e-6, 1e-6  # pa
 
 def scheduler_of(folder, kind):
     settings = folder.cases["sd_scheduler"]
+    if kind == "ddpm": return DDPMScheduler(**{k: v for k, v in settings.items() if k != "set_alpha_to_one"})
     if kind == "ddim": return DDIMScheduler(**settings)
     if kind == "euler": return EulerDiscreteScheduler(**{k: v for k, v in settings.items() if k not in ("clip_sample", "set_alpha_to_one")})
     raise ValueError(f"scheduler {kind!r} is not known to this harness")
@@ -44,7 +45,7 @@ def edm_precondition(folder):
 
 
 def min_snr(folder):
-    scheduler, pairs = DDPMScheduler(**folder.cases["sd_scheduler"]), []
+    scheduler, pairs = scheduler_of(folder, "ddpm"), []
     for row in tables(folder, "min_snr_weights"):
         ratio = snr(scheduler.alphas_cumprod, torch.tensor(row["input"]["timesteps"]))
         pairs += [(ratio, torch.tensor(row["output"]["snr"])), (min_snr_weights(ratio, row["input"]["snr_gamma"], row["input"]["prediction_type"]), torch.tensor(row["output"]["weights"]))]
@@ -73,7 +74,8 @@ def euler_schedule(folder):
     pairs = []
     for row in tables(folder, "svd_euler_schedule"):
         settings = dict(row["input"])
-        levels = Levels.of(edm.svd_scheduler(**settings), settings.pop("num_inference_steps"))
+        steps = settings.pop("num_inference_steps")
+        levels = Levels.of(edm.svd_scheduler(**settings), steps)
         one = torch.ones(1, dtype=torch.float64)
         pairs += [(torch.tensor(levels.sigmas), torch.tensor(row["output"]["sigmas"])), (torch.tensor(levels.times[:-1]), torch.tensor(row["output"]["timesteps"])),
                   (levels.start(one), one * row["output"]["init_noise_sigma"])]
@@ -103,7 +105,7 @@ def schedules(folder):
 # ---- tensors
 
 def loss(folder, case, x, y):
-    scheduler = DDPMScheduler(**folder.cases["sd_scheduler"])
+    scheduler = scheduler_of(folder, "ddpm")
     ratio = snr(scheduler.alphas_cumprod, x["timesteps"])
     weights = {kind: min_snr_weights(ratio, 5.0, kind) for kind in ("epsilon", "v_prediction")}
     of = lambda w: joint_loss(x["model_pred"], x["target"], w)[0][None]
@@ -120,7 +122,7 @@ def train_step(folder, case, x, y):
     from camflow.joint.layout import Layout
     from tests.parity.joint_adapter import build
     unet, adapter = build(folder, case)
-    scheduler, pairs = DDPMScheduler(**folder.cases["sd_scheduler"]), len(x["latents"]) // 2
+    scheduler, pairs = scheduler_of(folder, "ddpm"), len(x["latents"]) // 2
     names = list(json.loads((folder.path / f"shapes_trainables_{case['post']}.json").read_text()))
     parameters = adapter.parameters_by_name()
     assert set(names) == set(parameters), f"{len(set(names) ^ set(parameters))} trainables differ"
@@ -192,8 +194,7 @@ def check(folder) -> dict:
     folder, results = Folder(folder), {}
     for name, case in folder.cases.get("cases", {}).items():
         if case["function"] not in FUNCTIONS: continue
-        run = functools.partial(FUNCTIONS[case["function"]])
-        done = attempt(lambda: run(folder, case, *folder.tensors(name)))
+        done = attempt(lambda: FUNCTIONS[case["function"]](folder, case, *folder.tensors(name)))
         results |= {f"{name}.{part}": result for part, result in done.items()} if isinstance(done, dict) else {name: done}
     for name, table in TABLES.items():
         if (folder.path / f"{name}.json").exists(): results[name] = attempt(functools.partial(table, folder))

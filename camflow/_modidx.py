@@ -2026,6 +2026,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'camflow/joint/train.py'),
                                      'camflow.joint.train.SVDStep.conditions': ( 'joint/train.html#svdstep.conditions',
                                                                                  'camflow/joint/train.py'),
+                                     'camflow.joint.train._part': ('joint/train.html#_part', 'camflow/joint/train.py'),
                                      'camflow.joint.train.build': ('joint/train.html#build', 'camflow/joint/train.py'),
                                      'camflow.joint.train.checked': ('joint/train.html#checked', 'camflow/joint/train.py'),
                                      'camflow.joint.train.codecs_of': ('joint/train.html#codecs_of', 'camflow/joint/train.py'),

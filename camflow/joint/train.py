@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'NAMES', 'TRIGGERS', 'checked', 'parts_of', 'codecs_of', 
            'report', 'video_conditions', 'SVDStep', 'sample_pairs', 'picture', 'build', 'main', 'trained_joint',
            'export_joint', 'save_joint', 'load_joint']
 
-# %% ../../nbs/joint/24_train.ipynb #5da85e27
+# %% ../../nbs/joint/24_train.ipynb #dac73c6d
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..files import InputError, read_json, write_json
 from .adapter import JointAdapter
 from .adapter_files import load_adapter, save_adapter
 from .codecs import DepthCodec, FlowCodec, RGBCodec
-from .data import apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
+from .data import Source, apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
@@ -53,7 +53,7 @@ def checked(config: dict): # full configuration
     at_least(config, items=1, held_out=0, rank=1, sample_steps=1, aspect=1, stride=1)
     return config
 
-# %% ../../nbs/joint/24_train.ipynb #23a6e361
+# %% ../../nbs/joint/24_train.ipynb #c62a189d
 def parts_of(config: dict) -> dict: # full configuration
     "The base model, tiny or of a folder."
     tiny, load = (tiny_sd, load_sd) if config["family"] == "sd" else (tiny_svd, load_svd)
@@ -78,12 +78,19 @@ def open_items(config: dict, held_out: bool = False): # full configuration -> so
     shape = dict(size=tuple(config["size"]), frames=1 if config["family"] == "sd" else config["frames"])
     clip = dict(frames=config["frames"], stride=config["stride"])
     if config["data"] in ("shapes", "world"): return (shape_items if config["data"] == "shapes" else world_items)(range(first, first + count), **shape)
-    if config["data"] == "images": return image_folder(config["folder"], config["depth"], config["captions"])
-    if config["data"] == "voc": return voc_json(config["table"], config["folder"])
+    if config["data"] == "images": return _part(image_folder(config["folder"], config["depth"], config["captions"]), config["held_out"], held_out)
+    if config["data"] == "voc": return _part(voc_json(config["table"], config["folder"]), config["held_out"], held_out)
     from camflow.flow.estimators import load_flow
     videos = video_folder(config["folder"], captions=config["captions"], **clip) if config["data"] == "videos" else \
         (webvid_videos if config["data"] == "webvid" else panda_videos)(config["table"], config["folder"], **clip)
-    return with_flow(videos, load_flow(config["flow"]))
+    return with_flow(_part(videos, config["held_out"], held_out), load_flow(config["flow"]))
+
+
+def _part(source, count: int, last: bool): # of `count` items; the last ones or the others
+    "A set of files without, or only, its held-out items."
+    if len(source) <= count: raise InputError(f"{len(source)} items cannot spare {count} for validation; joint_finetune; lower held_out (0: no validation)")
+    kept = source.entries[len(source) - count:] if last else source.entries[:len(source) - count]
+    return Source(kept, source.read, source.skipped)
 
 # %% ../../nbs/joint/24_train.ipynb #ce236f43
 class Pairs:

@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'NAMES', 'TRIGGERS', 'checked', 'parts_of', 'codecs_of', 
            'report', 'video_conditions', 'SVDStep', 'sample_pairs', 'picture', 'build', 'main', 'trained_joint',
            'export_joint', 'save_joint', 'load_joint']
 
-# %% ../../nbs/joint/24_train.ipynb #dac73c6d
+# %% ../../nbs/joint/24_train.ipynb #7d0a61ef
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .data import Source, apply_crop, draw_crop, draw_size, image_folder, panda_
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
-from .schedule import Levels, given_schedule, joint_schedule
+from .schedule import Levels, coarse_schedule, given_schedule, joint_schedule
 from .timesteps import LossGrid, TimestepSampler, add_noise, drop_joint, drop_prompts, joint_loss, min_snr_weights, null_prompts, snr, target
 from ..media.frames import Frames
 from ..training.loop import TrainConfig, at_least, configuration, fit, positions, run_main, shuffled
@@ -226,14 +226,16 @@ class SVDStep:
         keep = (~drop_prompts(len(pixels) // 2, self.config["prompt_dropout"], g).flatten()).to(image)
         return image * keep[:, None, None, None], embeds * keep[:, None, None], ids
 
-# %% ../../nbs/joint/24_train.ipynb #a4216360
+# %% ../../nbs/joint/24_train.ipynb #e396620a
 @torch.no_grad()
-def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, captions, given=(), guidance: float = 1.0, seed: int = 0):
+def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, captions, given=(), guidance: float = 1.0, seed: int = 0,
+                 strength=None): # {modality: 0..1} of hints taken from `pixels`: 0 exact, 1 forgotten
     "Signed pixels [R,F,3,H,W] of both modalities, those named in `given` taken from `pixels`."
     names, latents = NAMES[config["family"]], frozen.latents(pixels_RF3HW.to(device()))
     noise = torch.randn(latents.shape, generator=generator(seed, "validation")).to(latents)
     both = lambda x: dict(zip(names, x.chunk(2)))
     plan = given_schedule(names, tuple(given), config["sample_steps"]) if given else joint_schedule(names, config["sample_steps"])
+    if strength: given, plan = tuple(strength), coarse_schedule(names, strength, config["sample_steps"])
     if config["family"] == "sd":
         prompts = frozen.text(captions + [(config["trigger"] or TRIGGERS["depth"]) + text for text in captions])
         run, scale = sd_model(model, adapter, prompts, frozen.text([""]), names=names), guidance

@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'WANTED', 'TARGETS', 'POSTS', 'OPAQUE', 'joint_blocks', 'ModelSpec', 'State', 'inject', 'JointAdapter',
            'switched', 'target_gate']
 
-# %% ../../nbs/joint/02_adapter.ipynb #d8e06a8b
+# %% ../../nbs/joint/02_adapter.ipynb #2bc21f2b
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class State:
     fuse: bool = True                 # False: never form the product of the output projection and the trained matrix
     record: Any = None                # a dict: gathers what each branch computed
 
-# %% ../../nbs/joint/02_adapter.ipynb #70756341
+# %% ../../nbs/joint/02_adapter.ipynb #77806d3b
 def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float, seed: int = 0):
     "Adds a LoRA to layers, B zero, A drawn by the layer's name; inactive for PEFT, and nothing else of the model changes."
     tuners = lambda: {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -88,11 +89,11 @@ def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float
     with torch.no_grad():
         for name in layers:
             layer = model.get_submodule(name)
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            down, up = (side[adapter].float().weight for side in (layer.lora_A, layer.lora_B))   # an optimizer's step is lost in 16 bits
             down.copy_(torch.randn(down.shape, generator=generator(seed, "lora", f"{name}.{adapter}")) / rank)
             up.zero_()
 
-# %% ../../nbs/joint/02_adapter.ipynb #0bcb1b65
+# %% ../../nbs/joint/02_adapter.ipynb #52715f08
 class JointAdapter:
     "Joint branches and role LoRAs on a network, in place."
     def __init__(self, model: nn.Module,          # UNet of SD or SVD, or a Wan transformer
@@ -146,7 +147,7 @@ class JointAdapter:
         if name not in self.branches:
             block = self.blocks[name]
             branch = self.branches[name] = JointBranch(block, name, self.state)
-            self.hooks += [getattr(block.attn1, part).register_forward_hook(branch.keep(part)) for part in ("to_q", "to_k", "to_v")]
+            self.hooks += [getattr(block.attn1, part).register_forward_hook(partial(branch.keep, part)) for part in ("to_q", "to_k", "to_v")]
             self.hooks.append(block.attn1.register_forward_hook(branch, with_kwargs=True))
         return self.branches[name]
 
@@ -228,7 +229,7 @@ def _after(self: JointAdapter, model, inputs, out):
     back = tuple(layout.inverse(layout.order))
     return tree_map(lambda x: self._ordered(x, back) if isinstance(x, torch.Tensor) and x.ndim and len(x) == layout.n else x, out)
 
-# %% ../../nbs/joint/02_adapter.ipynb #753e5807
+# %% ../../nbs/joint/02_adapter.ipynb #17766b39
 @patch
 def parameters_by_name(self: JointAdapter) -> dict: # {name in the model: parameter}; the names of UniCon's files
     "Everything that trains."
@@ -257,20 +258,43 @@ def load_state_dict(self: JointAdapter, state: dict): # {name: tensor}
 
 
 @patch
-def remove(self: JointAdapter):
-    "Gives the plain model back; its own and foreign LoRAs stay."
-    for hook in self.hooks: hook.remove()
-    for branch in self.branches.values():
-        for part in ("attn1n", "conv1n", "post1n"):
-            if hasattr(branch.block, part): delattr(branch.block, part)
-    for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)]:
-        for adapter in [adapter_name(m, "y") for m in self.models]:
-            if adapter in layer.lora_A: layer.delete_adapter(adapter)
+def remove_model(self: JointAdapter, name: str): # of a trained pair
+    "Takes one trained pair away: its LoRAs, its post projections."
+    ours = {adapter_name(name, kind) for kind in ("xy", "yx", "y")}
+    for where, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        for adapter in ours & set(layer.lora_A): layer.delete_adapter(adapter)
         if not layer.lora_A:
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = where.rpartition(".")
             self.model.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
-    ours = {adapter_name(name, kind) for name in self.models for kind in ("xy", "yx", "y")}
-    self.model.peft_config = {k: v for k, v in getattr(self.model, "peft_config", {}).items() if k not in ours}
-    if not self.model.peft_config: del self.model.peft_config
+    for branch in self.branches.values():
+        if not name and hasattr(branch.block, "conv1n"): del branch.block.conv1n
+        if name and name in getattr(branch.block, "post1n", ()): del branch.block.post1n[name]
+    self.model.peft_config = {k: v for k, v in self.model.peft_config.items() if k not in ours}
+    self.models.pop(name)
+
+
+@patch
+def remove(self: JointAdapter):
+    "Gives the plain model back, frozen; LoRAs that are not ours stay."
+    for hook in self.hooks: hook.remove()
+    for name in list(self.models): self.remove_model(name)
+    for branch in self.branches.values():
+        for part in ("attn1n", "post1n"):
+            if hasattr(branch.block, part): delattr(branch.block, part)
+    if not getattr(self.model, "peft_config", True): del self.model.peft_config
     del self.model.__dict__["joint_adapter"]
     return self.model
+
+
+@patch
+def save(self: JointAdapter, folder, dtype=None): # to write; of the tensors, None: as trained
+    "joint.json, post.safetensors and one PEFT folder per LoRA."
+    from camflow.joint.adapter_files import save_adapter
+    return save_adapter(self, folder, dtype)
+
+
+@patch(cls_method=True)
+def load(cls: JointAdapter, model: nn.Module, folder): # the network that it was trained on; written by `save`
+    "A saved adapter on its network."
+    from camflow.joint.adapter_files import load_adapter
+    return load_adapter(model, folder)

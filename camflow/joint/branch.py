@@ -69,7 +69,7 @@ def add_low_rank(outs,            # results of the base layers for these rows, e
         else: results.append(out + (F.linear(part, up) * scale).to(out.dtype).view_as(out))
     return results
 
-# %% ../../nbs/joint/01_branch.ipynb #8e402a2c
+# %% ../../nbs/joint/01_branch.ipynb #b32a9e32
 class JointBranch:
     "The joint term of one block."
     def __init__(self, block: nn.Module, # with attn1
@@ -98,11 +98,9 @@ class JointBranch:
             if not hasattr(self.block, "post1n"): self.block.post1n = nn.ModuleDict()
             self.block.post1n[model] = post
 
-    def keep(self, part):
-        "A hook that leaves a projection's result behind."
-        def hook(layer, inputs, out):
-            if self.state.layout is not None and self.state.joint: self.seen[part] = out
-        return hook
+    def keep(self, part, layer, inputs, out):
+        "The hook of a projection: leaves its result behind. (With `partial`, not a closure: a deep copy of the model then has hooks of its own.)"
+        if self.state.layout is not None and self.state.joint: self.seen[part] = out
 
     def __call__(self, attn, args, kwargs, out):
         "The hook of attn1: its output with the joint term."

@@ -44,7 +44,7 @@ def unit_colours(u_HW, v_HW,            # components; 1 is full colour
     near = 1 - length[..., None] * (1 - colour)
     return np.floor(255 * np.where(length[..., None] <= 1, near, colour * 0.75)).astype(np.uint8)
 
-# %% ../../nbs/flow/11_colour.ipynb #0d4f91c1
+# %% ../../nbs/flow/11_colour.ipynb #b3219b3a
 def _parts(flow_HW2):
     flow = np.array(flow_HW2, copy=True)
     if flow.ndim != 3 or flow.shape[2] != 2: raise InputError(f"flow of shape {flow.shape}; colour; give one [H,W,2]")
@@ -53,8 +53,8 @@ def _parts(flow_HW2):
     return flow[..., 0], flow[..., 1], ~known.all(2)
 
 
-def _normalised(u, v, shift=0):
-    longest = np.sqrt(u * u + v * v).max() + np.finfo(float).eps
+def _normalised(u, v, shift=0, margin=np.finfo(float).eps): # margin: of the published routine
+    longest = np.sqrt(u * u + v * v).max() + margin
     return unit_colours(u / longest, v / longest, shift)
 
 
@@ -69,7 +69,7 @@ def flow_to_image(flow_HW2) -> np.ndarray: # pixels; NaN or beyond UNKNOWN is un
 def flow_to_color(flow_HW2) -> np.ndarray: # pixels
     "As `flow_to_image`, unknown components as 0 (white if both are), the wheel turned by one step."
     u, v, _ = _parts(flow_HW2)
-    return _normalised(u, v, 1)
+    return _normalised(u, v, 1, 1e-5)
 
 # %% ../../nbs/flow/11_colour.ipynb #d9471239
 def fixed_scale(flow: Flow,            # a clip

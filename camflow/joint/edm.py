@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGMA_MIN', 'SIGMA_MAX', 'Precondition', 'precondition', 'edm_noise', 'model_input', 'denoised', 'edm_loss',
-           'lognormal_sigmas', 'cosine_sigmas', 'stratified', 'draw_sigmas', 'added_time_ids', 'augment',
+           'lognormal', 'lognormal_sigmas', 'cosine_sigmas', 'stratified', 'draw_sigmas', 'added_time_ids', 'augment',
            'svd_scheduler', 'frame_guidance', 'svd_channels', 'svd_sample']
 
 # %% ../../nbs/joint/11_edm.ipynb #4891dbc4
@@ -70,13 +70,18 @@ def edm_loss(prediction,                        # the network's output [B,F,C,H,
     if bool(conditions.all()): raise InputError(f"all {len(conditions)} rows are conditions; edm_loss; at least one has to be noisy")
     return rows.masked_fill(conditions, 0).sum() / (~conditions).sum(), rows.detach()
 
-# %% ../../nbs/joint/11_edm.ipynb #ee58118f
-def lognormal_sigmas(u: torch.Tensor,      # uniform in [0,1]; 0 is low noise
-                     mean: float = 0.7,    # of ln sigma
-                     std: float = 1.6) -> torch.Tensor:
-    "Sigmas of a lognormal; u is squeezed by 1e-7 so that both ends are finite."
-    squeezed = u * (1 - 2e-7) + 1e-7
-    return torch.distributions.Normal(mean, std).icdf(squeezed).exp()
+# %% ../../nbs/joint/11_edm.ipynb #a836c4b1
+def lognormal(normal: torch.Tensor,  # standard normal
+              mean: float = 0.7,     # of ln sigma
+              std: float = 1.6) -> torch.Tensor:
+    "Sigmas of normal draws."
+    return (mean + std * normal).exp()
+
+
+def lognormal_sigmas(u: torch.Tensor, # uniform in [0,1]; 0 is low noise
+                     mean: float = 0.7, std: float = 1.6) -> torch.Tensor:
+    "Sigmas of uniform draws; u is squeezed by 1e-7 so that both ends are finite."
+    return lognormal(torch.erfinv(2 * (u * (1 - 2e-7) + 1e-7) - 1) * math.sqrt(2), mean, std)
 
 
 def _cosine_logsnr(t, low, high):

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'cell_grid', 'window_offsets', 'sample', 'warp', 'upsample_flow', 'global_matching', 'whole_and_part',
-           'neighbours', 'blend', 'LocalCorrelation', 'outside', 'local_matching', 'FlowPropagation']
+           'neighbours', 'blend', 'products_blended', 'compiled_correlation', 'LocalCorrelation', 'outside',
+           'local_matching', 'FlowPropagation']
 
-# %% ../../nbs/flow/02_gmflow_matching.ipynb #6e4727d5
+# %% ../../nbs/flow/02_gmflow_matching.ipynb #a3761045
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,22 +87,64 @@ def blend(product_Bhwn: Tensor, fraction_B2hw: Tensor, r: int) -> Tensor: # [B,R
     v = torch.lerp(v[..., :-1], v[..., 1:], fx)
     return torch.lerp(v[..., :-1, :], v[..., 1:, :], fy).flatten(-2).permute(0, 3, 1, 2)
 
-# %% ../../nbs/flow/02_gmflow_matching.ipynb #b02c398c
+# %% ../../nbs/flow/02_gmflow_matching.ipynb #fbe29fbd
+def _jit(function):
+    options = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+    try: return numba.njit(cache=True, **options)(function)
+    except RuntimeError: return numba.njit(**options)(function) # no writable folder for the cache
+
+
+@_jit
+def products_blended(f0, f1, x, y, fx, fy, r, scale, out):
+    "Maps [B,h,w,C], corners and fractions [B,h,w], to correlations [B,h,w,R]."
+    B, h, w, C = f0.shape
+    n, m = 2 * r + 2, 2 * r + 1
+    near, mixed = np.zeros((n, n), np.float32), np.zeros((n, m), np.float32)
+    for b in range(B):
+        for i in range(h):
+            for j in range(w):
+                mine, top, left, u, v = f0[b, i, j], y[b, i, j], x[b, i, j], fx[b, i, j], fy[b, i, j]
+                for p in range(n):
+                    for q in range(n):
+                        row, column, total = top + p, left + q, np.float32(0)
+                        if 0 <= row < h and 0 <= column < w:
+                            other = f1[b, row, column]
+                            for c in range(C): total += mine[c] * other[c]
+                        near[p, q] = total * scale
+                for p in range(n):
+                    for q in range(m): mixed[p, q] = near[p, q] + u * (near[p, q + 1] - near[p, q])
+                for p in range(m):
+                    for q in range(m): out[b, i, j, p * m + q] = mixed[p, q] + v * (mixed[p + 1, q] - mixed[p, q])
+
+
+def compiled_correlation(f0_BChw: Tensor, f1_BChw: Tensor, flow_B2hw: Tensor, r: int) -> Tensor: # [B,R,h,w], channels last
+    "Float32 maps on the CPU."
+    x, y, fraction = whole_and_part(flow_B2hw, r)
+    maps = [f.detach().permute(0, 2, 3, 1).contiguous().numpy() for f in (f0_BChw, f1_BChw)]
+    fx, fy = (f.contiguous().numpy() for f in fraction.detach().unbind(1))
+    out = torch.empty(*x.shape, (2 * r + 1) ** 2)
+    products_blended(*maps, x.numpy(), y.numpy(), fx, fy, r, np.float32(f0_BChw.shape[1] ** -0.5), out.numpy())
+    return out.permute(0, 3, 1, 2)
+
+# %% ../../nbs/flow/02_gmflow_matching.ipynb #aad8f915
 PAIRS = 2 ** 21 # numbers of the table of all pairs of one image up to which it is made
 
 
 class LocalCorrelation:
     "Products of the first image's features with those around a moving place of the second; made once, asked at every iteration."
     def __init__(self, feature0_BChw: Tensor, feature1_BChw: Tensor, r: int = 4,
-                 way: str | None = None,     # "pairs", "rows"; None: by size
+                 way: str | None = None,     # "pairs", "rows", "compiled"; None: what suits
                  rows: int = 4):             # of cells at a time
         self.f0, self.f1, self.r, self.rows = feature0_BChw, feature1_BChw, r, rows
         h, w = feature0_BChw.shape[-2:]
-        self.way = way or ("pairs" if (h * w) ** 2 <= PAIRS else "rows")
+        plain = not torch.is_grad_enabled() and feature0_BChw.device.type == "cpu" and feature0_BChw.dtype == torch.float32
+        self.way = way or ("compiled" if plain else "pairs" if (h * w) ** 2 <= PAIRS else "rows")
+        if self.way == "compiled": self.f0, self.f1 = (f.contiguous(memory_format=torch.channels_last) for f in (self.f0, self.f1))
         if self.way == "pairs": self.table = feature0_BChw.flatten(2).mT @ feature1_BChw.flatten(2) / feature0_BChw.shape[1] ** 0.5
 
     def __call__(self, flow_B2hw: Tensor # in cells
                 ) -> Tensor:             # [B,R,h,w]
+        if self.way == "compiled": return compiled_correlation(self.f0, self.f1, flow_B2hw, self.r)
         x, y, fraction = whole_and_part(flow_B2hw, self.r)
         return blend(self.products(x, y), fraction, self.r)
 

@@ -72,6 +72,7 @@ def test_export_and_read_again(tmp_path):
     model, *_ = train.trained_joint(tmp_path/"run", TINY | dict(steps=2))
     parts, adapter, told = train.load_joint(tmp_path/"out")
     ours = model.joint_adapter.state_dict()
+    assert parts["scheduler"].config.prediction_type == "v_prediction"  # what it was trained to predict is what sampling assumes
     assert told["names"] == ["image", "depth"] and all((v - ours[k]).abs().max() < 1e-3 for k, v in adapter.state_dict().items())
 
 

@@ -53,13 +53,13 @@ def checked(config: dict): # full configuration
     at_least(config, items=1, held_out=0, rank=1, sample_steps=1, aspect=1, stride=1)
     return config
 
-# %% ../../nbs/joint/24_train.ipynb #c62a189d
+# %% ../../nbs/joint/24_train.ipynb #22a0ffd5
 def parts_of(config: dict) -> dict: # full configuration
     "The base model, tiny or of a folder."
     tiny, load = (tiny_sd, load_sd) if config["family"] == "sd" else (tiny_svd, load_svd)
     if config["base"]: return load(config["base"], torch.bfloat16 if config.get("bf16") else torch.float32)
     parts = tiny(config.get("seed", 0))
-    if config["family"] == "sd": parts["scheduler"] = type(parts["scheduler"]).from_config({**parts["scheduler"].config, "prediction_type": config["prediction"]})
+    if config["family"] == "sd": parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, prediction_type=config["prediction"])
     return parts
 
 

@@ -102,7 +102,8 @@ def test_two_real_first_frames_with_the_readme_script(tmp_path):
     assert omnicam_generate.main(config, tmp_path, generator_of(1))["written"] == 6
     record = json.loads((tmp_path/"results/cameras.json").read_text())
     assert record["cake/01_script"]["text"].startswith("A triangular") and len(list((tmp_path/"results").rglob("*.mp4"))) == 6
-    assert all(one["K"][0][0] == pytest.approx(one["K"][1][1]) for one in record.values())
+    # a picture is resized to whole pixels, so its two focal lengths may differ by half a pixel in its 48 rows
+    assert all(one["K"][0][0] == pytest.approx(one["K"][1][1], rel=0.5/48) for one in record.values())
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):

@@ -19,7 +19,7 @@ def check(folder) -> dict:
         if util.find_spec(f"tests.parity.{name}") is None: continue
         for case, result in import_module(f"tests.parity.{name}").check(folder).items():
             if case not in results or results[case][3] is None: results[case] = result
-    whole = {case.split(".")[0] for case, result in results.items() if "." in case and case not in case_names(folder)}
+    whole = {name for name in case_names(folder) if any(case.startswith(f"{name}.") for case in results)}   # replayed part by part; a name may hold a dot itself
     results = {case: result for case, result in results.items() if result[3] is not None or case not in whole}
     if not all(util.find_spec(f"tests.parity.{name}") for name in PARTS): return results
     return {case: result if result[3] is not None else (float("inf"), 0.0, 0.0, False) for case, result in results.items()}   # all parts are here: nothing may be left out

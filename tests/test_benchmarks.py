@@ -14,6 +14,7 @@ PROMISED = {"rl_cost": ["speedup_vs_flow_grpo", "speedup_vs_cameraflow", "trajec
             "stereo_speed": ["cpu_ratio", "streaming_ratio", "memory_ratio"], "server_throughput": ["ratio_vs_litserve", "ratio_vs_blocking", "health_p99_ms"],
             "da3_speed": ["cpu_ratio", "reward_ratio", "rays_ratio"], "evaluation_cost": ["cpu_ratio", "memory_ratio", "cache_ratio"],
             "gmflow_speed": ["cpu_ratio", "memory_ratio"],
+            "joint_overhead": ["overhead", "inference_overhead", "train_overhead"],
             "cache_throughput": ["first_pass_ratio", "repeat_ratio", "attention_ratio", "memory_growth"]}
 
 

@@ -282,3 +282,38 @@ def test_two_ranks_train_a_lora_in_pieces(base, tmp_path):
     launch("camflow.wan.omnicam_train", config, tmp_path/"run", num_processes=2)
     assert OmniCamTransformer3DModel.from_pretrained(tmp_path/"out").config.num_layers == 1 and (tmp_path/"out/lora_kohya.safetensors").exists()
     assert load_checkpoint(tmp_path/"run"/"checkpoints").meta["config"]["shard"]
+
+
+def test_plane_sweep_starts_at_nothing_and_points_where_the_plane_is():
+    "A trained model with planes added gives what it gave; a token's point is what two pinhole cameras say; a model without camera sees no planes."
+    from camflow.geometry.trajectory import orbit
+    from camflow.wan.omnicam_train import image_velocity, resized
+    old = starting_model(start="nothing", num_layers=1, camera_planes=()).eval()
+    with torch.no_grad(): old.camera_input.weight.normal_(generator=torch.Generator().manual_seed(0))
+    new, g = resized(old, camera_planes=(3.0, 6.4)).eval(), torch.Generator().manual_seed(1)
+    assert old.camera_sweep is None and new.camera_sweep.proj.weight.shape == (192, 2 * 2 * 17)
+    path, K = torch.as_tensor(orbit(20, 4.0, 9)), lens((48, 80))
+    rays = camera_rays(path, K, (6, 10))
+    x, image, context = (torch.randn(1, *shape, generator=g) for shape in ((16, 3, 6, 10), (16, 3, 6, 10), (64, 64)))
+    run = lambda model, camera: image_velocity(model, x, torch.tensor([0.8]), image, camera, context).detach()
+    assert torch.equal(run(old, rays), run(new, rays))
+    with torch.no_grad(): new.camera_sweep.proj.weight.normal_(generator=g)
+    assert (run(old, rays) - run(new, rays)).abs().max() > 0.1 and torch.equal(run(old, None), run(new, None))
+    assert torch.equal(run(new, rays), run(new, new.remember(rays, (3, 6, 10)))) and torch.equal(run(old, rays * 0), run(new, rays * 0))
+    fx, fy, _, _ = K.double()
+    row, column, z = 2, 6, 6.4
+    ray = path[8, :3, :3] @ torch.stack([((column + 0.5) / 10 - 0.5) / fx, ((row + 0.5) / 6 - 0.5) / fy, torch.ones(()).double()])
+    X = path[8, :3, 3] + (z - path[8, 2, 3]) / ray[2] * ray
+    expected = torch.stack([(X[0] / z * fx + 0.5) * 10 - 0.5, (X[1] / z * fy + 0.5) * 6 - 0.5])
+    found = (new.camera_sweep.points(rays)[0, 2, row, column, 3] + 1) / 2 * torch.tensor([9, 5])
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_resized_keeps_the_heaviest_units_and_refuses_other_shapes():
+    from camflow.wan.omnicam_train import resized
+    old = starting_model(start="nothing", num_layers=1)
+    with torch.no_grad(): old.blocks[0].ffn.net[2].weight[:, 5:] *= 1e-4
+    small = resized(old, ffn_dim=5)
+    assert torch.equal(small.blocks[0].ffn.net[2].weight, old.blocks[0].ffn.net[2].weight[:, :5])
+    with pytest.raises(InputError, match="only ffn_dim may shrink"): resized(old, text_dim=32)
+    with pytest.raises(InputError, match="distances above 0"): starting_model(start="nothing", num_layers=1, camera_planes=(-1.0,))

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'IMAGES', 'STATUSES', 'PIECE', 'CacheItem', 'list_clips', 'survey', 'NoCamera', 'camera_source',
-           'clip_camera', 'CacheOptions', 'plan_item', 'plan', 'load_frames', 'encode_clips', 'make_cache',
-           'write_manifest', 'read_manifest', 'audit_rows', 'OmniCamCache', 'verify_cache', 'gc']
+           'clip_camera', 'CacheOptions', 'script_focal', 'plan_item', 'plan', 'load_frames', 'encode_clips',
+           'make_cache', 'write_manifest', 'read_manifest', 'audit_rows', 'OmniCamCache', 'verify_cache', 'gc']
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #ce3a816a
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,9 +24,10 @@ from .omnicam_text import TextItem, apply_text_overlay, read_metadata, t5_text
 from .prepare import stamp
 from ..files import InputError, atomic_write, content_hash, sha256_file
 from ..geometry.camera import Cameras
-from ..geometry.focal import choose_focal
+from ..geometry.focal import Focal, choose_focal, one_lens
 from ..geometry.script import parse, script_path
-from ..media.frames import Frames, concat, from_pil
+from ..media.frames import Frames, concat
+from ..media.images import picture_facts, read_first_frame
 from ..media.video import VideoError, probe, read_video, video_chunks
 
 # Shapes: T video frames, H W pixels, C channels, F latent frames
@@ -71,11 +72,9 @@ def list_clips(dataset: Dataset,
 def _facts(path: Path) -> dict:
     "Hash, frames, size (W, H) and rate of a video or image; what is wrong with it."
     if path.suffix.lower() in IMAGES:
-        from PIL import Image
-        try:
-            with Image.open(path) as image: found = dict(frames=1, size=list(image.size), fps=None)
-        except OSError as error: return dict(problem=f"{path} is no readable image ({error}); convert it to PNG")
-        return dict(sha256=sha256_file(path), **found)
+        try: seen = picture_facts(path)
+        except InputError as error: return dict(problem=str(error))
+        return dict(sha256=sha256_file(path), frames=1, size=[seen["size"][1], seen["size"][0]], fps=None, lens=seen["lens"])
     try: seen = probe(path)
     except VideoError as error: return dict(problem=str(error))
     if seen.damage: return dict(problem=f"{path} is damaged ({seen.damage}); copy it again")
@@ -122,17 +121,16 @@ def camera_source(prompt: str,          # with script or file
 def clip_camera(source, window: Window, # of `camera_source`; the clip
                 facts: dict,            # of its video
                 rate: float,            # frames per second of the video file
-                fov: float = 60.0,      # horizontal field of view of a script's lens, degrees
+                focal: Focal | None = None, # of a script's lens; None: 60 degrees
                 unit: float = 1.0) -> dict: # distance to the scene's centre, in the poses' unit -> c2w [T,4,4], intrinsics [4]
     "Poses relative to the first frame, OpenCV axes, and fx/W, fy/H, cx/W, cy/H."
     kind, value = source
     size = facts["size"][1], facts["size"][0]
     if kind == "file":
-        whole = Cameras.from_omnicam(value, size, video_frames=facts["frames"])
-        cameras = cut(Cameras(whole.c2w, choose_focal(size, metadata=whole).K, size, whole.frames), window)
+        cameras = cut(one_lens(Cameras.from_omnicam(value, size, video_frames=facts["frames"])), window)
     else:
         if not rate: raise InputError("the video says no frame rate, a script is in seconds; set source_fps in the data set")
-        cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), choose_focal(size, fov=fov).K, size, window.frames).cover(window.size)
+        cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), (focal or choose_focal(size, fov=60.0)).K, size, window.frames).cover(window.size)
     (H, W), K = window.size, cameras.K[0]
     return {"c2w": cameras.c2w.float(), "intrinsics": torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H]).float()}
 
@@ -140,6 +138,7 @@ def clip_camera(source, window: Window, # of `camera_source`; the clip
 STATUSES = {"ok": "a clip", "missing": "the file is not there", "unreadable": "the file is no video, or is damaged",
             "too_short": "fewer frames than every target length", "no_text": "no description besides the camera",
             "no_camera": "neither script nor camera file", "bad_camera": "the script or camera file cannot be used",
+            "no_focal": "the focal length could not be estimated",
             "camera_length": "the camera file has another number of poses than the video has frames"}
 
 
@@ -149,8 +148,17 @@ class CacheOptions:
     camera_folders: tuple = ()      # where camera files are looked for by name
     camera_required: bool = True    # False: clips without a camera are kept
     keep_prompt: bool = False       # True: the text encoder reads the camera too, as in the reference
-    fov: float = 60.0               # horizontal field of view of a script's lens, degrees
+    fov: float | None = 60.0        # horizontal field of view of a script's lens, degrees; None: of `focals`
+    focals: dict = field(default_factory=dict) # {hash of a video: {"pixels": estimate} or {"reason": why there is none}}
     unit: float = 1.0               # distance to the scene's centre, in the poses' unit
+
+
+def script_focal(facts: dict, options: CacheOptions) -> Focal: # of a video or picture
+    "The lens of a script: as the picture's file says, else as given, else as estimated."
+    size, told, found = (facts["size"][1], facts["size"][0]), facts.get("lens"), options.focals.get(facts["sha256"])
+    if told or options.fov is not None or not found: return choose_focal(size, metadata=told, fov=options.fov)
+    if "reason" in found: raise InputError(f"{found['reason']}; or give fov")
+    return Focal(found["pixels"], size, "estimated")
 
 
 def _dropped(item, status, reason): return dict(name=item.name, line=item.line, dataset=item.dataset.name, status=status, reason=reason)
@@ -172,11 +180,14 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
     if not clips:
         at = f" at {d.source_fps:g} a second" if d.source_fps else ""
         return [_dropped(item, "too_short", f"{facts['frames']} frames{at}; target_frames {list(d.target_frames)}")]
-    rows = []
+    rows, focal = [], None
     try: source = camera_source(item.prompt, options.camera_folders)
     except InputError as error:
         if options.camera_required or not isinstance(error, NoCamera): return [_dropped(item, _camera_status(error), str(error))]
         source = None
+    if source and source[0] == "script":
+        try: focal = script_focal(facts, options)
+        except InputError as error: return [_dropped(item, "no_focal", str(error))]
     for window in clips:
         key = "clip:" + content_hash([facts["sha256"], window.frames, window.bucket], 32)
         row = dict(name=item.name, line=item.line, dataset=d.name, status="ok", reason="", path=str(item.path), first=window.first, frames=list(window.frames),
@@ -185,9 +196,10 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
         if source:
             said = hashes(source[1]) if source[0] == "file" else source[1]
             of = [source[0], said, window.frames, window.bucket, facts["size"], facts["frames"], rate, options.fov, options.unit]
+            if focal and focal.source != "given": of.append(focal.pixels)
             row["camera_key"] = ck = "camera:" + content_hash(of, 32)
             if ck not in cameras and ck not in made:
-                try: made[ck] = clip_camera(source, window, facts, rate, options.fov, options.unit)
+                try: made[ck] = clip_camera(source, window, facts, rate, focal, options.unit)
                 except InputError as error: return [_dropped(item, _camera_status(error), str(error))]
         rows.append(row)
     return rows
@@ -210,9 +222,7 @@ PIECE = 128 * 2**20  # bytes of decoded frames held at a time
 def load_frames(path, numbers, size) -> Frames: # video or image; frame numbers; (H, W)
     "Frames brought to size, bytes, in order."
     path, numbers = Path(path), list(numbers)
-    if path.suffix.lower() in IMAGES:
-        from PIL import Image
-        with Image.open(path) as image: return from_pil(image).cover(size)
+    if path.suffix.lower() in IMAGES: return read_first_frame(path).cover(size)
     wanted, info = sorted(set(numbers)), probe(path)
     step = max(1, PIECE // (3 * info.size[0] * info.size[1]))
     if len(wanted) <= step: found = read_video(path, wanted).cover(size)

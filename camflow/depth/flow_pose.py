@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pose_train import clip_bytes, contrast, to_pose, to_vector, tuned_search
+from .pose_train import clip_bytes, to_pose, to_vector
 from ..files import InputError
+from ..flow.dis import contrast, tuned_search
 
 # shape suffixes: T frames, N points, 3HW image, 2HW flow, 44 pose
 

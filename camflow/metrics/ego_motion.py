@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..files import InputError
 from ..geometry.camera import Cameras
+from ..flow.dis import searcher
 from ..media.frames import Frames
 from .consistency import STILL, between, given_fundamental, grey
 from .gim import fundamental
@@ -38,9 +39,7 @@ def both_flows(video_T3HW: Tensor,  # bytes
         there = clip_flow(network, Frames(video_T3HW, "byte")).data.permute(0, 2, 3, 1).numpy()
         back = clip_flow(network, Frames(video_T3HW.flip(0), "byte")).data.flip(0).permute(0, 2, 3, 1).numpy()
         return list(zip(there, back))
-    import cv2
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    search.setFinestScale(0)
+    search = searcher("fine")
     shades = grey(video_T3HW)
     return [(search.calc(a, b, None), search.calc(b, a, None)) for a, b in zip(shades[:-1], shades[1:])]
 

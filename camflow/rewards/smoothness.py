@@ -14,19 +14,14 @@ import numpy as np
 import torch
 
 from ..files import InputError
+from ..flow.dis import searcher
 from ..media.frames import Frames
 from .protocol import Scores, byte_frames
 
 # shape suffixes: T frames, H W pixels
 
 # %% ../../nbs/rewards/10_smoothness.ipynb #e34448e6
-@lru_cache(maxsize=1)
-def _search():
-    import cv2
-    cv2.setNumThreads(1)
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    search.setFinestScale(0)
-    return search
+_search = lru_cache(maxsize=1)(lambda: searcher("fine"))
 
 
 def _follow(image, flow):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RECAM', 'GIB', 'PEAK_SHARE', 'PROBE_SHARE', 'ASCEND_910B', 'VAE_WEIGHTS', 'TEXT_WEIGHTS', 'VAE_WORK',
-           'WHOLE', 'GRPO', 'FINETUNE', 'TINY', 'parameter_shapes', 'count', 'trained_parameters', 'grid',
+           'WHOLE', 'GRPO', 'FINETUNE', 'TINY', 'OMNICAM', 'parameter_shapes', 'count', 'trained_parameters', 'grid',
            'forward_flops', 'activation_bytes', 'Estimate', 'describe', 'folder_numbers', 'vae_flops', 'vae_bytes',
-           'remembered', 'grpo', 'finetune', 'probe', 'announce']
+           'remembered', 'grpo', 'finetune', 'omnicam_flops', 'omnicam', 'probe', 'announce']
 
 # %% ../../nbs/rl/16_estimate.ipynb #1728fec5
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -234,6 +235,40 @@ def finetune(settings: dict, world: int = 1, low: bool = False) -> Estimate: # o
     if s["text_encoder"]: device["activations"] = max(device["activations"], (2 if low else 4) * TEXT_WEIGHTS)  # on the first rank, before the training
     flops = {"train": s["batch_size"] * s["accumulation"] * (3 + s["gradient_checkpointing"]) * forward_flops(config, tokens, text)}
     return Estimate(total, trained, s["steps"], device, host, flops, {}, ("validation", "encoding of the data"))
+
+# %% ../../nbs/rl/16_estimate.ipynb #e6f01602
+OMNICAM = dict(transformer=None, vae=None, text_encoder=None, data="world", frames=9, size=(48, 80), steps=1000, batch_size=8, accumulation=1, trainable_modules=("*",), lora_rank=0, gradient_checkpointing=False, shard=False, bf16=False, ema_decay=0.0, model={})
+
+
+def omnicam_flops(c: dict, tokens: int, text: int) -> int: # full configuration of the transformer; of the clip and its text
+    "Floating-point operations of one forward of one sample."
+    D, F, C = c["num_attention_heads"] * c["attention_head_dim"], c["ffn_dim"], c["camera_dim"]
+    block = 2 * tokens * (6 * D * D + 2 * D * F + 2 * D * C + 2 * C * C) + 4 * tokens**2 * (D + C) + 4 * text * D * D + 4 * tokens * text * D
+    return c["num_layers"] * block + 2 * tokens * D * (c["in_channels"] + c["out_channels"]) * math.prod(c["patch_size"])
+
+
+def omnicam(settings: dict, world: int = 1, low: bool = False) -> Estimate: # of camflow.wan.omnicam_train; ranks; bfloat16 compute
+    "A supervised training of OmniCam."
+    import torch
+    from camflow.wan.lora import LORA_LAYERS
+    from camflow.wan.omnicam import OmniCamTransformer3DModel, tiny_omnicam_config
+    from camflow.wan.omnicam_train import TINY as TINY_CHANGES
+    s = {**OMNICAM, **{k: v for k, v in settings.items() if k in OMNICAM and v is not None}}
+    given, low = (_config_of(s["transformer"]) if s["transformer"] else {**tiny_omnicam_config(), **TINY_CHANGES, **s["model"]}), low or s["bf16"]
+    with torch.device("meta"): model = OmniCamTransformer3DModel.from_config(given)
+    c, shapes, text = dict(model.config), {name: tuple(p.shape) for name, p in model.named_parameters()}, 512 if s["transformer"] else 64
+    shape, both = grid({**c, "in_channels": c["out_channels"]}, s["frames"], s["size"])
+    total, latent, tokens = count(shapes), math.prod(shape), both // 2
+    chosen = {name: one for name, one in shapes.items() if any(part != "lora_" and (part in name or fnmatch(name, part)) for part in s["trainable_modules"])}
+    linear = [m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(LORA_LAYERS, name)]
+    own, lora = count(chosen), s["lora_rank"] * sum(sum(one) for one in linear)
+    trained, vae = own + lora, folder_numbers(s["vae"] or tiny_path("vae"), VAE_WEIGHTS)
+    device = {"weights": (total - own) * (2 if s["bf16"] else 4) + 4 * vae + 4 * trained, "gradients and optimizer": 12 * trained, "averages": 4 * trained if s["ema_decay"] else 0,
+              "latents": 4 * s["batch_size"] * (4 * latent + text * c["text_dim"]), "activations": activation_bytes(c, tokens, text, s["batch_size"], low, s["gradient_checkpointing"])}
+    if s["shard"]: device |= {name: device[name] / world for name in ("gradients and optimizer", "averages")} | {"weights": 4 * vae + (device["weights"] - 4 * vae) / world}
+    if s["text_encoder"] and s["data"] != "cache": device["text encoder"] = (2 if low else 4) * TEXT_WEIGHTS
+    flops = {"train": s["batch_size"] * s["accumulation"] * (3 + s["gradient_checkpointing"]) * omnicam_flops(c, tokens, text)}
+    return Estimate(total + lora, trained, s["steps"], device, {"program": 1.2 * GIB}, flops, {}, ("validation", "rendering and encoding of the data"))
 
 # %% ../../nbs/rl/16_estimate.ipynb #9428b3bc
 def probe(width: int = 192, inner: int = 512, # of the model

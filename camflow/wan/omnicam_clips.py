@@ -20,10 +20,12 @@ from ..device import device, generator
 from ..files import InputError, content_hash, sha256_file
 from ..geometry import script  # noqa: F401 (Cameras.from_script, Cameras.from_omnicam)
 from ..geometry.camera import Cameras
+from ..geometry.focal import one_lens
 from ..geometry.trajectory import SUBJECT, chain, compose, dolly, orbit, pan, roll, static, tilt
 from ..media.frames import Frames
 from ..media.video import probe, read_video
 from ..training.checkpoint import fingerprint
+from ..training.loop import shuffled
 from .finetune import _shares, cached_texts
 from .i2v_condition import given_mask, image_condition
 from .omnicam import camera_rays
@@ -74,7 +76,7 @@ def random_script(generator: torch.Generator,  # source of all randomness
 def training_paths(seed: int,        # of the scene
                    cameras: int = 4, # N
                    frames: int = 9,
-                   scripted: float = 0.65): # share of script-like paths; the others are `random_move`
+                   scripted: float = 0.8):  # share of script-like paths; the others are `random_move`
     "Camera paths of a scene, [(path [frames,4,4], kind)]."
     source, moves = generator(int(seed), "omnicam paths"), []
     for _ in range(cameras):
@@ -97,6 +99,7 @@ class ImageClips:
     @property
     def cameras(self): return self.c2w_SNT44.shape[1]
     def __len__(self): return len(self.keys) * self.cameras
+    def choose(self, positions, seed: int = 0): return [shuffled(i, len(self), seed) for i in positions]
 
     def hold(self):
         "The same set with its latents in memory."
@@ -176,7 +179,7 @@ def world_latents(folder, vae, text: TextEncoder,         # caches go to folder/
     def load(key):
         clips = world_clips(int(key), cameras, frames, size)
         return signed(clips.frames_NT3HW), {"c2w": torch.from_numpy(clips.c2w_NT44)}
-    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v1"}
+    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v2"}
     keys = [str(first + s) for s in range(scenes)]
     cache = shared_fill(Path(folder)/"latents", identity, keys, load, encoder_of(vae, frames))
     captions = [random_scene(int(key), detail=DETAIL).caption() for key in keys]
@@ -198,7 +201,7 @@ class FileItem:
         numbers = [i * stride for i in range(frames)]
         if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs "
             f"{numbers[-1] + 1}: ask for fewer frames or a higher fps")
-        if self.camera: cameras = Cameras.from_omnicam(self.camera, info.size, info.frames, numbers)
+        if self.camera: cameras = one_lens(Cameras.from_omnicam(self.camera, info.size, info.frames, numbers))
         else: cameras = Cameras.from_script(self.script, info.size, numbers, info.fps)
         return read_video(self.video, numbers).cover(tuple(size)), cameras.relative().cover(tuple(size))
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity', 'flow_loss', 'draw_levels', 'draw_hidden',
-           'open_camera', 'from_recam', 'starting_model', 'prepare_trained', 'save_memory', 'sample', 'compare',
-           'checked', 'sampler_of', 'parts', 'datasets', 'main', 'load_trained', 'trained_model', 'export_omnicam']
+           'open_camera', 'from_recam', 'resized', 'starting_model', 'prepare_trained', 'save_memory', 'sample',
+           'compare', 'checked', 'sampler_of', 'parts', 'datasets', 'main', 'load_trained', 'trained_model',
+           'export_omnicam']
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
@@ -18,13 +19,14 @@ from ..assets import tiny_path
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
-from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
+from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
-from .omnicam import OmniCamTransformer3DModel, from_wan, tiny_omnicam
+from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam
+from .omnicam_set import cached_clips
 from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
-from .recam import ReCamTransformer3DModel
+from .recam import ReCamTransformer3DModel, cast
 from .sampling import add_noise, euler_sample, recam_sigmas
 from .text import TextEncoder
 from .timesteps import TimestepSampler, loss_weight, stratified
@@ -88,15 +90,35 @@ def from_recam(model, recam: ReCamTransformer3DModel, image: float = 0.5): # of 
     return taken
 
 
-TINY = dict(ffn_dim=512, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
+TINY = dict(ffn_dim=496, image_dim=None, added_kv_proj_dim=None, camera_planes=(3.3, 4.4, 6.4, 11.0))  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
+
+
+@torch.no_grad()
+def resized(old: OmniCamTransformer3DModel, seed: int = 0, **changes): # of tensors that `old` has not; config fields
+    "The same transformer with another config: narrower feed-forward layers keep the units that weigh most, new camera tensors change nothing yet."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cast(OmniCamTransformer3DModel(**{k: v for k, v in old.config.items() if not k.startswith("_")} | changes), old.dtype)
+    source, own = dict(old.state_dict()), model.state_dict()
+    for n in range(min(old.config.num_layers, model.config.num_layers)):
+        grow, shrink = (f"blocks.{n}.ffn.net.{part}." for part in ("0.proj", "2"))
+        kept = (source[grow + "weight"].norm(dim=1) * source[shrink + "weight"].norm(dim=0)).topk(min(model.config.ffn_dim, old.config.ffn_dim)).indices.sort()[0]
+        for name in (grow + "weight", grow + "bias"): source[name] = source[name][kept]
+        source[shrink + "weight"] = source[shrink + "weight"][:, kept]
+    if wrong := [k for k in own if (k not in source and not is_camera(k)) or (k in source and source[k].shape != own[k].shape)]:
+        raise InputError(f"{len(wrong)} tensors do not fit, first {wrong[:3]}; changes {changes} of a trained model: only ffn_dim may shrink")
+    for name in own:
+        if name in source: own[name].copy_(source[name])
+    return model
 
 
 def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.float32,
     **changes): # diffusers folder of OmniCam or Wan; of a tiny one: "recam" or "nothing"
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
-        if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel": return from_folder(OmniCamTransformer3DModel, folder,
-            torch_dtype=dtype, **changes)
+        if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel":
+            if not {"ffn_dim", "camera_planes"} & set(changes): return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
+            return resized(from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype), seed, **changes)
         from diffusers import WanTransformer3DModel
         return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype), copy=False, **changes)
     model = tiny_omnicam(seed, **TINY | changes)
@@ -167,7 +189,7 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
 MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", "blocks.*.ffn.*.weight", "blocks.*.camera_attn.to_*.weight"]
 DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
     checkpoint_every=0, checkpoint_seconds=180., log_every=10,
-                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, cameras=4, held_out=24, cache_folder=None,
+                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, first_scene=0, cameras=4, held_out=24, cache_folder=None, manifest="manifest",
                 vae=None, transformer=None, text_encoder=None, image_encoder=None,
                 model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
                 min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
@@ -180,7 +202,8 @@ ORIGINAL = dict(data="files", frames=81, size=[480, 832], fps=16.0, trainable_mo
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
-    if config["data"] not in ("world", "files"): raise InputError(f"data {config['data']!r}; world or files")
+    if config["data"] not in ("world", "files", "cache"): raise InputError(f"data {config['data']!r}; world, files or cache")
+    if config["data"] == "cache" and not config["cache_folder"]: raise InputError("data = cache needs cache_folder, the folder that omnicam_cache filled")
     if config["data"] == "files" and not config["items"]: raise InputError("data = files needs items, a metadata.jsonl with video, text, and camera or "
         "script of every clip")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
@@ -207,7 +230,7 @@ def parts(config: dict): # full configuration
     step = [vae.config.scale_factor_spatial * n for n in model.config.patch_size[1:]]
     if any(n % k for n, k in zip(config["size"], step)): raise InputError(f"size={list(config['size'])} must be rows and columns in multiples of {step} for "
         f"this model")
-    if model.config.image_dim and not config["image_encoder"]: raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to "
+    if model.config.image_dim and not config["image_encoder"] and config["data"] != "cache": raise InputError("this transformer reads CLIP tokens of the first frame; set image_encoder to "
         "the folder of its CLIP model")
     root = Path(config["text_encoder"] or tiny_path("recam"))
     for name in ("tokenizer", "text_encoder"):
@@ -224,8 +247,9 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
     items = read_items(config["items"]) if config["data"] == "files" else None
     model, vae, text, clip = parts(config)
     shape = dict(frames=config["frames"], size=tuple(config["size"]))
+    if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["manifest"], config["batch_size"]), None, None
     if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip), None, None
-    train = world_latents(cache, vae, text, 0, config["scenes"], config["cameras"], **shape)
+    train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape)
     held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape)
     count = min(config["held_out"], config["validation_clips"])
     return model, vae, train, held, torch.cat([signed(world_clips(HELD_OUT + s, config["cameras"], **shape).frames_NT3HW[:1]) for s in range(count)])
@@ -245,10 +269,10 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 
     def batch_fn(step, rank, world, micro):
         items = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)
-        target, image, rays, context, clip = train.batch([shuffled(i, len(train), cfg.seed) for i in items], grid)
+        target, image, rays, context, clip = train.batch(train.choose(items, cfg.seed), grid)
         no_text, no_camera = draw_hidden(cfg.seed, items, config["text_dropout"], config["camera_dropout"])
         context, rays = context * ~no_text[:, None, None], rays * ~no_camera[:, None, None, None, None]
-        level = draw_levels(sampler, cfg.seed, items, config["timestep_buckets"], size)
+        level = draw_levels(sampler, cfg.seed, items, config["timestep_buckets"], tuple(target.shape[3:]))
         return target, image, rays, context, clip, item_noise(target.shape[1:], cfg.seed, items), level
 
     def step_fn(model, batch, noise):
@@ -270,8 +294,8 @@ CARD = """# tiny OmniCam
 OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
 Text encoder, tokenizer and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
 
-- start: blocks of the tiny ReCam
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; two thirds script-like paths, the others free moves
+- start: {start}
+- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves
 - training: {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
 - held-out scenes (seeds from {held_out}), {clips} clips, {sample_steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
@@ -313,6 +337,7 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
+                start="an earlier tiny OmniCam" if config["transformer"] else "blocks of the tiny ReCam",
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
     (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card),
         encoding="utf-8")

@@ -13,6 +13,7 @@ SYSTEMS = {
     "metrics": ["metrics", "metrics_matching", "metrics_networks"],
     "omnicam": ["omnicam"],
     "stereo": ["stereo"],
+    "joint": ["joint"],
     "stereo-oracle": ["stereo_oracle"],
     "gmflow": ["gmflow"],
 }

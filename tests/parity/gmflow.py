@@ -158,7 +158,7 @@ def warp(folder, x, options, wanted):
 def viz(folder, x, options, wanted):
     from camflow.flow import colour
     flow, unit = x["flow"].numpy(), x["unit"].numpy()
-    found = {"image_flow_to_image": colour.flow_to_image(flow), "image_flow_to_color": colour.flow_to_color(flow), "image_unit_uv": colour.unit_colours(unit[..., 0], unit[..., 1]), "wheel": colour.colour_wheel()}
+    found = {"image_flow_to_image": colour.flow_to_image(flow), "image_flow_to_color": colour.flow_to_color(flow), "image_unit_uv": colour.unit_colours(unit[..., 0], unit[..., 1], 1), "wheel": colour.colour_wheel()}
     return {k: torch.as_tensor(v) for k, v in found.items()}
 
 

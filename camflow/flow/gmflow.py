@@ -60,7 +60,8 @@ class GMFlow(nn.Module):
     "Flow from the first image to the second."
     def __init__(self, config: GMFlowConfig | None = None, **changes): # changes: fields of GMFlowConfig
         super().__init__()
-        self.config = c = replace(config or GMFlowConfig(), **changes)
+        per_scale = {"attn_splits": None, "corr_radius": None, "prop_radius": None} if "num_scales" in changes else {}
+        self.config = c = replace(config or GMFlowConfig(), **{**per_scale, **changes})
         self.backbone = Backbone(c.feature_channels, c.num_scales, c.backbone_channels)
         self.transformer = FeatureTransformer(c.feature_channels, c.num_transformer_layers, c.ffn_dim_expansion)
         self.feature_flow_attn = FlowPropagation(c.feature_channels)

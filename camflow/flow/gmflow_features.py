@@ -53,9 +53,9 @@ class ResidualBlock(nn.Module):
         self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride)) if stride > 1 or channels != out else None
 
     def forward(self, x):
-        y = F.relu(instance_norm(self.conv1(x)))
-        y = F.relu(instance_norm(self.conv2(y)))
-        return F.relu(y + (x if self.downsample is None else instance_norm(self.downsample(x))))
+        y = instance_norm(self.conv1(x)).relu_()
+        y = instance_norm(self.conv2(y)).relu_()
+        return (y + (x if self.downsample is None else instance_norm(self.downsample(x)))).relu_()
 
 # %% ../../nbs/flow/00_gmflow_features.ipynb #8eca7080
 class Backbone(nn.Module):
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
     def encode(self, x_BCHW: Tensor) -> list:
         "All images at once."
-        x = F.relu(instance_norm(self.conv1(x_BCHW.contiguous(memory_format=torch.channels_last))))
+        x = instance_norm(self.conv1(x_BCHW.contiguous(memory_format=torch.channels_last))).relu_()
         x = self.conv2(self.layer3(self.layer2(self.layer1(x))))
         if self.num_scales == 1: return [x]
         return [F.conv2d(x, self.trident_conv.weight, stride=stride, padding=1) for stride in (1, 2)]

@@ -1073,6 +1073,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'camflow/flow/gmflow_features.py'),
                                               'camflow.flow.gmflow_features.Backbone.__init__': ( 'flow/gmflow_features.html#backbone.__init__',
                                                                                                   'camflow/flow/gmflow_features.py'),
+                                              'camflow.flow.gmflow_features.Backbone.encode': ( 'flow/gmflow_features.html#backbone.encode',
+                                                                                                'camflow/flow/gmflow_features.py'),
                                               'camflow.flow.gmflow_features.Backbone.forward': ( 'flow/gmflow_features.html#backbone.forward',
                                                                                                  'camflow/flow/gmflow_features.py'),
                                               'camflow.flow.gmflow_features.ResidualBlock': ( 'flow/gmflow_features.html#residualblock',

@@ -60,7 +60,8 @@ class GMFlow(nn.Module):
     "Flow from the first image to the second."
     def __init__(self, config: GMFlowConfig | None = None, **changes): # changes: fields of GMFlowConfig
         super().__init__()
-        self.config = c = replace(config or GMFlowConfig(), **changes)
+        per_scale = {"attn_splits": None, "corr_radius": None, "prop_radius": None} if "num_scales" in changes else {}
+        self.config = c = replace(config or GMFlowConfig(), **{**per_scale, **changes})
         self.backbone = Backbone(c.feature_channels, c.num_scales, c.backbone_channels)
         self.transformer = FeatureTransformer(c.feature_channels, c.num_transformer_layers, c.ffn_dim_expansion)
         self.feature_flow_attn = FlowPropagation(c.feature_channels)
@@ -118,14 +119,16 @@ def between(self: GMFlow, features0: list, features1: list,   # of `encode`
     elif steps == 0 and not self.training: predictions.append(upsample_flow(flow, factor))
     else:
         if bidirectional and c.num_scales == 1: own0, own1 = torch.cat([own0, own1]), torch.cat([own1, own0])
-        predictions += self.refined(own0, own1, feature, flow, steps)
+        prepared = self.refine.prepare(self.refine_proj(feature))
+        del feature                                                     # a large map that nothing needs any more
+        predictions += self.refined(LocalCorrelation(own0, own1, self.radius), prepared, flow, steps)
     return predictions if self.training else predictions[-1]
 
 
 @patch
-def refined(self: GMFlow, feature0, feature1, rewritten, flow, steps: int) -> list: # flows at full size: of every step in training mode, else of the last
+def refined(self: GMFlow, correlation: LocalCorrelation, prepared: tuple, flow: Tensor, steps: int) -> list: # flows at full size: of every step in training mode, else of the last
     "The refinement: correlations of the encoder's features, state and context from the rewritten ones."
-    correlation, prepared, out = LocalCorrelation(feature0, feature1, self.radius), self.refine.prepare(self.refine_proj(rewritten)), []
+    out = []
     for i in range(steps):
         flow = flow.detach()
         state, delta = self.refine(flow, correlation(flow), prepared)

@@ -53,11 +53,11 @@ class ResidualBlock(nn.Module):
         self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride)) if stride > 1 or channels != out else None
 
     def forward(self, x):
-        y = F.relu(instance_norm(self.conv1(x)))
-        y = F.relu(instance_norm(self.conv2(y)))
-        return F.relu(y + (x if self.downsample is None else instance_norm(self.downsample(x))))
+        y = instance_norm(self.conv1(x)).relu_()
+        y = instance_norm(self.conv2(y)).relu_()
+        return (y + (x if self.downsample is None else instance_norm(self.downsample(x)))).relu_()
 
-# %% ../../nbs/flow/00_gmflow_features.ipynb #aa0caad0
+# %% ../../nbs/flow/00_gmflow_features.ipynb #8eca7080
 class Backbone(nn.Module):
     "Normalised images [B,3,H,W] to feature maps, high resolution first: [B,C,H/4,W/4] and [B,C,H/8,W/8], or the latter alone with one scale."
     def __init__(self, feature_channels: int = 128,     # C
@@ -74,7 +74,13 @@ class Backbone(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x_BCHW: Tensor) -> list:
-        x = F.relu(instance_norm(self.conv1(x_BCHW.contiguous(memory_format=torch.channels_last))))
+        "Without gradients image by image: the same numbers, less memory."
+        if torch.is_grad_enabled() or len(x_BCHW) == 1: return self.encode(x_BCHW)
+        return [torch.cat(maps).contiguous(memory_format=torch.channels_last) for maps in zip(*(self.encode(x) for x in x_BCHW.split(1)))]
+
+    def encode(self, x_BCHW: Tensor) -> list:
+        "All images at once."
+        x = instance_norm(self.conv1(x_BCHW.contiguous(memory_format=torch.channels_last))).relu_()
         x = self.conv2(self.layer3(self.layer2(self.layer1(x))))
         if self.num_scales == 1: return [x]
         return [F.conv2d(x, self.trident_conv.weight, stride=stride, padding=1) for stride in (1, 2)]

@@ -191,7 +191,8 @@ class FlowPropagation(nn.Module):
         if r is None:
             value = flow_B2hw.flatten(2).mT.to(query.dtype)
             return ((query @ self.k_proj(query).mT / C ** 0.5).softmax(-1) @ value).mT.reshape(B, 2, h, w)
-        taps = lambda x: F.unfold(x, 2 * r + 1, padding=r).view(B, x.shape[1], -1, h * w)
-        key = self.k_proj(tokens).mT.reshape(B, C, h, w)
-        score = (query.mT.unsqueeze(2) * taps(key)).sum(1, keepdim=True) / C ** 0.5
-        return (score.softmax(2) * taps(flow_B2hw)).sum(2).reshape(B, 2, h, w)
+        key = F.pad(self.k_proj(tokens).unflatten(1, (h, w)), (0, 0, r, r, r, r))              # [B,h+2r,w+2r,C]
+        query, taps = query.unflatten(1, (h, w)), range(2 * r + 1)
+        score = torch.stack([(query * key[:, i:i + h, j:j + w]).sum(-1) for i in taps for j in taps], 1) / C ** 0.5
+        near = F.unfold(flow_B2hw, 2 * r + 1, padding=r).view(B, 2, -1, h, w)
+        return (score.softmax(1).unsqueeze(1) * near).sum(2)

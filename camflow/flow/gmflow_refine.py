@@ -20,9 +20,9 @@ class MotionEncoder(nn.Module):
         self.conv = nn.Conv2d(D // 2 + D * 3 // 2, D - 2, 3, padding=1)
 
     def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor) -> Tensor: # [B,D,h,w]
-        matched = F.relu(self.convc2(F.relu(self.convc1(corr_BRhw))))
-        moved = F.relu(self.convf2(F.relu(self.convf1(flow_B2hw))))
-        return torch.cat([F.relu(self.conv(torch.cat([matched, moved], 1))), flow_B2hw], 1)
+        matched = self.convc2(self.convc1(corr_BRhw).relu_()).relu_()
+        moved = self.convf2(self.convf1(flow_B2hw).relu_()).relu_()
+        return torch.cat([self.conv(torch.cat([matched, moved], 1)).relu_(), flow_B2hw], 1)
 
 # %% ../../nbs/flow/03_gmflow_refine.ipynb #4c1691d6
 class SeparableGRU(nn.Module):
@@ -42,15 +42,15 @@ class SeparableGRU(nn.Module):
         "Everything that the iterations share."
         D, (w1, b1, p1), (w2, b2, p2) = self.D, self.gates(1), self.gates(2)
         first, second = F.conv2d(context, w1[:, D:2 * D], b1, padding=p1), F.conv2d(context, w2[:, D:2 * D], b2, padding=p2)
-        zr = first[:, :2 * D] + F.conv2d(state, w1[:2 * D, :D], padding=p1)
+        zr = first[:, :2 * D].add_(F.conv2d(state, w1[:2 * D, :D], padding=p1))
         moving = lambda w: torch.cat([w[:, :D], w[:, 2 * D:]], 1)
         return state, (zr, first[:, 2 * D:], w1[:2 * D, 2 * D:], moving(w1[2 * D:]), p1), (second[:, :2 * D], second[:, 2 * D:], moving(w2[:2 * D]), moving(w2[2 * D:]), p2)
 
     def forward(self, motion: Tensor, prepared: tuple) -> Tensor: # the new state [B,D,h,w]
         h, *passes = prepared
         for i, (c_zr, c_q, w_zr, w_q, padding) in enumerate(passes):
-            z, r = (c_zr + F.conv2d(motion if i == 0 else torch.cat([h, motion], 1), w_zr, padding=padding)).sigmoid().chunk(2, 1)
-            q = (c_q + F.conv2d(torch.cat([r * h, motion], 1), w_q, padding=padding)).tanh()
+            z, r = F.conv2d(motion if i == 0 else torch.cat([h, motion], 1), w_zr, padding=padding).add_(c_zr).sigmoid_().chunk(2, 1)
+            q = F.conv2d(torch.cat([r * h, motion], 1), w_q, padding=padding).add_(c_q).tanh_()
             h = torch.lerp(h, q, z)
         return h
 
@@ -70,7 +70,7 @@ class FlowHead(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(D, 2 * D, 3, padding=1), nn.Conv2d(2 * D, 2, 3, padding=1)
 
-    def forward(self, x): return self.conv2(F.relu(self.conv1(x)))
+    def forward(self, x): return self.conv2(self.conv1(x).relu_())
 
 
 class Refinement(nn.Module):

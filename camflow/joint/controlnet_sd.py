@@ -16,14 +16,17 @@ from ..media.frames import Frames
 
 # B samples, C channels, H W pixels, h w latent pixels, L tokens, D width
 
-# %% ../../nbs/joint/32_controlnet_sd.ipynb #c270ce99
+# %% ../../nbs/joint/32_controlnet_sd.ipynb #5c327fa0
 def sd_controlnet(unet,                      # UNet2DConditionModel without LoRA layers
                   factor: int = 8,           # pixels per latent pixel, of the VAE
-                  channels: int = 3) -> ControlNetModel: # of the condition
+                  channels: int = 3,         # of the condition
+                  seed: int = 0) -> ControlNetModel: # of the condition's embedding, the only part that is new and not zero
     "A ControlNet with the encoder of a network, which changes nothing yet."
     if factor not in (1, 2, 4, 8): raise InputError(f"{factor} pixels per latent pixel; sd_controlnet; 1, 2, 4 or 8")
     if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; sd_controlnet; fuse and remove them first")
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[:factor.bit_length()], conditioning_channels=channels).to(unet.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[:factor.bit_length()], conditioning_channels=channels).to(unet.device)
 
 
 def controlled_prediction(unet, controlnet, noisy_BChw, t_B, text_BLD, condition_BCHW, scale: float = 1.0): # condition in 0..1; scale 0: the network alone

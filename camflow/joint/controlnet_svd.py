@@ -84,16 +84,20 @@ def _forward(self, sample, timestep, encoder_hidden_states, added_time_ids, cont
 
 ControlNetSpatioTemporal.forward = _forward
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #18d8b752
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #02781e88
 def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA layers
                factor: int = 8,                               # pixels per latent pixel: of the VAE
-               conditioning_channels: int = 3, conditioning_range: str = "signed", conditioning_kind: str = "") -> ControlNetSpatioTemporal:
+               conditioning_channels: int = 3, conditioning_range: str = "signed", conditioning_kind: str = "",
+               seed: int = 0) -> ControlNetSpatioTemporal:    # of the condition's embedding, the only part that is new and not zero
     "A ControlNet with the encoder of a network, which changes nothing yet."
     wide = (16, 32, 96, 256)
     if factor not in (1, 2, 4, 8): raise InputError(f"{factor} pixels per latent pixel; ControlNetSpatioTemporal.from_unet; 1, 2, 4 or 8")
     if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; ControlNetSpatioTemporal.from_unet; fuse and remove them first, or add them afterwards")
     config = {k: v for k, v in unet.config.items() if not k.startswith("_") and k in cls._get_init_keys(cls)}
-    self = cls(**config, conditioning_channels=conditioning_channels, conditioning_embedding_out_channels=wide[:factor.bit_length()], conditioning_range=conditioning_range, conditioning_kind=conditioning_kind)
+    config |= dict(conditioning_channels=conditioning_channels, conditioning_embedding_out_channels=wide[:factor.bit_length()], conditioning_range=conditioning_range, conditioning_kind=conditioning_kind)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        self = cls(**config)
     missing, _ = self.load_state_dict(unet.state_dict(), strict=False)
     if odd := [k for k in missing if not k.startswith("controlnet_")]: raise InputError(f"the network lacks {odd[:3]}; ControlNetSpatioTemporal.from_unet; give a UNetSpatioTemporalConditionModel")
     return self.to(unet.device)

@@ -6,7 +6,7 @@
 __all__ = ['LEFT_OUT', 'DEFAULTS', 'joint_config', 'checked', 'ControlPairs', 'build', 'sd_step', 'svd_step', 'control_samples',
            'control_agreement', 'sheet', 'main', 'trained_controlnet', 'export_controlnet']
 
-# %% ../../nbs/joint/34_controlnet_train.ipynb #cb35d730
+# %% ../../nbs/joint/34_controlnet_train.ipynb #b872aeda
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from .edm import draw_sigmas
 from .svd_train import buckets_of, sample_videos, svd_conditions, svd_loss
 from .timesteps import drop_prompts, null_prompts
 from ..media.frames import Frames
+from ..training.checkpoint import from_folder
 from ..training.loop import TrainConfig, at_least, configuration, fit, positions, run_main
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels
@@ -58,7 +59,7 @@ class ControlPairs(joint.Pairs):
             raise InputError(f"{item['id']} has no caption; controlnet_train; add it, leave the item out, or captions_missing=empty")
         return item
 
-# %% ../../nbs/joint/34_controlnet_train.ipynb #fda4d369
+# %% ../../nbs/joint/34_controlnet_train.ipynb #c8308f3c
 def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     "A ControlNet beside its frozen base."
     unet, _, frozen = joint.build(joint_config(config))
@@ -66,11 +67,8 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     factor, start = 2 ** (len(frozen.vae.config.block_out_channels) - 1), config["start"]
     if config["family"] == "sd":
         from diffusers import ControlNetModel
-        from camflow.training.checkpoint import from_folder
-        controlnet = from_folder(ControlNetModel, start) if start else sd_controlnet(unet, factor)
-    else:
-        from camflow.training.checkpoint import from_folder
-        controlnet = from_folder(ControlNetSpatioTemporal, start) if start else ControlNetSpatioTemporal.from_unet(unet, factor, conditioning_kind="flow")
+        controlnet = from_folder(ControlNetModel, start) if start else sd_controlnet(unet, factor, seed=config.get("seed", 0))
+    else: controlnet = from_folder(ControlNetSpatioTemporal, start) if start else ControlNetSpatioTemporal.from_unet(unet, factor, conditioning_kind="flow", seed=config.get("seed", 0))
     return controlnet.requires_grad_(True), unet, frozen
 
 

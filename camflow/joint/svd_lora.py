@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'PARTS', 'svd_unet', 'lora_layers', 'add_svd_lora', 'adapters', 'save_svd_lora', 'read_svd_lora',
            'load_svd_lora', 'scale_svd_lora', 'fuse_svd_lora', 'unfuse_svd_lora', 'remove_svd_lora']
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #b711a7bb
+# %% ../../nbs/joint/30_svd_lora.ipynb #f6d4a5ee
 import json
 import re
 from collections import Counter
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..device import generator
 from ..files import InputError, atomic_write
-from ..wan.finetune import seed_adapters
 from ..wan.lora import LoraReport, attach, linear_layers, load_lora, lora_pairs, match_lora
 
 # %% ../../nbs/joint/30_svd_lora.ipynb #1b9434d4
@@ -34,7 +34,7 @@ def lora_layers(attention: str = "both") -> str: # "spatial", "temporal" or "bot
     if attention not in PARTS: raise InputError(f"attention {attention!r}; SVD's layers; use one of {', '.join(PARTS)}")
     return rf".*\.{PARTS[attention]}\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)"
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #a445e1f3
+# %% ../../nbs/joint/30_svd_lora.ipynb #1dbb512c
 def add_svd_lora(model,                         # UNetSpatioTemporalConditionModel or a pipeline with one
                  rank: int = 16,
                  alpha: float | None = None,    # None: the rank, scale 1
@@ -49,9 +49,20 @@ def add_svd_lora(model,                         # UNetSpatioTemporalConditionMod
     if not names: raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
     if adapter in adapters(unet): raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name or remove_svd_lora first")
     attach(unet, dict.fromkeys(names, rank), dict.fromkeys(names, rank if alpha is None else alpha), adapter)
-    seed_adapters(unet, rank, seed)
-    for name, p in unet.named_parameters(): p.requires_grad_(f".{adapter}." in name and "lora_" in name)
+    _all_active(unet)
+    for name, p in unet.named_parameters():
+        own = f".{adapter}." in name and "lora_" in name
+        p.requires_grad_(own)
+        if own and "lora_A" in name: p.data = torch.randn(p.shape, generator=generator(seed, "lora", name)).to(p) / rank  # by name: PEFT draws from the global state
     return names
+
+
+def _all_active(unet):
+    "PEFT lets only the newest LoRA of a layer act; here all act, and what trains stays as it is."
+    learns = {name: p.requires_grad for name, p in unet.named_parameters()}
+    for module in unet.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "set_adapter"): module.set_adapter(list(module.lora_A))
+    for name, p in unet.named_parameters(): p.requires_grad_(learns[name])
 
 
 def adapters(model) -> set: # of names
@@ -95,7 +106,7 @@ def read_svd_lora(path) -> dict: # file or folder -> {"<layer>.lora_A.weight": t
             state.setdefault(f"{layer}.alpha", torch.tensor(float(patterns.get(layer, told["lora_alpha"])), dtype=torch.float64))
     return state
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #4cdf95d2
+# %% ../../nbs/joint/30_svd_lora.ipynb #cba4e48d
 @torch.no_grad()
 def load_svd_lora(model,                      # network or pipeline
                   path,                       # file or folder
@@ -108,7 +119,10 @@ def load_svd_lora(model,                      # network or pipeline
     unet, state = svd_unet(model), read_svd_lora(path)
     found, report = match_lora(unet, state)
     if rank is not None and set(report.ranks) != {rank}: raise InputError(f"{path}: ranks {sorted(report.ranks)}, asked for {rank}; load_svd_lora; use a LoRA of this rank")
-    if adapter not in adapters(unet): return load_lora(unet, state, multiplier, adapter=adapter, trainable=trainable, loud=False)
+    if adapter not in adapters(unet):
+        report = load_lora(unet, state, multiplier, adapter=adapter, trainable=trainable, loud=False)
+        _all_active(unet)
+        return report
     own = lora_pairs(unet, adapter)
     if other := {p.rank for p in own.values()} ^ set(report.ranks):
         raise InputError(f"{path}: ranks {sorted(report.ranks)}, the model's {adapter!r} has {sorted({p.rank for p in own.values()})}; load_svd_lora; remove_svd_lora first, or load under another name ({sorted(other)} differ)")
@@ -122,7 +136,7 @@ def load_svd_lora(model,                      # network or pipeline
         module.scaling[adapter] = multiplier * pair.scale
     return report
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #1aa4782f
+# %% ../../nbs/joint/30_svd_lora.ipynb #9de2e717
 def _lora_modules(model, adapter: str):
     found = [(n, m) for n, m in svd_unet(model).named_modules() if hasattr(m, "lora_A") and adapter in m.lora_A]
     if not found: raise InputError(f"this model carries no LoRA named {adapter!r}; it has {sorted(adapters(model)) or 'none'}; load_svd_lora or add_svd_lora first")
@@ -154,6 +168,7 @@ def remove_svd_lora(model, adapter: str = "default"):
         if module.merged: module.unmerge()
         module.delete_adapter(adapter)
         if not module.lora_A: unet.set_submodule(name, module.base_layer)
+    _all_active(unet)
     configs = getattr(unet, "peft_config", {})
     configs.pop(adapter, None)
     if not configs and hasattr(unet, "peft_config"): del unet.peft_config

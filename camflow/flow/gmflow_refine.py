@@ -20,6 +20,7 @@ class MotionEncoder(nn.Module):
         self.conv = nn.Conv2d(D // 2 + D * 3 // 2, D - 2, 3, padding=1)
 
     def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor) -> Tensor: # [B,D,h,w]
+        flow_B2hw = flow_B2hw.contiguous(memory_format=torch.channels_last) # or everything behind it is turned around in every convolution
         matched = self.convc2(self.convc1(corr_BRhw).relu_()).relu_()
         moved = self.convf2(self.convf1(flow_B2hw).relu_()).relu_()
         return torch.cat([self.conv(torch.cat([matched, moved], 1)).relu_(), flow_B2hw], 1)

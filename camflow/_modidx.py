@@ -1805,6 +1805,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'camflow/joint/controlnet_svd.py'),
                                               'camflow.joint.controlnet_svd.SVDControlNetPipeline.__init__': ( 'joint/controlnet_svd.html#svdcontrolnetpipeline.__init__',
                                                                                                                'camflow/joint/controlnet_svd.py'),
+                                              'camflow.joint.controlnet_svd.SVDControlNetPipeline.from_pretrained': ( 'joint/controlnet_svd.html#svdcontrolnetpipeline.from_pretrained',
+                                                                                                                      'camflow/joint/controlnet_svd.py'),
                                               'camflow.joint.controlnet_svd._features': ( 'joint/controlnet_svd.html#_features',
                                                                                           'camflow/joint/controlnet_svd.py'),
                                               'camflow.joint.controlnet_svd._forward': ( 'joint/controlnet_svd.html#_forward',

@@ -185,7 +185,7 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(InputError, match="give one"): picture(Frames(signed()[0], "signed"))
     still = control_pipeline(sd, sd_controlnet(sd["unet"], 1))
     with pytest.raises(InputError, match="stretch"): control_images(still, ["a"], Frames(signed()[0, :1], "signed"), size=(32, 32))
-    with pytest.raises(InputError, match="4 channels|channels"): control_images(still, ["a"], Frames(signed()[0, :1, :1], "signed"), size=(8, 8))
+    with pytest.raises(InputError, match="condition of 3 channels"): condition_tensor(Frames(signed()[0], "signed"), "unit", channels=1)
 
 
 def test_control_off_is_the_stock_pipeline():

@@ -45,7 +45,7 @@ def control_loss(unet, controlnet, latents_BChw, text_BLD, condition_BCHW, t_B, 
     out = controlled_prediction(unet, controlnet, add_noise(latents_BChw, noise_BChw, t_B, alphas), t_B, text_BLD, condition_BCHW)
     return joint_loss(out, target(latents_BChw, noise_BChw, t_B, alphas, kind), min_snr_weights(snr(alphas, t_B), gamma or None, kind))
 
-# %% ../../nbs/joint/32_controlnet_sd.ipynb #1f6ecb53
+# %% ../../nbs/joint/32_controlnet_sd.ipynb #430dcfd9
 def control_pipeline(parts: dict, controlnet) -> StableDiffusionControlNetPipeline: # of load_sd or tiny_sd
     "The stock pipeline."
     given = {k: parts[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
@@ -63,6 +63,7 @@ def control_images(pipe: StableDiffusionControlNetPipeline,
     "One image per condition."
     given = condition_tensor(condition, "unit", pipe.controlnet.config.conditioning_channels)
     if len(prompts) != len(given): raise InputError(f"{len(prompts)} prompts for {len(given)} conditions; control_images; give one each")
-    if size and tuple(size) != tuple(given.shape[-2:]): raise InputError(f"conditions of {given.shape[-2]} x {given.shape[-1]} for images of {size[0]} x {size[1]}; control_images; resize them, the pipeline would stretch them")
+    if size and tuple(size) != tuple(given.shape[-2:]):
+        raise InputError(f"conditions of {given.shape[-2]} x {given.shape[-1]} for images of {size[0]} x {size[1]}; control_images; resize them, the pipeline would stretch them")
     out = pipe(list(prompts), image=given, height=given.shape[-2], width=given.shape[-1], controlnet_conditioning_scale=float(scale), output_type="pt", **options).images
     return Frames(out.float().clamp(0, 1).cpu(), "unit").signed()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['condition_tensor', 'ControlNetSpatioTemporal', 'controlled', 'steered', 'SVDControlNetPipeline', 'picture']
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #be32f823
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #2e6c0a6b
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
@@ -19,32 +20,33 @@ from ..media.frames import RANGES, Frames
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels, D width of an image embedding
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #38b79aef
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #4db5cb05
 def condition_tensor(condition: Frames,      # [F,C,H,W] pictures of depth or flow
                      range: str = "signed",  # what the network was trained on: "signed" or "unit"
                      channels: int = 3       # it was trained on
                     ) -> torch.Tensor:       # [F,C,H,W]
     "A condition in the range that a ControlNet expects."
-    if not isinstance(condition, Frames): raise InputError(f"the condition is a {type(condition).__name__}; condition_tensor; give Frames (depth and flow: encode them with camflow.joint.codecs), whose range is known")
+    if not isinstance(condition, Frames):
+        raise InputError(f"the condition is a {type(condition).__name__}; condition_tensor; give Frames, whose range is known (depth and flow: encode them with joint.codecs)")
     if range not in ("signed", "unit"): raise InputError(f"range {range!r}; condition_tensor; use signed or unit")
     data = (condition.signed() if range == "signed" else condition.unit()).data
     if data.shape[1] == 1 and channels == 3: data = data.expand(-1, 3, -1, -1)
     if data.shape[1] != channels: raise InputError(f"a condition of {data.shape[1]} channels for a ControlNet of {channels}; condition_tensor; give {channels} channels")
     return data
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #4de2c153
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #d19cc415
 class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
     "Encoder of SVD's network with a condition and zero convolutions."
     @register_to_config
     def __init__(self, sample_size=None, in_channels=8, out_channels=4,
-                 down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",), up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,
-                 block_out_channels=(320, 640, 1280, 1280), addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, layers_per_block=2, cross_attention_dim=1024,
+                 down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
+                 up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3, block_out_channels=(320, 640, 1280, 1280), addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, layers_per_block=2, cross_attention_dim=1024,
                  transformer_layers_per_block=1, num_attention_heads=(5, 10, 20, 20), num_frames=25,      # as SVD's network
                  conditioning_channels: int = 3, conditioning_embedding_out_channels=(16, 32, 96, 256),
                  conditioning_range: str = "signed",  # of the condition: "signed" or "unit"
                  conditioning_kind: str = ""):        # what it is trained on, e.g. "depth"
-        super().__init__(sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels, addition_time_embed_dim, projection_class_embeddings_input_dim, layers_per_block,
-                         cross_attention_dim, transformer_layers_per_block, num_attention_heads, num_frames)
+        super().__init__(sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels, addition_time_embed_dim,
+                         projection_class_embeddings_input_dim, layers_per_block, cross_attention_dim, transformer_layers_per_block, num_attention_heads, num_frames)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
         zero = lambda channels: zero_module(nn.Conv2d(channels, channels, 1))
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(block_out_channels[0], conditioning_channels, conditioning_embedding_out_channels)
@@ -56,7 +58,7 @@ class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
     @property
     def factor(self) -> int: return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)  # condition pixels per latent pixel
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #1c3833bf
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #fe4e5dde
 def _features(self, sample_BFCHW, timestep, encoder_hidden_states_BLD, added_time_ids_B3, condition_BFCHW):
     "Skip connections and middle of the copied encoder, before the zero convolutions, rows B*F."
     B, F = sample_BFCHW.shape[:2]
@@ -77,14 +79,15 @@ def _forward(self, sample, timestep, encoder_hidden_states, added_time_ids, cont
     "([residual of every skip connection], residual of the middle), rows B*F."
     B, F, _, h, w = sample.shape
     want = (B, F, self.config.conditioning_channels, h * self.factor, w * self.factor)
-    if tuple(controlnet_cond.shape) != want: raise InputError(f"condition {tuple(controlnet_cond.shape)} for latents {tuple(sample.shape)}; ControlNetSpatioTemporal; it has to be {want}: one picture per frame, {self.factor} pixels per latent pixel")
+    if tuple(controlnet_cond.shape) != want:
+        raise InputError(f"condition {tuple(controlnet_cond.shape)} for latents {tuple(sample.shape)}; ControlNetSpatioTemporal; it has to be {want}: one picture per frame")
     skips, middle = _features(self, sample, timestep, encoder_hidden_states, added_time_ids, controlnet_cond)
     return [zero(x) * conditioning_scale for zero, x in zip(self.controlnet_down_blocks, skips, strict=True)], self.controlnet_mid_block(middle) * conditioning_scale
 
 
 ControlNetSpatioTemporal.forward = _forward
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #02781e88
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #10810f54
 def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA layers
                factor: int = 8,                               # pixels per latent pixel: of the VAE
                conditioning_channels: int = 3, conditioning_range: str = "signed", conditioning_kind: str = "",
@@ -92,9 +95,10 @@ def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA lay
     "A ControlNet with the encoder of a network, which changes nothing yet."
     wide = (16, 32, 96, 256)
     if factor not in (1, 2, 4, 8): raise InputError(f"{factor} pixels per latent pixel; ControlNetSpatioTemporal.from_unet; 1, 2, 4 or 8")
-    if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; ControlNetSpatioTemporal.from_unet; fuse and remove them first, or add them afterwards")
+    if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; ControlNetSpatioTemporal.from_unet; add them afterwards")
     config = {k: v for k, v in unet.config.items() if not k.startswith("_") and k in cls._get_init_keys(cls)}
-    config |= dict(conditioning_channels=conditioning_channels, conditioning_embedding_out_channels=wide[:factor.bit_length()], conditioning_range=conditioning_range, conditioning_kind=conditioning_kind)
+    config |= dict(conditioning_channels=conditioning_channels, conditioning_embedding_out_channels=wide[:factor.bit_length()],
+                   conditioning_range=conditioning_range, conditioning_kind=conditioning_kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         self = cls(**config)
@@ -105,7 +109,7 @@ def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA lay
 
 ControlNetSpatioTemporal.from_unet = classmethod(_from_unet)
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #0c40a91d
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #fbbaebe1
 @contextmanager
 def controlled(unet: UNetSpatioTemporalConditionModel,
                down: list, mid: torch.Tensor):   # of the ControlNet, rows B*F
@@ -115,7 +119,9 @@ def controlled(unet: UNetSpatioTemporalConditionModel,
         count = len(block.resnets)
         places.append(rest[-count:])
         rest = rest[:-count]
-    if rest or len(places[-1]) != len(unet.up_blocks[-1].resnets): raise InputError(f"{len(down)} residuals for {sum(len(b.resnets) for b in unet.up_blocks)} skip connections; controlled; this ControlNet belongs to another network")
+    if rest or len(places[-1]) != len(unet.up_blocks[-1].resnets):
+        skips = sum(len(block.resnets) for block in unet.up_blocks)
+        raise InputError(f"{len(down)} residuals for {skips} skip connections; controlled; this ControlNet belongs to another network")
     def add(module, args, kwargs, own):
         kwargs["res_hidden_states_tuple"] = tuple(a + b for a, b in zip(kwargs["res_hidden_states_tuple"], own, strict=True))
         if module is unet.up_blocks[0]: kwargs["hidden_states"] = kwargs["hidden_states"] + mid
@@ -141,7 +147,7 @@ def steered(unet, controlnet: ControlNetSpatioTemporal,
     try: yield unet
     finally: del unet.forward
 
-# %% ../../nbs/joint/33_controlnet_svd.ipynb #3da18fd9
+# %% ../../nbs/joint/33_controlnet_svd.ipynb #8af90d27
 class SVDControlNetPipeline(StableVideoDiffusionPipeline):
     "Image and condition to video."
     model_cpu_offload_seq = "image_encoder->controlnet->unet->vae"
@@ -149,6 +155,12 @@ class SVDControlNetPipeline(StableVideoDiffusionPipeline):
     def __init__(self, vae, image_encoder, unet, controlnet: ControlNetSpatioTemporal, scheduler, feature_extractor):
         super().__init__(vae, image_encoder, unet, scheduler, feature_extractor)
         self.register_modules(controlnet=controlnet)
+
+    @classmethod
+    def from_pretrained(cls, folder, controlnet: ControlNetSpatioTemporal | None = None, **options): # None: the one in the folder
+        "The pipeline of a folder, or a base with a ControlNet; the library would look for the class among its own."
+        base = StableVideoDiffusionPipeline.from_pretrained(folder, **options)
+        return cls(**base.components, controlnet=controlnet or ControlNetSpatioTemporal.from_pretrained(Path(folder)/"controlnet").eval())
 
     @torch.no_grad()
     def __call__(self, image,                                  # Frames (one frame), or what the stock pipeline takes
@@ -162,7 +174,8 @@ class SVDControlNetPipeline(StableVideoDiffusionPipeline):
         given = condition_tensor(condition, config.conditioning_range, config.conditioning_channels)
         height, width, num_frames = height or given.shape[-2], width or given.shape[-1], num_frames or len(given)
         if (len(given), *given.shape[-2:]) != (num_frames, height, width):
-            raise InputError(f"a condition of {len(given)} frames of {given.shape[-2]} x {given.shape[-1]} for a video of {num_frames} frames of {height} x {width}; SVDControlNetPipeline; resize or cut the condition")
+            raise InputError(f"a condition of {len(given)} frames of {given.shape[-2]} x {given.shape[-1]} for a video of {num_frames} frames of {height} x {width}; "
+                             "SVDControlNetPipeline; resize or cut the condition")
         if isinstance(image, Frames): image = picture(image)
         with steered(self.unet, self.controlnet, given[None].to(self.unet.device), controlnet_conditioning_scale):
             return super().__call__(image, height=height, width=width, num_frames=num_frames, **options)

@@ -34,7 +34,7 @@ def lora_layers(attention: str = "both") -> str: # "spatial", "temporal" or "bot
     if attention not in PARTS: raise InputError(f"attention {attention!r}; SVD's layers; use one of {', '.join(PARTS)}")
     return rf".*\.{PARTS[attention]}\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)"
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #1dbb512c
+# %% ../../nbs/joint/30_svd_lora.ipynb #4a33b330
 def add_svd_lora(model,                         # UNetSpatioTemporalConditionModel or a pipeline with one
                  rank: int = 16,
                  alpha: float | None = None,    # None: the rank, scale 1
@@ -46,8 +46,9 @@ def add_svd_lora(model,                         # UNetSpatioTemporalConditionMod
     unet = svd_unet(model)
     if rank < 1: raise InputError(f"rank {rank}; add_svd_lora; give at least 1")
     names = [n for n in linear_layers(unet) if re.fullmatch(layers or lora_layers(attention), n)]
-    if not names: raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
-    if adapter in adapters(unet): raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name or remove_svd_lora first")
+    if not names:
+        raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
+    if adapter in adapters(unet): raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name, or remove_svd_lora first")
     attach(unet, dict.fromkeys(names, rank), dict.fromkeys(names, rank if alpha is None else alpha), adapter)
     _all_active(unet)
     for name, p in unet.named_parameters():
@@ -69,7 +70,7 @@ def adapters(model) -> set: # of names
     "Names of the LoRAs that a network carries."
     return {name for module in svd_unet(model).modules() if hasattr(module, "lora_A") for name in module.lora_A}
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #2e1a9749
+# %% ../../nbs/joint/30_svd_lora.ipynb #403d7f07
 def save_svd_lora(model,                     # network or pipeline that carries one
                   folder,                    # gets pytorch_lora_weights.safetensors
                   adapter: str = "default",
@@ -77,7 +78,8 @@ def save_svd_lora(model,                     # network or pipeline that carries 
     "Writes a LoRA with rank and alpha of every layer."
     from safetensors.torch import save
     pairs = lora_pairs(svd_unet(model), adapter)
-    state = {f"unet.{name}.lora_{side}.weight": tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, p in pairs.items() for side, tensor in (("A", p.down), ("B", p.up))}
+    state = {f"unet.{name}.lora_{side}.weight": tensor.to("cpu", dtype or tensor.dtype).contiguous()
+             for name, p in pairs.items() for side, tensor in (("A", p.down), ("B", p.up))}
     ranks, alphas = {n: p.rank for n, p in pairs.items()}, {n: float(p.alpha) for n, p in pairs.items()}
     rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     told = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(pairs), "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
@@ -106,7 +108,7 @@ def read_svd_lora(path) -> dict: # file or folder -> {"<layer>.lora_A.weight": t
             state.setdefault(f"{layer}.alpha", torch.tensor(float(patterns.get(layer, told["lora_alpha"])), dtype=torch.float64))
     return state
 
-# %% ../../nbs/joint/30_svd_lora.ipynb #cba4e48d
+# %% ../../nbs/joint/30_svd_lora.ipynb #d95381fe
 @torch.no_grad()
 def load_svd_lora(model,                      # network or pipeline
                   path,                       # file or folder
@@ -124,9 +126,11 @@ def load_svd_lora(model,                      # network or pipeline
         _all_active(unet)
         return report
     own = lora_pairs(unet, adapter)
-    if other := {p.rank for p in own.values()} ^ set(report.ranks):
-        raise InputError(f"{path}: ranks {sorted(report.ranks)}, the model's {adapter!r} has {sorted({p.rank for p in own.values()})}; load_svd_lora; remove_svd_lora first, or load under another name ({sorted(other)} differ)")
-    if set(own) != set(found): raise InputError(f"{path}: {len(found)} layers, the model's {adapter!r} has {len(own)}, {len(set(own) ^ set(found))} of them differ; load_svd_lora; remove_svd_lora first")
+    if {p.rank for p in own.values()} != set(report.ranks):
+        raise InputError(f"{path}: ranks {sorted(report.ranks)}, the model's {adapter!r} has {sorted({p.rank for p in own.values()})}; load_svd_lora; "
+                         "remove_svd_lora first, or load under another name")
+    if set(own) != set(found):
+        raise InputError(f"{path}: {len(found)} layers, the model's {adapter!r} has {len(own)}, {len(set(own) ^ set(found))} of them differ; load_svd_lora; remove_svd_lora first")
     for name, pair in found.items():
         module = unet.get_submodule(name)
         for side, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):

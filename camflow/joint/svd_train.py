@@ -25,8 +25,9 @@ from ..training.loop import TrainConfig, at_least, configuration, fit, positions
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels
 
-# %% ../../nbs/joint/31_svd_train.ipynb #aa1c81a2
-LEFT_OUT = "family mode start post y_lora lora_side skip timesteps condition_probability gamma prompt_dropout joint_dropout prediction trigger aspect motion_bucket depth depth_low depth_high".split()
+# %% ../../nbs/joint/31_svd_train.ipynb #405d519a
+LEFT_OUT = """family mode start post y_lora lora_side skip timesteps condition_probability gamma prompt_dropout joint_dropout prediction trigger aspect motion_bucket
+depth depth_low depth_high""".split()
 DEFAULTS = {k: v for k, v in joint.DEFAULTS.items() if k not in LEFT_OUT} | dict(
     target="video",          # or "flow"
     trained="lora",          # "lora", "temporal" (temporal transformer blocks) or "full"
@@ -48,8 +49,10 @@ def checked(config: dict) -> dict: # full configuration
     for name, allowed in choices.items():
         if config[name] not in allowed: raise InputError(f"{name}={config[name]!r}; svd_finetune; one of {', '.join(allowed)}")
     bucket, strength = config["motion_bucket"], config["noise_aug"]
-    if not (bucket in ("quantile", "log") or isinstance(bucket, (int, float)) and 0 <= bucket <= 255): raise InputError(f"motion_bucket={bucket!r}; svd_finetune; 0..255, quantile or log")
-    if not (strength == "lognormal" or isinstance(strength, (int, float)) and strength >= 0): raise InputError(f"noise_aug={strength!r}; svd_finetune; a number from 0, or lognormal")
+    if not (bucket in ("quantile", "log") or isinstance(bucket, (int, float)) and 0 <= bucket <= 255):
+        raise InputError(f"motion_bucket={bucket!r}; svd_finetune; 0..255, quantile or log")
+    if not (strength == "lognormal" or isinstance(strength, (int, float)) and strength >= 0):
+        raise InputError(f"noise_aug={strength!r}; svd_finetune; a number from 0, or lognormal")
     if not 0 <= config["dropout"] <= 1 / 3: raise InputError(f"dropout={config['dropout']}; svd_finetune; three patterns of this probability need at most 1/3")
     joint.checked(joint_config(config))
     at_least(config, frames=2, motion_clips=2)
@@ -147,7 +150,7 @@ def sample_videos(model, frozen, video_BF3HW, buckets_B, config: dict, seed: int
     noise = torch.randn(len(image), video_BF3HW.shape[1], *image.shape[1:], generator=generator(seed, "sample")).to(image)
     return frozen.pixels(svd_sample(model, noise, image, embeds, ids, steps=config["sample_steps"], guidance=config["guidance"]))
 
-# %% ../../nbs/joint/31_svd_train.ipynb #a245c15a
+# %% ../../nbs/joint/31_svd_train.ipynb #4200250f
 def make_step(frozen, mapping, codecs: dict, config: dict):
     "(model, batch, generator) -> (loss, numbers)."
     def step(model, batch, g):
@@ -175,7 +178,7 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
         pixels = held.batch(list(range(config["held_out"])))[0]
         truth, video, flow = target_rows(config, pixels)
         made = sample_videos(model, frozen, video, buckets_of(mapping, codecs["flow"], flow, config["fps"]), config).cpu()
-        rows = [torch.cat(list(x[:4].flatten(0, 1).unflatten(0, (-1, x.shape[1])).permute(0, 2, 3, 1, 4).flatten(3)), -2) for x in (truth.cpu(), made)] # clips below each other, frames beside
+        rows = [torch.cat(list(x[:4].permute(0, 2, 3, 1, 4).flatten(3)), -2) for x in (truth.cpu(), made)] # clips below each other, frames beside
         Frames(torch.cat(rows, -2)[None].clamp(-1, 1), "signed").save_grid(run_dir/"validation"/f"{done:06d}.png")
         return {"held_loss": held_loss(model, frozen, pixels, mapping, codecs, config), "sample_error": float((made - truth).abs().mean())}
 

@@ -106,14 +106,14 @@ def position(folder, x, options, wanted):
 
 
 def transformer(folder, x, options, wanted):
-    from camflow.flow.gmflow_transformer import window_mask, window_order
+    from camflow.flow.gmflow_transformer import apart, window_order, window_regions
     net, splits, taken = network(folder, options), options["splits"], {}
     h, w = x["feature0"].shape[-2:]
     tap = net.transformer.layers[0].self_attn.register_forward_hook(lambda module, args, out: taken.setdefault("first", out))
     f0, f1 = net.transformer(x["feature0"], x["feature1"], splits)
     tap.remove()
     first = taken["first"].flatten(1, -2)[:1]
-    return {"feature0": f0, "feature1": f1, "shift_mask": window_mask(h, w, splits), "layer0_self": first[:, window_order(h, w, splits, False).argsort()]}
+    return {"feature0": f0, "feature1": f1, "shift_mask": apart(window_regions(h, w, splits)), "layer0_self": first[:, window_order(h, w, splits, False).argsort()]}
 
 
 def matching(folder, x, options, wanted):

@@ -38,9 +38,9 @@ def moving(size, step, frames=3, seed=0): # a texture that moves by `step` = (x,
 
 # files
 
-@pytest.mark.parametrize("kind, most", [("flo", 0), ("png", 0.5 / 64)])
+@pytest.mark.parametrize("kind, most", [("flo", 0), ("png", 0.5 / 64 + 1e-5)])   # half a step of the file, and float32 of vectors near 100 px
 def test_files_keep_vectors_and_holes(tmp_path, kind, most):
-    flow = Flow(torch.randn(3, 2, 6, 9) * 30, "backward")
+    flow = Flow(torch.randn(3, 2, 6, 9, generator=torch.Generator().manual_seed(0)) * 30, "backward")
     flow.data[0, :, 1, 2], flow.data[1, 0, 3, 4] = NOTHING, NOTHING     # one component unknown is unknown
     flow.data[2] = NOTHING                                              # a frame of which nothing is known
     write_flows(tmp_path, flow, kind)

@@ -1,5 +1,7 @@
 """Frames and video files: both readers give the same frames, damage is reported, colours and sizes survive."""
 import io
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -81,6 +83,22 @@ def test_every_single_frame_by_number(tmp_path):
         path = encode(tmp_path / name, **CLASSES[name])
         truth = sequential(path)
         for i in range(len(truth)): assert torch.equal(read_video(path, [i], backend="pyav").data[0], truth[i]), (name, i)
+
+
+@needs_decord
+@pytest.mark.parametrize("backend", ["auto", "decord"])
+def test_png_can_be_read_after_a_video(backend, tmp_path):
+    "decord's own zlib, loaded before OpenCV, spoils OpenCV's reading of PNG for the rest of the process."
+    code = f"""
+from camflow.media.video import read_video, write_video
+from camflow.media.frames import Frames
+import torch
+read_video(write_video(Frames(torch.zeros(3, 3, 96, 96, dtype=torch.uint8), 'byte'), r'{tmp_path}/a.mp4'), backend='{backend}')
+import cv2, numpy as np
+coded = cv2.imencode('.png', np.full((8, 8, 3), 513, np.uint16))[1]
+assert (cv2.imdecode(coded, cv2.IMREAD_UNCHANGED) == 513).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_decord

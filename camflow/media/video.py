@@ -237,6 +237,7 @@ def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,
 
 def _read_decord(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,W] bytes
     "The same frames by decord, sorted so that it seeks little."
+    import cv2 # before decord: with decord's own zlib loaded first, OpenCV can read no PNG any more ("bad parameters to zlib")
     import decord
     decord.logging.set_level(decord.logging.FATAL)
     if not index.info.decord_agrees: raise VideoError(f"{index.info.path}: decord does not give reliable frames for this class of file ({_why(index.info)}); use backend='auto' or 'pyav'")
@@ -272,7 +273,7 @@ def _damaged(index: _Index, reason: str) -> VideoError:
 @lru_cache(maxsize=1)
 def has_decord() -> bool:
     "Whether decord is installed (it has no wheel for aarch64)."
-    try: import decord
+    try: import cv2, decord # in this order, see `_read_decord`
     except (ImportError, OSError): return False
     return True
 

@@ -93,7 +93,7 @@ def test_png_can_be_read_after_a_video(backend, tmp_path):
 from camflow.media.video import read_video, write_video
 from camflow.media.frames import Frames
 import torch
-read_video(write_video(Frames(torch.zeros(3, 3, 96, 96, dtype=torch.uint8), 'byte'), r'{tmp_path}/a.mp4'), backend='{backend}')
+read_video(write_video(r'{tmp_path}/a.mp4', Frames(torch.zeros(3, 3, 96, 96, dtype=torch.uint8), 'byte'), fps=8), backend='{backend}')
 import cv2, numpy as np
 coded = cv2.imencode('.png', np.full((8, 8, 3), 513, np.uint16))[1]
 assert (cv2.imdecode(coded, cv2.IMREAD_UNCHANGED) == 513).all()

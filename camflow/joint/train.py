@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'NAMES', 'TRIGGERS', 'checked', 'parts_of', 'codecs_of', 'open_items', 'spared', 'Pairs', 'Encoders',
-           'SDStep', 'report', 'row_ids', 'video_conditions', 'SVDStep', 'sample_pairs', 'picture', 'build', 'main',
-           'trained_joint', 'export_joint', 'save_joint', 'load_joint']
+           'SDStep', 'report', 'row_ids', 'video_conditions', 'SVDStep', 'sample_pairs', 'coupling_numbers', 'picture',
+           'build', 'main', 'trained_joint', 'export_joint', 'save_joint', 'load_joint']
 
 # %% ../../nbs/joint/24_train.ipynb #7d0a61ef
 from contextlib import nullcontext
@@ -18,6 +18,7 @@ from ..files import InputError, read_json, write_json
 from .adapter import JointAdapter
 from .adapter_files import load_adapter, save_adapter
 from .codecs import DepthCodec, FlowCodec, RGBCodec
+from .coupling import pair_scores
 from .data import Source, apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
@@ -270,10 +271,18 @@ def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, c
     return frozen.pixels(torch.cat([out[name] for name in names]))
 
 
-def picture(pixels_RF3HW, per_row: int = 8) -> Frames: # first frames, first modality above the second
-    "A contact sheet of pairs."
-    first, second = pixels_RF3HW[:, 0].chunk(2)
-    return Frames(torch.cat([torch.cat(list(part[:per_row]), -1) for part in (first, second)], -2)[None].cpu(), "signed")
+def coupling_numbers(made_RF3HW, names, given, codecs: dict, drawn: bool) -> dict: # of `sample_pairs` -> {"flow_given_video_warp_error_paired": ...}; empty for one pair
+    "How well the halves fit, against strangers."
+    if len(made_RF3HW) < 4: return {}
+    label = f"{next(n for n in names if n not in given)}_given_{given[0]}" if given else "joint"
+    return {f"{label}_{score}_{key}": found[key] for score, found in pair_scores(made_RF3HW, codecs, drawn).items() for key in ("paired", "shuffled", "gap")}
+
+
+def picture(pixels_RF3HW, per_row: int = 8, frames: int = 4) -> Frames: # of a clip so many frames, evenly, below each other
+    "A contact sheet of pairs, first modality above the second."
+    shown = torch.linspace(0, pixels_RF3HW.shape[1] - 1, min(frames, pixels_RF3HW.shape[1])).round().long()
+    halves = [torch.cat([part[:, frame] for frame in shown], -2) for part in pixels_RF3HW.chunk(2)]
+    return Frames(torch.cat([torch.cat(list(half[:per_row]), -1) for half in halves], -2)[None].cpu(), "signed")
 
 # %% ../../nbs/joint/24_train.ipynb #d6f14d95
 def build(config: dict): # full configuration -> (model, adapter or None, Encoders)
@@ -314,6 +323,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
             made = sample_pairs(model, adapter, frozen, config, pixels, captions, given)
             sheets.append(made)
             if given: numbers[f"error_given_{given[0]}"] = float((made - pixels.to(made)).abs().mean()) # mean |difference| of the generated half from the truth, over both
+            numbers |= coupling_numbers(made.cpu(), names, given, codecs, config["data"] == "shapes")
         Frames(torch.cat([picture(sheet.cpu()).data for sheet in sheets], -2), "signed").save_grid(run_dir/"validation"/f"{done:06d}.png")
         write_json(run_dir/"loss_grid.json", {"step": done, "since_start_of_process": True, **{k: v.tolist() for k, v in grid.state_dict().items()}})
         return numbers
@@ -349,7 +359,7 @@ def save_joint(parts: dict, adapter, out, config: dict): # adapter None: only a 
     save_parts(parts, out)
     write_json(out/"joint.json", {"family": config["family"], "names": NAMES[config["family"]], "codecs": {n: c.to_dict() for n, c in codecs_of(config).items()}, "size": config["size"],
                                   "frames": config["frames"], "fps": config["fps"], "motion_bucket": config["motion_bucket"], "noise_aug": config["noise_aug"], "condition": config["condition"],
-                                  "flow_bucket": config["flow_bucket"]})
+                                  "flow_bucket": config["flow_bucket"], "fast": config["fast"]})
 
 
 def load_joint(folder): # of `save_joint` -> (parts, adapter or None, its joint.json)

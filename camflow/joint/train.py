@@ -113,12 +113,15 @@ def spared(config: dict) -> int: # full configuration
 # %% ../../nbs/joint/24_train.ipynb #ce236f43
 class Pairs:
     "Pixel rows of items."
-    def __init__(self, source, config: dict, codecs: dict): self.source, self.config, self.codecs, self.memory = source, config, codecs, {}
+    def __init__(self, source, config: dict, codecs: dict,
+                 room: int = 2**29): # bytes of items that are remembered
+        self.source, self.config, self.codecs, self.memory, self.room = source, config, codecs, {}, room
 
     def item(self, i: int):
         if i in self.memory: return self.memory[i]
         item = self.source[i]
-        if len(self.memory) < 4096 and max(item[n].data.numel() for n in self.codecs) < 3e5: self.memory[i] = item
+        size = sum(item[name].data.nbytes for name in self.codecs)
+        if size <= self.room: self.memory[i], self.room = item, self.room - size
         return item
 
     def batch(self, where: list, size=None): # positions in the endless stream; None: no augmentation (validation)

@@ -4,9 +4,11 @@ import json
 import pytest
 import torch
 
+from camflow.assets import tiny_path
 from camflow.device import generator
 from camflow.files import InputError
 from camflow.joint import coupling, train
+from camflow.joint.codecs import codec_from_dict
 from camflow.joint.timesteps import Draw, LossGrid
 from camflow.training.loop import configuration
 
@@ -146,3 +148,31 @@ def test_motion_agreement_is_about_direction():
     torch.testing.assert_close(score(videos, 3 * flows), score(videos, flows))
     assert coupling.moving_overlap(videos, flows).mean() > 0.8
     torch.testing.assert_close(coupling.moving_overlap(videos, -flows), coupling.moving_overlap(videos, flows))  # where, not which way
+
+
+SHIPPED = tiny_path("joint")
+
+
+def shipped_scores(name, samples, steps, given, seed=0):
+    "Coupling of samples of a shipped model on held-out shapes."
+    parts, adapter, told = train.load_joint(SHIPPED/name)
+    kept = {k: told[k] for k in ("family", "size", "frames", "fps", "motion_bucket", "noise_aug", "condition", "flow_bucket", "fast") if k in told}
+    config = configuration(kept | dict(held_out=samples, sample_steps=steps), train.DEFAULTS)
+    codecs = {n: codec_from_dict(told["codecs"][n]) for n in told["names"]}
+    pixels, texts = train.Pairs(train.open_items(config, True), config, codecs).batch(list(range(samples)))
+    made = train.sample_pairs(parts["unet"].eval(), adapter, train.Encoders(parts, told["family"]), config, pixels, texts, given, seed=seed).cpu()
+    return coupling.pair_scores(made, codecs, drawn=True)
+
+
+def test_shipped_models_fit_their_budget():
+    assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) <= 2_000_000
+    for name in ("image_depth", "video_flow"):
+        parts, adapter, told = train.load_joint(SHIPPED/name)
+        assert adapter is not None and told["names"] == name.split("_") and (SHIPPED/name/"card.md").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, given, score", [("image_depth", "depth", "silhouettes"), ("image_depth", "image", "silhouettes"), ("video_flow", "flow", "moving_overlap"),
+                                                ("video_flow", "flow", "motion_agreement")])
+def test_shipped_models_are_coupled(name, given, score):
+    assert shipped_scores(name, 24, 12, (given,))[score]["gap"] > 0.2

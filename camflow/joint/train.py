@@ -19,7 +19,7 @@ from .adapter import JointAdapter
 from .adapter_files import load_adapter, save_adapter
 from .codecs import DepthCodec, FlowCodec, RGBCodec
 from .coupling import pair_scores
-from .data import Source, apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
+from .data import Crop, Source, apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
@@ -119,10 +119,16 @@ class Pairs:
 
     def item(self, i: int):
         if i in self.memory: return self.memory[i]
-        item = self.source[i]
+        item = self.small(self.source[i])
         size = sum(item[name].data.nbytes for name in self.codecs)
         if size <= self.room: self.memory[i], self.room = item, self.room - size
         return item
+
+    def small(self, item):
+        "The item at twice the size that is wanted, where it is larger: crops of it are then cheap."
+        h, w = item[next(iter(self.codecs))].size
+        factor = min(h / self.config["size"][0], w / self.config["size"][1]) / 2
+        return item if factor <= 1 else apply_crop(item, Crop(0, 0, h, w, False), (round(h / factor), round(w / factor)))
 
     def batch(self, where: list, size=None): # positions in the endless stream; None: no augmentation (validation)
         "(pixels [R,F,3,H,W] signed, captions [B])."

@@ -309,3 +309,18 @@ def test_video_masks_and_folder(tmp_path):
     pipe.save_pretrained(tmp_path)
     torch.testing.assert_close(run(JointVideoPipeline.from_pretrained(tmp_path)), before, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="other joint pipeline"): JointImagePipeline.from_pretrained(tmp_path)
+
+
+def test_video_without_picture(tmp_path):
+    "A model that was trained without condition takes no picture, and its folder says so."
+    parts = tiny_svd()
+    pipe = JointVideoPipeline(**parts, adapter=JointAdapter(parts["unet"], attention="temporal"), condition="none", flow_bucket=255)
+    options = dict(num_inference_steps=1, num_frames=2, height=8, width=8, min_guidance_scale=1, max_guidance_scale=1, output_type="latent")
+    before = pipe(**options).modalities["video"]
+    assert before.shape == (1, 2, 3, 8, 8)
+    with pytest.raises(InputError, match="without a condition picture"): pipe(Frames(torch.rand(1, 3, 8, 8), "unit"), **options)
+    pipe.save_pretrained(tmp_path)
+    again = JointVideoPipeline.from_pretrained(tmp_path)
+    assert again.condition == "none" and again.flow_bucket == 255
+    torch.testing.assert_close(again(**options).modalities["video"], before, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="first or none"): JointVideoPipeline(**tiny_svd(), condition="second")

@@ -2212,6 +2212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'camflow.joint.train.Pairs.__init__': ('joint/train.html#pairs.__init__', 'camflow/joint/train.py'),
                                      'camflow.joint.train.Pairs.batch': ('joint/train.html#pairs.batch', 'camflow/joint/train.py'),
                                      'camflow.joint.train.Pairs.item': ('joint/train.html#pairs.item', 'camflow/joint/train.py'),
+                                     'camflow.joint.train.Pairs.small': ('joint/train.html#pairs.small', 'camflow/joint/train.py'),
                                      'camflow.joint.train.SDStep': ('joint/train.html#sdstep', 'camflow/joint/train.py'),
                                      'camflow.joint.train.SDStep.__call__': ('joint/train.html#sdstep.__call__', 'camflow/joint/train.py'),
                                      'camflow.joint.train.SDStep.__init__': ('joint/train.html#sdstep.__init__', 'camflow/joint/train.py'),

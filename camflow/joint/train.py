@@ -265,7 +265,8 @@ class SVDStep:
 # %% ../../nbs/joint/24_train.ipynb #e396620a
 @torch.no_grad()
 def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, captions, given=(), guidance: float = 1.0, seed: int = 0,
-                 strength=None): # {modality: 0..1} of hints taken from `pixels`: 0 exact, 1 forgotten
+                 strength=None,   # {modality: 0..1} of hints taken from `pixels`: 0 exact, 1 forgotten
+                 signal: float = 0.0): # guidance by the partner: how far beyond what the joint branch changes; a second call per step
     "Signed pixels [R,F,3,H,W] of both modalities, those named in `given` taken from `pixels`."
     names, latents = NAMES[config["family"]], frozen.latents(pixels_RF3HW.to(device()))
     noise = torch.randn(latents.shape, generator=generator(seed, "validation")).to(latents)
@@ -276,7 +277,7 @@ def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, c
         prompts = frozen.text(captions + [(config["trigger"] or TRIGGERS["depth"]) + text for text in captions])
         run, scale = sd_model(model, adapter, prompts, frozen.text([""]), names=names), guidance
     else: run, scale = svd_model(model, adapter, *video_conditions(frozen, pixels_RF3HW, config), names=names), guidance
-    out = sample_joint(run, both(noise), plan, Levels.of(frozen.parts["scheduler"], config["sample_steps"]), {n: both(latents)[n] for n in given}, guidance_scale=scale)
+    out = sample_joint(run, both(noise), plan, Levels.of(frozen.parts["scheduler"], config["sample_steps"]), {n: both(latents)[n] for n in given}, guidance_scale=scale, signal_guidance=signal)
     return frozen.pixels(torch.cat([out[name] for name in names]))
 
 

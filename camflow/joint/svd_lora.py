@@ -17,7 +17,7 @@ from torch import nn
 
 from ..device import generator
 from ..files import InputError, atomic_write
-from ..wan.lora import LoraReport, attach, linear_layers, load_lora, lora_pairs, match_lora
+from ..wan.lora import LoraReport, activate_all, attach, linear_layers, load_lora, lora_pairs, match_lora
 
 # %% ../../nbs/joint/30_svd_lora.ipynb #1b9434d4
 NAME = "pytorch_lora_weights.safetensors"   # of the file, as diffusers' pipelines call it
@@ -50,20 +50,11 @@ def add_svd_lora(model,                         # UNetSpatioTemporalConditionMod
         raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
     if adapter in adapters(unet): raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name, or remove_svd_lora first")
     attach(unet, dict.fromkeys(names, rank), dict.fromkeys(names, rank if alpha is None else alpha), adapter)
-    _all_active(unet)
     for name, p in unet.named_parameters():
         own = f".{adapter}." in name and "lora_" in name
         p.requires_grad_(own)
         if own and "lora_A" in name: p.data = torch.randn(p.shape, generator=generator(seed, "lora", name)).to(p) / rank  # by name: PEFT draws from the global state
     return names
-
-
-def _all_active(unet):
-    "PEFT lets only the newest LoRA of a layer act; here all act, and what trains stays as it is."
-    learns = {name: p.requires_grad for name, p in unet.named_parameters()}
-    for module in unet.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "set_adapter"): module.set_adapter(list(module.lora_A))
-    for name, p in unet.named_parameters(): p.requires_grad_(learns[name])
 
 
 def adapters(model) -> set: # of names
@@ -123,7 +114,6 @@ def load_svd_lora(model,                      # network or pipeline
     if rank is not None and set(report.ranks) != {rank}: raise InputError(f"{path}: ranks {sorted(report.ranks)}, asked for {rank}; load_svd_lora; use a LoRA of this rank")
     if adapter not in adapters(unet):
         report = load_lora(unet, state, multiplier, adapter=adapter, trainable=trainable, loud=False)
-        _all_active(unet)
         return report
     own = lora_pairs(unet, adapter)
     if {p.rank for p in own.values()} != set(report.ranks):
@@ -172,7 +162,7 @@ def remove_svd_lora(model, adapter: str = "default"):
         if module.merged: module.unmerge()
         module.delete_adapter(adapter)
         if not module.lora_A: unet.set_submodule(name, module.base_layer)
-    _all_active(unet)
+    activate_all(unet)
     configs = getattr(unet, "peft_config", {})
     configs.pop(adapter, None)
     if not configs and hasattr(unet, "peft_config"): del unet.peft_config

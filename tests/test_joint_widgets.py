@@ -66,7 +66,8 @@ def test_video_panels(videos):
     joint = widgets.joint_panel(videos, starts, steps=1)
     assert {name: len(clip) for name, clip in click(joint, motion_bucket=200, fps=12).items()} == {"video": 6, "flow": 5}
     assert shown(joint)[0].n_frames == 6 and "prompt" not in joint.knobs
-    for panel in (widgets.given_panel(videos, "flow", clips, starts, steps=1), widgets.coarse_panel(videos, "video", clips, steps=2), widgets.masked_panel(videos, "video", clips, steps=1)):
+    coarse, masked = widgets.coarse_panel(videos, "video", clips, steps=2), widgets.masked_panel(videos, "video", clips, steps=1)
+    for panel in (widgets.given_panel(videos, "flow", clips, starts, steps=1), coarse, masked):
         assert len(click(panel)["video"]) == 6
 
 
@@ -142,11 +143,11 @@ def test_a_wrong_size_is_said_by_the_pipeline(pictures):
 def test_uploads(pictures):
     def file(content, name): return (dict(name=name, type="", size=len(content), content=content, last_modified=datetime(2026, 1, 1)),)
     panel = widgets.given_panel(pictures, "depth", {"a": noise(0)}, steps=2)
-    from_menu = click(panel)["depth"].data
+    from_menu = click(panel)["depth"].unit().data
     picture = io.BytesIO()
     Image.new("RGB", (40, 30), "white").save(picture, "PNG")
     panel.knobs["condition"].upload.value = file(picture.getvalue(), "mine.png")
-    assert float(click(panel)["depth"].unit().data.min()) > 0.99 and not torch.allclose(panel.result["depth"].data, from_menu)   # cut to 16 x 16, used instead of the menu's
+    assert float(click(panel)["depth"].unit().data.min()) > 0.99 and not torch.allclose(panel.result["depth"].unit().data, from_menu)   # cut to 16 x 16, used instead of the menu's
     panel.knobs["condition"].upload.value = file(b"not a picture", "mine.txt")
     assert "mine.txt is no readable picture" in panel.knobs["condition"].note.value
     panel.button.click()

@@ -53,7 +53,7 @@ class Examples:
         first = next(iter(self.clips.values()))
         return len(first), self.size or first.size
 
-# %% ../../nbs/joint/48_widgets.ipynb #351a0d8a
+# %% ../../nbs/joint/48_widgets.ipynb #fe64f86c
 def encoded(clip: Frames, side: int = 128) -> tuple: # pixels that the longer side has at least -> ("png" or "webp", bytes)
     "A picture or clip as a file."
     from PIL import Image
@@ -85,7 +85,7 @@ def uploaded(content, name: str, frames: int, size) -> Frames: # bytes of a pict
 class ChooseFrames(W.VBox):
     "A menu of examples, an upload, and what is chosen."
     def __init__(self, examples: Examples, label: str = ""):
-        self.examples, (frames, size) = examples, examples.shape
+        self.examples, frames = examples, examples.shape[0]
         self.menu = W.Dropdown(options=list(examples.clips), description=label, style={"description_width": "8em"})
         self.upload = W.FileUpload(accept="image/*" if frames == 1 else "video/*", multiple=False, description="own")
         self.seen = W.Image(layout=W.Layout(width="96px", object_fit="contain"))

@@ -231,6 +231,39 @@ def test_lora_of_the_published_adapter_goes_round(form, tmp_path):
     with torch.no_grad(): assert torch.allclose(other(*args, camera=camera).sample, model(*args, camera=camera).sample, atol=1e-5)
 
 
+def layers_of(model, adapter): return {n: p.detach().clone() for n, p in model.named_parameters() if f".{adapter}." in n and "lora_" in n}
+
+
+def test_a_second_lora_leaves_the_first_alone_and_both_act(tmp_path):
+    model = trained_lora(tiny_omnicam())
+    first, learns = layers_of(model, "default"), {n: p.requires_grad for n, p in model.named_parameters() if ".default." in n}
+    add_lora(model, rank=2, seed=5, adapter="second")
+    again = layers_of(model, "default")
+    assert first.keys() == again.keys() and all(torch.equal(p, again[n]) for n, p in first.items())   # neither drawn anew nor changed
+    assert learns == {n: p.requires_grad for n, p in model.named_parameters() if ".default." in n} and any(learns.values())
+    layer = model.get_submodule("blocks.0.attn1.to_q")
+    assert set(layer.active_adapters) == {"default", "second"}
+    x, g = normal(3, layer.in_features), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        layer.lora_B["second"].weight.copy_(torch.randn(layer.lora_B["second"].weight.shape, generator=g))
+        pairs = [lora_pairs(model, name)["blocks.0.attn1.to_q"] for name in ("default", "second")]
+        own, both = layer.base_layer(x), layer(x)
+    parts = [p.scale * (x @ p.down.T) @ p.up.T for p in pairs]
+    assert all(part.abs().max() > 0.1 for part in parts) and torch.allclose(both, own + sum(parts), atol=1e-5)
+    save_lora(model, tmp_path/"second.safetensors", adapter="second")
+    other = trained_lora(tiny_omnicam())
+    load_lora(other, tmp_path/"second.safetensors", adapter="second")                                  # reading a file is the same
+    with torch.no_grad(): assert torch.allclose(other.get_submodule("blocks.0.attn1.to_q")(x), both, atol=1e-5)
+
+
+def test_a_second_lora_starts_as_it_would_alone():
+    alone, second = tiny_omnicam(), trained_lora(tiny_omnicam())
+    for model in (alone, second): add_lora(model, rank=2, seed=5, adapter="second")
+    a, b = layers_of(alone, "second"), layers_of(second, "second")
+    assert a.keys() == b.keys() and all(torch.equal(p, b[n]) for n, p in a.items())
+    with pytest.raises(InputError, match="already carries a LoRA named 'second'"): add_lora(second, rank=2, adapter="second")
+
+
 def test_our_own_camera_layers_take_loras(tmp_path):
     model = trained_lora(tiny_omnicam(), r"blocks\.\d+\.camera_attn\.to_\w+")
     save_lora(model, tmp_path / "lora.safetensors", "kohya")

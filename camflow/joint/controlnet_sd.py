@@ -26,7 +26,8 @@ def sd_controlnet(unet,                      # UNet2DConditionModel without LoRA
     if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; sd_controlnet; fuse and remove them first")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[:factor.bit_length()], conditioning_channels=channels).to(unet.device)
+        wide = (16, 32, 96, 256)[:factor.bit_length()]
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=wide, conditioning_channels=channels).to(unet.device)
 
 
 def controlled_prediction(unet, controlnet, noisy_BChw, t_B, text_BLD, condition_BCHW, scale: float = 1.0): # condition in 0..1; scale 0: the network alone
@@ -34,9 +35,11 @@ def controlled_prediction(unet, controlnet, noisy_BChw, t_B, text_BLD, condition
     factor = 2 ** (len(getattr(controlnet, "module", controlnet).config.conditioning_embedding_out_channels) - 1)
     want = tuple(n * factor for n in noisy_BChw.shape[-2:])
     if tuple(condition_BCHW.shape[-2:]) != want or len(condition_BCHW) != len(noisy_BChw):
-        raise InputError(f"condition {tuple(condition_BCHW.shape)} for latents {tuple(noisy_BChw.shape)}; controlled_prediction; one per sample, {want[0]} x {want[1]} pixels")
-    down, mid = controlnet(noisy_BChw, t_B, encoder_hidden_states=text_BLD, controlnet_cond=condition_BCHW.to(noisy_BChw), conditioning_scale=scale, return_dict=False)
-    return unet(noisy_BChw, t_B, encoder_hidden_states=text_BLD, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False)[0]
+        raise InputError(f"condition {tuple(condition_BCHW.shape)} for latents {tuple(noisy_BChw.shape)}; controlled_prediction; "
+                         f"one per sample, {want[0]} x {want[1]} pixels")
+    given = dict(encoder_hidden_states=text_BLD, return_dict=False)
+    down, mid = controlnet(noisy_BChw, t_B, controlnet_cond=condition_BCHW.to(noisy_BChw), conditioning_scale=scale, **given)
+    return unet(noisy_BChw, t_B, down_block_additional_residuals=down, mid_block_additional_residual=mid, **given)[0]
 
 # %% ../../nbs/joint/32_controlnet_sd.ipynb #814936e2
 def control_loss(unet, controlnet, latents_BChw, text_BLD, condition_BCHW, t_B, noise_BChw, scheduler, gamma: float | None = 5.0):
@@ -64,6 +67,8 @@ def control_images(pipe: StableDiffusionControlNetPipeline,
     given = condition_tensor(condition, "unit", pipe.controlnet.config.conditioning_channels)
     if len(prompts) != len(given): raise InputError(f"{len(prompts)} prompts for {len(given)} conditions; control_images; give one each")
     if size and tuple(size) != tuple(given.shape[-2:]):
-        raise InputError(f"conditions of {given.shape[-2]} x {given.shape[-1]} for images of {size[0]} x {size[1]}; control_images; resize them, the pipeline would stretch them")
-    out = pipe(list(prompts), image=given, height=given.shape[-2], width=given.shape[-1], controlnet_conditioning_scale=float(scale), output_type="pt", **options).images
+        raise InputError(f"conditions of {given.shape[-2]} x {given.shape[-1]} for images of {size[0]} x {size[1]}; control_images; "
+                         "resize them, the pipeline would stretch them")
+    out = pipe(list(prompts), image=given, height=given.shape[-2], width=given.shape[-1], controlnet_conditioning_scale=float(scale),
+               output_type="pt", **options).images
     return Frames(out.float().clamp(0, 1).cpu(), "unit").signed()

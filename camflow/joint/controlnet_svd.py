@@ -27,11 +27,13 @@ def condition_tensor(condition: Frames,      # [F,C,H,W] pictures of depth or fl
                     ) -> torch.Tensor:       # [F,C,H,W]
     "A condition in the range that a ControlNet expects."
     if not isinstance(condition, Frames):
-        raise InputError(f"the condition is a {type(condition).__name__}; condition_tensor; give Frames, whose range is known (depth and flow: encode them with joint.codecs)")
+        raise InputError(f"the condition is a {type(condition).__name__}; condition_tensor; "
+                         "give Frames, whose range is known (depth and flow: encode them with joint.codecs)")
     if range not in ("signed", "unit"): raise InputError(f"range {range!r}; condition_tensor; use signed or unit")
     data = (condition.signed() if range == "signed" else condition.unit()).data
     if data.shape[1] == 1 and channels == 3: data = data.expand(-1, 3, -1, -1)
-    if data.shape[1] != channels: raise InputError(f"a condition of {data.shape[1]} channels for a ControlNet of {channels}; condition_tensor; give {channels} channels")
+    if data.shape[1] != channels:
+        raise InputError(f"a condition of {data.shape[1]} channels for a ControlNet of {channels}; condition_tensor; give {channels} channels")
     return data
 
 # %% ../../nbs/joint/33_controlnet_svd.ipynb #d19cc415
@@ -40,13 +42,15 @@ class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
     @register_to_config
     def __init__(self, sample_size=None, in_channels=8, out_channels=4,
                  down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
-                 up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3, block_out_channels=(320, 640, 1280, 1280), addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, layers_per_block=2, cross_attention_dim=1024,
+                 up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3, block_out_channels=(320, 640, 1280, 1280),
+                 addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, layers_per_block=2, cross_attention_dim=1024,
                  transformer_layers_per_block=1, num_attention_heads=(5, 10, 20, 20), num_frames=25,      # as SVD's network
                  conditioning_channels: int = 3, conditioning_embedding_out_channels=(16, 32, 96, 256),
                  conditioning_range: str = "signed",  # of the condition: "signed" or "unit"
                  conditioning_kind: str = ""):        # what it is trained on, e.g. "depth"
         super().__init__(sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels, addition_time_embed_dim,
-                         projection_class_embeddings_input_dim, layers_per_block, cross_attention_dim, transformer_layers_per_block, num_attention_heads, num_frames)
+                         projection_class_embeddings_input_dim, layers_per_block, cross_attention_dim, transformer_layers_per_block,
+                         num_attention_heads, num_frames)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
         zero = lambda channels: zero_module(nn.Conv2d(channels, channels, 1))
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(block_out_channels[0], conditioning_channels, conditioning_embedding_out_channels)
@@ -80,9 +84,11 @@ def _forward(self, sample, timestep, encoder_hidden_states, added_time_ids, cont
     B, F, _, h, w = sample.shape
     want = (B, F, self.config.conditioning_channels, h * self.factor, w * self.factor)
     if tuple(controlnet_cond.shape) != want:
-        raise InputError(f"condition {tuple(controlnet_cond.shape)} for latents {tuple(sample.shape)}; ControlNetSpatioTemporal; it has to be {want}: one picture per frame")
+        raise InputError(f"condition {tuple(controlnet_cond.shape)} for latents {tuple(sample.shape)}; ControlNetSpatioTemporal; "
+                         f"it has to be {want}: one picture per frame")
     skips, middle = _features(self, sample, timestep, encoder_hidden_states, added_time_ids, controlnet_cond)
-    return [zero(x) * conditioning_scale for zero, x in zip(self.controlnet_down_blocks, skips, strict=True)], self.controlnet_mid_block(middle) * conditioning_scale
+    down = [zero(x) * conditioning_scale for zero, x in zip(self.controlnet_down_blocks, skips, strict=True)]
+    return down, self.controlnet_mid_block(middle) * conditioning_scale
 
 
 ControlNetSpatioTemporal.forward = _forward
@@ -95,7 +101,8 @@ def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA lay
     "A ControlNet with the encoder of a network, which changes nothing yet."
     wide = (16, 32, 96, 256)
     if factor not in (1, 2, 4, 8): raise InputError(f"{factor} pixels per latent pixel; ControlNetSpatioTemporal.from_unet; 1, 2, 4 or 8")
-    if any(hasattr(m, "lora_A") for m in unet.modules()): raise InputError("the network carries LoRA layers; ControlNetSpatioTemporal.from_unet; add them afterwards")
+    if any(hasattr(m, "lora_A") for m in unet.modules()):
+        raise InputError("the network carries LoRA layers; ControlNetSpatioTemporal.from_unet; add them afterwards")
     config = {k: v for k, v in unet.config.items() if not k.startswith("_") and k in cls._get_init_keys(cls)}
     config |= dict(conditioning_channels=conditioning_channels, conditioning_embedding_out_channels=wide[:factor.bit_length()],
                    conditioning_range=conditioning_range, conditioning_kind=conditioning_kind)
@@ -103,7 +110,8 @@ def _from_unet(cls, unet: UNetSpatioTemporalConditionModel,   # without LoRA lay
         torch.manual_seed(seed)
         self = cls(**config)
     missing, _ = self.load_state_dict(unet.state_dict(), strict=False)
-    if odd := [k for k in missing if not k.startswith("controlnet_")]: raise InputError(f"the network lacks {odd[:3]}; ControlNetSpatioTemporal.from_unet; give a UNetSpatioTemporalConditionModel")
+    if odd := [k for k in missing if not k.startswith("controlnet_")]:
+        raise InputError(f"the network lacks {odd[:3]}; ControlNetSpatioTemporal.from_unet; give a UNetSpatioTemporalConditionModel")
     return self.to(unet.device)
 
 
@@ -174,7 +182,8 @@ class SVDControlNetPipeline(StableVideoDiffusionPipeline):
         given = condition_tensor(condition, config.conditioning_range, config.conditioning_channels)
         height, width, num_frames = height or given.shape[-2], width or given.shape[-1], num_frames or len(given)
         if (len(given), *given.shape[-2:]) != (num_frames, height, width):
-            raise InputError(f"a condition of {len(given)} frames of {given.shape[-2]} x {given.shape[-1]} for a video of {num_frames} frames of {height} x {width}; "
+            raise InputError(f"a condition of {len(given)} frames of {given.shape[-2]} x {given.shape[-1]} "
+                             f"for a video of {num_frames} frames of {height} x {width}; "
                              "SVDControlNetPipeline; resize or cut the condition")
         if isinstance(image, Frames): image = picture(image)
         with steered(self.unet, self.controlnet, given[None].to(self.unet.device), controlnet_conditioning_scale):

@@ -43,9 +43,11 @@ def joint_config(config: dict) -> dict: # full configuration of this trainer
 
 def checked(config: dict) -> dict: # full configuration
     "The configuration, or an error before anything is loaded."
-    if config["captions_missing"] not in ("empty", "error"): raise InputError(f"captions_missing={config['captions_missing']!r}; controlnet_train; empty or error")
+    if config["captions_missing"] not in ("empty", "error"):
+        raise InputError(f"captions_missing={config['captions_missing']!r}; controlnet_train; empty or error")
     for name in ("dropout", "prompt_dropout"):
-        if not 0 <= config[name] <= (1 / 3 if name == "dropout" else 1): raise InputError(f"{name}={config[name]}; controlnet_train; a probability (dropout: at most 1/3)")
+        if not 0 <= config[name] <= (1 / 3 if name == "dropout" else 1):
+            raise InputError(f"{name}={config[name]}; controlnet_train; a probability (dropout: at most 1/3)")
     joint.checked(joint_config(config))
     at_least(config, items=2)
     return config
@@ -68,7 +70,8 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     if config["family"] == "sd":
         from diffusers import ControlNetModel
         controlnet = from_folder(ControlNetModel, start) if start else sd_controlnet(unet, factor, seed=config.get("seed", 0))
-    else: controlnet = from_folder(ControlNetSpatioTemporal, start) if start else ControlNetSpatioTemporal.from_unet(unet, factor, conditioning_kind="flow", seed=config.get("seed", 0))
+    elif start: controlnet = from_folder(ControlNetSpatioTemporal, start)
+    else: controlnet = ControlNetSpatioTemporal.from_unet(unet, factor, conditioning_kind="flow", seed=config.get("seed", 0))
     return controlnet.requires_grad_(True), unet, frozen
 
 
@@ -81,7 +84,8 @@ def sd_step(unet, frozen, config: dict):
         t = torch.randint(len(scheduler.alphas_cumprod), (len(latents),), generator=g).to(latents.device)
         noise = torch.randn(latents.shape, generator=g).to(latents)
         dropped = drop_prompts(len(latents), config["prompt_dropout"], g, modalities=1).flatten().to(latents.device)
-        loss, _ = control_loss(unet, controlnet, latents, null_prompts(frozen.text(captions), dropped, null), (depth + 1) / 2, t, noise, scheduler, config["gamma"])
+        text = null_prompts(frozen.text(captions), dropped, null)
+        loss, _ = control_loss(unet, controlnet, latents, text, (depth + 1) / 2, t, noise, scheduler, config["gamma"])
         return loss, {}
     return step
 
@@ -103,7 +107,8 @@ def svd_step(unet, frozen, codecs: dict, config: dict):
 
 # %% ../../nbs/joint/34_controlnet_train.ipynb #51cd99fa
 @torch.no_grad()
-def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captions, scale: float = 1.0, steps: int | None = None, seed: int = 0): # of joint.train.Pairs -> signed [B,F,3,H,W]
+def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captions,         # of joint.train.Pairs
+                    scale: float = 1.0, steps: int | None = None, seed: int = 0): # -> signed [B,F,3,H,W]
     "Samples under the conditions of a batch."
     first, second = pixels_RF3HW.chunk(2)
     steps, parts = steps or config["sample_steps"], frozen.parts | dict(unet=unet)
@@ -111,7 +116,8 @@ def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captio
         options = dict(num_inference_steps=steps, guidance_scale=1.0, generator=generator(seed, "control samples"))
         return control_images(control_pipeline(parts, controlnet), captions, Frames(second[:, 0].clamp(-1, 1).cpu(), "signed"), scale, **options).data[:, None]
     buckets = torch.full((len(first),), float(config["motion_bucket"]))
-    with steered(unet, controlnet, second.to(device()), scale): return sample_videos(unet, frozen, first, buckets, config | dict(sample_steps=steps), seed).cpu()
+    with steered(unet, controlnet, second.to(device()), scale):
+        return sample_videos(unet, frozen, first, buckets, config | dict(sample_steps=steps), seed).cpu()
 
 
 def control_agreement(config: dict, codecs: dict, samples_BF3HW, conditions_BF3HW) -> dict: # of `coupling`

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..device import generator
 from ..files import InputError, atomic_write
-from ..wan.lora import LoraReport, attach, linear_layers, load_lora, lora_pairs, match_lora
+from ..wan.lora import LoraReport, activate_all, attach, linear_layers, load_lora, lora_pairs, match_lora
 
 # %% ../../nbs/joint/30_svd_lora.ipynb #1b9434d4
 NAME = "pytorch_lora_weights.safetensors"   # of the file, as diffusers' pipelines call it
@@ -47,23 +47,17 @@ def add_svd_lora(model,                         # UNetSpatioTemporalConditionMod
     if rank < 1: raise InputError(f"rank {rank}; add_svd_lora; give at least 1")
     names = [n for n in linear_layers(unet) if re.fullmatch(layers or lora_layers(attention), n)]
     if not names:
-        raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
-    if adapter in adapters(unet): raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name, or remove_svd_lora first")
+        raise InputError(f"no linear layer is called {layers or lora_layers(attention)!r}; add_svd_lora; "
+                         f"the model's are named like {next(iter(linear_layers(unet)), 'none')!r}")
+    if adapter in adapters(unet):
+        raise InputError(f"the model already carries a LoRA named {adapter!r}; add_svd_lora; give another name, or remove_svd_lora first")
     attach(unet, dict.fromkeys(names, rank), dict.fromkeys(names, rank if alpha is None else alpha), adapter)
-    _all_active(unet)
     for name, p in unet.named_parameters():
         own = f".{adapter}." in name and "lora_" in name
         p.requires_grad_(own)
-        if own and "lora_A" in name: p.data = torch.randn(p.shape, generator=generator(seed, "lora", name)).to(p) / rank  # by name: PEFT draws from the global state
+        if own and "lora_A" in name:                                # by name: PEFT draws from the global state
+            p.data = torch.randn(p.shape, generator=generator(seed, "lora", name)).to(p) / rank
     return names
-
-
-def _all_active(unet):
-    "PEFT lets only the newest LoRA of a layer act; here all act, and what trains stays as it is."
-    learns = {name: p.requires_grad for name, p in unet.named_parameters()}
-    for module in unet.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "set_adapter"): module.set_adapter(list(module.lora_A))
-    for name, p in unet.named_parameters(): p.requires_grad_(learns[name])
 
 
 def adapters(model) -> set: # of names
@@ -120,17 +114,18 @@ def load_svd_lora(model,                      # network or pipeline
     "Loads a LoRA and says what fitted; nothing that fits, another rank or other layers are errors."
     unet, state = svd_unet(model), read_svd_lora(path)
     found, report = match_lora(unet, state)
-    if rank is not None and set(report.ranks) != {rank}: raise InputError(f"{path}: ranks {sorted(report.ranks)}, asked for {rank}; load_svd_lora; use a LoRA of this rank")
+    if rank is not None and set(report.ranks) != {rank}:
+        raise InputError(f"{path}: ranks {sorted(report.ranks)}, asked for {rank}; load_svd_lora; use a LoRA of this rank")
     if adapter not in adapters(unet):
         report = load_lora(unet, state, multiplier, adapter=adapter, trainable=trainable, loud=False)
-        _all_active(unet)
         return report
     own = lora_pairs(unet, adapter)
     if {p.rank for p in own.values()} != set(report.ranks):
         raise InputError(f"{path}: ranks {sorted(report.ranks)}, the model's {adapter!r} has {sorted({p.rank for p in own.values()})}; load_svd_lora; "
                          "remove_svd_lora first, or load under another name")
     if set(own) != set(found):
-        raise InputError(f"{path}: {len(found)} layers, the model's {adapter!r} has {len(own)}, {len(set(own) ^ set(found))} of them differ; load_svd_lora; remove_svd_lora first")
+        raise InputError(f"{path}: {len(found)} layers, the model's {adapter!r} has {len(own)}, {len(set(own) ^ set(found))} of them differ; "
+                         "load_svd_lora; remove_svd_lora first")
     for name, pair in found.items():
         module = unet.get_submodule(name)
         for side, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):
@@ -143,7 +138,8 @@ def load_svd_lora(model,                      # network or pipeline
 # %% ../../nbs/joint/30_svd_lora.ipynb #9de2e717
 def _lora_modules(model, adapter: str):
     found = [(n, m) for n, m in svd_unet(model).named_modules() if hasattr(m, "lora_A") and adapter in m.lora_A]
-    if not found: raise InputError(f"this model carries no LoRA named {adapter!r}; it has {sorted(adapters(model)) or 'none'}; load_svd_lora or add_svd_lora first")
+    if not found:
+        raise InputError(f"this model carries no LoRA named {adapter!r}; it has {sorted(adapters(model)) or 'none'}; load_svd_lora or add_svd_lora first")
     return found
 
 
@@ -172,7 +168,7 @@ def remove_svd_lora(model, adapter: str = "default"):
         if module.merged: module.unmerge()
         module.delete_adapter(adapter)
         if not module.lora_A: unet.set_submodule(name, module.base_layer)
-    _all_active(unet)
+    activate_all(unet)
     configs = getattr(unet, "peft_config", {})
     configs.pop(adapter, None)
     if not configs and hasattr(unet, "peft_config"): del unet.peft_config

@@ -26,8 +26,8 @@ from ..training.loop import TrainConfig, at_least, configuration, fit, positions
 # B samples, F frames, C channels, H W pixels, h w latent pixels
 
 # %% ../../nbs/joint/31_svd_train.ipynb #405d519a
-LEFT_OUT = """family mode start post y_lora lora_side skip timesteps condition_probability gamma prompt_dropout joint_dropout prediction trigger aspect motion_bucket
-depth depth_low depth_high""".split()
+LEFT_OUT = """family mode start post y_lora lora_side skip timesteps condition_probability gamma prompt_dropout joint_dropout prediction trigger aspect
+ motion_bucket depth depth_low depth_high""".split()
 DEFAULTS = {k: v for k, v in joint.DEFAULTS.items() if k not in LEFT_OUT} | dict(
     target="video",          # or "flow"
     trained="lora",          # "lora", "temporal" (temporal transformer blocks) or "full"
@@ -45,7 +45,8 @@ def joint_config(config: dict) -> dict: # full configuration of this trainer
 
 def checked(config: dict) -> dict: # full configuration
     "The configuration, or an error before anything is loaded."
-    choices = dict(target=("video", "flow"), trained=("lora", "temporal", "full"), distribution=("lognormal", "cosine"), attention=("spatial", "temporal", "both"))
+    choices = dict(target=("video", "flow"), trained=("lora", "temporal", "full"), distribution=("lognormal", "cosine"),
+                   attention=("spatial", "temporal", "both"))
     for name, allowed in choices.items():
         if config[name] not in allowed: raise InputError(f"{name}={config[name]!r}; svd_finetune; one of {', '.join(allowed)}")
     bucket, strength = config["motion_bucket"], config["noise_aug"]

@@ -61,10 +61,10 @@ class Levels:
 
 # %% ../../nbs/wan/07_finetune.ipynb #525e6421
 @torch.no_grad()
-def seed_adapters(model, rank: int, seed: int = 0): # with LoRA layers; of the run
-    "Draws the LoRA layers' first factors anew, by parameter name: peft draws from the global state, which differs between processes."
+def seed_adapters(model, rank: int, seed: int = 0, adapter: str = "default"): # with LoRA layers; of the run; peft's name of the one that is new
+    "Draws a LoRA's first factors anew, by parameter name: peft draws from the global state, which differs between processes."
     for name, p in model.named_parameters():
-        if "lora_A" in name: p.copy_(torch.randn(p.shape, generator=generator(seed, "lora", name)) / rank)
+        if f".lora_A.{adapter}." in name: p.copy_(torch.randn(p.shape, generator=generator(seed, "lora", name)) / rank)
 
 
 def prepare_trained(model: ReCamTransformer3DModel,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIR', 'SIDES', 'PREFIXES', 'FORMS', 'LORA_LAYERS', 'linear_layers', 'original_name', 'layer_aliases', 'Pair',
-           'strip', 'read_lora', 'LoraReport', 'match_lora', 'attach', 'load_lora', 'add_lora', 'trainable_modules',
-           'lora_pairs', 'lora_state', 'save_lora']
+           'strip', 'read_lora', 'LoraReport', 'match_lora', 'activate_all', 'attach', 'load_lora', 'add_lora',
+           'trainable_modules', 'lora_pairs', 'lora_state', 'save_lora']
 
 # %% ../../nbs/wan/22_lora.ipynb #65df901b
 import json
@@ -143,13 +143,25 @@ def match_lora(model: nn.Module, file, loud: bool = True): # path or {key: tenso
     return found, report
 
 
+def activate_all(model: nn.Module):
+    "Lets all LoRAs of a model act (PEFT: only the newest of a layer); what trains stays as it is."
+    learns = {name: p.requires_grad for name, p in model.named_parameters()}
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "set_adapter"): module.set_adapter(list(module.lora_A))
+    for name, p in model.named_parameters(): p.requires_grad_(learns[name])
+
+
 def attach(model: nn.Module, ranks: dict, alphas: dict, adapter: str = "default"): # {layer: rank}, {layer: alpha}
-    "Adds PEFT layers of these ranks; a diffusers model knows of them afterwards."
+    "Adds PEFT layers of these ranks; a diffusers model knows of them afterwards. LoRAs that are there go on acting and training."
     from peft import LoraConfig, inject_adapter_in_model
     first = next(iter(ranks))
+    if any(adapter in getattr(m, "lora_A", ()) for m in model.modules()): raise InputError(f"the model already carries a LoRA named {adapter!r}; attach; give another name")
+    learnt = {name: p.requires_grad for name, p in model.named_parameters() if "lora_" in name}
     config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=list(ranks), rank_pattern=dict(ranks), alpha_pattern=dict(alphas))
     if hasattr(model, "add_adapter"): model.add_adapter(config, adapter_name=adapter)
     else: inject_adapter_in_model(config, model, adapter)
+    activate_all(model)
+    for name, p in model.named_parameters(): p.requires_grad_(learnt.get(name, p.requires_grad))
 
 
 @torch.no_grad()
@@ -191,7 +203,7 @@ def add_lora(model: nn.Module,
     names = [name for name in linear_layers(model) if re.fullmatch(layers, name)]
     if not names: raise InputError(f"no linear layer is called {layers!r}; the model's are named like {next(iter(linear_layers(model)), 'none')!r}")
     attach(model, dict.fromkeys(names, rank), dict.fromkeys(names, rank if alpha is None else alpha), adapter)
-    seed_adapters(model, rank, seed)
+    seed_adapters(model, rank, seed, adapter)
     return names
 
 

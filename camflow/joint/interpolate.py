@@ -6,19 +6,20 @@
 __all__ = ['MODES', 'BETWEEN', 'end_conditions', 'end_latents', 'single_model', 'fusion_weights', 'fusion_model',
            'sample_between', 'InterpolateOutput', 'one_picture', 'SVDInterpolatePipeline']
 
-# %% ../../nbs/joint/40_interpolate.ipynb #f15397a4
+# %% ../../nbs/joint/40_interpolate.ipynb #098abf65
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from ..device import device, generator as named_generator
-from ..files import InputError, read_json
+from ..files import InputError
 from .edm import added_time_ids, augment, frame_guidance, svd_scheduler
 from .models import load_svd, save_parts
 from .schedule import Levels
+from .time_reversal import rotated
 from .train import Encoders
 from ..media.frames import Frames, from_pil, to_pil
 
@@ -70,7 +71,7 @@ def single_model(unet, first_BCHW, last_BCHW, embeds_B2D, ids_B3, # of `end_cond
     scale = None if guidance in (None, 1) else guidance
     return lambda x, t: _guided(unet, x, t, end_latents(first_BCHW, last_BCHW, x.shape[1], between), embeds_B2D, ids_B3, scale)
 
-# %% ../../nbs/joint/40_interpolate.ipynb #3950c33d
+# %% ../../nbs/joint/40_interpolate.ipynb #77204295
 def fusion_weights(kind, frames: int) -> torch.Tensor: # "linear", "half", or F numbers in 0..1 -> [1,F,1,1,1]
     "Share of the forward pass in every frame."
     if isinstance(kind, str) and kind not in ("linear", "half"): raise InputError(f"weights={kind!r}; fusion_weights; linear, half, or a number per frame")
@@ -83,13 +84,16 @@ def fusion_weights(kind, frames: int) -> torch.Tensor: # "linear", "half", or F 
 def fusion_model(unet, first_BCHW, last_BCHW, embeds_B2D, ids_B3, # of `end_conditions`
                  guidance=(1.0, 3.0),       # at a pass's own picture and far from it; None: none, half the cost
                  weights="linear",          # of `fusion_weights`
-                 backward=None):            # network of the backward pass; None: the same
+                 backward=None,             # network of the backward pass; None: the same
+                 rotate: bool = False):     # `backward` uses the forward pass's temporal attention, turned around
     "(scaled latents, timestep) -> prediction, fused of a forward and a time-reversed pass."
+    if rotate and backward is None: raise InputError("rotate without a backward network; fusion_model; make one with time_reversal.backward_twin")
     def model(x, t):
         frames = x.shape[1]
         scale = None if guidance is None else frame_guidance(*guidance, frames).to(x)
         def one(net, z, image, embeds): return _guided(net, z, t, image[:, None].expand(-1, frames, -1, -1, -1), embeds, ids_B3, scale)
-        ahead, back = one(unet, x, first_BCHW, embeds_B2D[:, :1]), one(backward or unet, x.flip(1), last_BCHW, embeds_B2D[:, 1:]).flip(1)
+        with rotated(unet, backward) if rotate else nullcontext():
+            ahead, back = one(unet, x, first_BCHW, embeds_B2D[:, :1]), one(backward or unet, x.flip(1), last_BCHW, embeds_B2D[:, 1:]).flip(1)
         share = fusion_weights(weights, frames).to(x)
         return share * ahead + (1 - share) * back
     return model
@@ -143,7 +147,7 @@ def one_picture(value, name: str) -> Frames: # Frames of one picture or a Pillow
     out = value.signed()
     return Frames(out.data.float().expand(-1, 3, -1, -1), "signed")
 
-# %% ../../nbs/joint/40_interpolate.ipynb #77427a18
+# %% ../../nbs/joint/40_interpolate.ipynb #62a82f60
 class SVDInterpolatePipeline(DiffusionPipeline):
     "First and last picture to video."
     model_cpu_offload_seq = "image_encoder->unet->vae"
@@ -151,11 +155,13 @@ class SVDInterpolatePipeline(DiffusionPipeline):
     def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler,
                  mode: str = "fusion",       # "single": the network was trained for both ends
                  between: str = "zeros",     # as trained, single only
-                 frames: int | None = None): # of a video; None: the network's own
+                 frames: int | None = None,  # of a video; None: the network's own
+                 backward=None,              # network of fusion's backward pass (time_reversal.load_twin); None: the same
+                 rotate: bool = False):      # the backward pass uses the forward pass's temporal attention
         super().__init__()
         if mode not in MODES: raise InputError(f"mode={mode!r}; SVDInterpolatePipeline; one of {', '.join(MODES)}")
         self.register_modules(vae=vae, image_encoder=image_encoder, feature_extractor=feature_extractor, unet=unet, scheduler=scheduler)
-        self.mode, self.between, self.frames = mode, between, frames or unet.config.num_frames
+        self.mode, self.between, self.frames, self.backward, self.rotate = mode, between, frames or unet.config.num_frames, backward, rotate
 
     @classmethod
     def from_pretrained(cls, folder,             # SVD in diffusers' layout
@@ -165,7 +171,7 @@ class SVDInterpolatePipeline(DiffusionPipeline):
         parts = load_svd(folder, dtype)
         if trained is None: return cls(**parts, **changes)
         from camflow.joint.interpolate_train import put_on
-        return cls(**parts | dict(unet=put_on(parts["unet"], trained)), **{k: v for k, v in read_json(Path(trained)/"interpolate.json").items() if k in ("mode", "between", "frames")} | changes)
+        return cls(**parts | put_on(parts["unet"], trained) | changes)
 
     def save_pretrained(self, folder, half: bool = False, **_): # weights in float16
         "The parts in diffusers' layout."
@@ -185,7 +191,7 @@ class SVDInterpolatePipeline(DiffusionPipeline):
             raise InputError(f"{first.size[0]} x {first.size[1]} pixels; SVDInterpolatePipeline; this model takes multiples of {k}, such as {' x '.join(str(max(k, n // k * k)) for n in first.size)}")
         return first.data, last.data
 
-# %% ../../nbs/joint/40_interpolate.ipynb #9ff16cfe
+# %% ../../nbs/joint/40_interpolate.ipynb #ba2af271
 @torch.no_grad()
 def _call(self, first, last,                     # Frames of one picture each, or Pillow images
           num_frames: int | None = None,         # ends included; None: the pipeline's
@@ -208,7 +214,7 @@ def _call(self, first, last,                     # Frames of one picture each, o
     g, frozen, self.unet = generator or named_generator(0, "interpolate"), Encoders(self.components, "svd"), self.unet.to(device())
     conditions = end_conditions(frozen, *ends, fps, motion_bucket_id, noise_aug_strength, g)
     if mode == "single": model = single_model(self.unet, *conditions, guidance_scale, self.between)
-    else: model = fusion_model(self.unet, *conditions, None if min_guidance_scale == max_guidance_scale == 1 else (min_guidance_scale, max_guidance_scale), weights)
+    else: model = fusion_model(self.unet, *conditions, None if min_guidance_scale == max_guidance_scale == 1 else (min_guidance_scale, max_guidance_scale), weights, self.backward, self.rotate)
     draw = lambda *shape: torch.randn(shape, generator=g, device=g.device).to(conditions[0])
     noise = draw(1, frames, *conditions[0].shape[1:])
     clean = [frozen.latents(end[:, None].to(device()))[:, 0] for end in ends] if hold else None

@@ -6,7 +6,7 @@
 __all__ = ['LEFT_OUT', 'DEFAULTS', 'TINY', 'svd_config', 'checked', 'build', 'conditions_of', 'interpolation_loss', 'sample_ends',
            'sheet', 'videos', 'main', 'interpolator', 'export_interpolator', 'put_on', 'start_base', 'finish_base']
 
-# %% ../../nbs/joint/43_interpolate_train.ipynb #b835649d
+# %% ../../nbs/joint/43_interpolate_train.ipynb #6c2979a2
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from ..device import device, generator
 from ..files import InputError, read_json, write_json
 from . import svd_train, train as joint
+from .data import panda_videos, video_folder, webvid_videos
 from .edm import draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .interpolate import BETWEEN, MODES, end_conditions, end_latents, fusion_model, sample_between, single_model
 from .interpolate_scores import between_scores, guess
@@ -89,7 +90,7 @@ def interpolation_loss(model, base, latents_BFCHW, conditions: tuple, sigma_B, n
     else: out = backward()
     return edm_loss(out, noisy.flip(1), latents_BFCHW.flip(1), sigma_B)
 
-# %% ../../nbs/joint/43_interpolate_train.ipynb #2d76d693
+# %% ../../nbs/joint/43_interpolate_train.ipynb #04f427c0
 @torch.no_grad()
 def sample_ends(model, base, frozen, video_BF3HW, config: dict, seed: int = 0, **options) -> torch.Tensor: # options of `sample_between`, weights -> signed [B,F,3,H,W]
     "Videos between the ends of these; `base` None: a single network, else the forward pass of fusion (`model` is the backward one)."
@@ -108,9 +109,13 @@ def sheet(*clips_BF3HW) -> Frames: # signed; the same clips by different means
 
 
 def videos(config: dict, held_out: bool = False): # full -> joint.train.Pairs
-    "Clips, their flow is not used."
+    "Clips alone; of real ones no flow is estimated."
     full = svd_train.joint_config(svd_config(config))
-    items = joint.open_items(full, held_out)
+    clip, where = dict(frames=config["frames"], stride=config["stride"]), (config["table"], config["folder"])
+    if config["data"] in ("shapes", "world"): items = joint.open_items(full, held_out)
+    else:
+        found = video_folder(config["folder"], captions=config["captions"], **clip) if config["data"] == "videos" else (webvid_videos if config["data"] == "webvid" else panda_videos)(*where, **clip)
+        items = joint._part(found, config["held_out"], held_out)
     return joint.Pairs(items, full, {"video": joint.codecs_of(full)["video"]})
 
 

@@ -178,7 +178,7 @@ def put_on(unet, folder) -> dict: # the base that was trained on; of `export_int
     else: unet = from_folder(type(unet), folder/"unet").eval()
     return found | dict(unet=unet)
 
-# %% ../../nbs/joint/43_interpolate_train.ipynb #849442b8
+# %% ../../nbs/joint/43_interpolate_train.ipynb #11dcaac7
 TINY = dict(down_block_types=("DownBlockSpatioTemporal",), up_block_types=("UpBlockSpatioTemporal",))  # attention in the middle only: half the cost
 
 
@@ -187,9 +187,9 @@ def start_base(folder, seed: int = 0, frames: int = 6): # written there: an untr
     save_parts(tiny_svd(seed, num_frames=frames, **TINY), folder, half=False)
 
 
-def finish_base(run_dir, out): # folder of a run of joint.svd_train; folder to write
+def finish_base(run_dir, out, config=None): # folder of a run of joint.svd_train; folder to write; None: its config.json
     "A fine-tuned network as a complete SVD folder."
-    model, frozen, _, _, config = svd_train.finetuned(run_dir)
+    model, frozen, _, _, config = svd_train.finetuned(run_dir, config)
     if config["trained"] == "lora": raise InputError(f"{run_dir} trained a LoRA; finish_base; give the base and the LoRA instead")
     save_parts(frozen.parts | dict(unet=model), out, half=False)
 

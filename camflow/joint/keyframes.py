@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['SHARED', 'STARTS', 'JOINS', 'keyframe_numbers', 'shared_attention', 'keyframe_pairs', 'inverted_noise',
            'edit_keyframes', 'VideoEditOutput', 'VideoEditPipeline', 'between_keyframes', 'colour_spread',
-           'chained_flow']
+           'chained_flow', 'recoloured', 'object_masks', 'agreement']
 
-# %% ../../nbs/joint/44_keyframes.ipynb #68ff23ab
+# %% ../../nbs/joint/44_keyframes.ipynb #eafa056e
+import colorsys
+import math
+import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -19,10 +22,12 @@ from ..device import device, generator as named_generator
 from ..files import InputError
 from ..flow.consistency import warp
 from .adapter import joint_blocks
+from .coupling import warp_errors
 from .interpolate import SVDInterpolatePipeline
 from .models import load_sd
 from .sample import sample_joint, sd_model
 from .schedule import Levels, coarse_schedule
+from .shapes import COLOURS, WALL, overlap, silhouette
 from .train import Encoders
 from ..media.frames import Flow, Frames
 
@@ -222,3 +227,29 @@ def chained_flow(flow: Flow,     # forward, T-1 entries
         for t in range(a + 1, b): total = total + warp(flow.data[t:t + 1].float(), total[None])[0][0]
         out.append(total)
     return torch.stack(out)
+
+# %% ../../nbs/joint/44_keyframes.ipynb #9acc4b1f
+def recoloured(caption: str) -> tuple: # of a drawn clip with one object -> (caption with another colour, red-green-blue of it)
+    "The edit of the comparison: the object's colour becomes the next one that the wall has not."
+    found = re.fullmatch(r"a (\w+) (disc|square), (\w+) wall", caption)
+    if not found or not {found[1], found[3]} <= set(COLOURS): raise InputError(f"caption {caption!r}; recoloured; give one of a drawn clip with one object")
+    names = list(COLOURS)
+    new = next(name for name in names[names.index(found[1]) + 1:] + names if name not in (found[1], found[3]))
+    return f"a {new} {found[2]}, {found[3]} wall", colorsys.hsv_to_rgb(COLOURS[new], 0.75, 0.8)
+
+
+def object_masks(clips: list, numbers: list) -> torch.Tensor: # ShapeClips of one size; keyframes -> bool [K,B,H,W]
+    "Where the object is: nearer than the wall."
+    return torch.stack([clip.depth.data[numbers, 0] < 0.99 / WALL for clip in clips], 1)
+
+
+def agreement(made_KB3HW, source_KB3HW, flows_BF2HW, # signed keyframes; `chained_flow` of each video
+              masks_KBHW=None, colours=None) -> dict: # of the object; B asked colours -> means over videos, NaN where not asked for
+    "warp_error, colour_spread (0..1, lower agrees better), colour_likeness (-1..1), shape_kept, change (0..1)."
+    found = dict(warp_error=float(warp_errors(made_KB3HW.transpose(0, 1), flows_BF2HW).mean()), change=float((made_KB3HW - source_KB3HW).abs().mean() / 2))
+    if masks_KBHW is None: return found | dict.fromkeys(("colour_spread", "colour_likeness", "shape_kept"), math.nan)
+    unit, mask, asked = (made_KB3HW + 1) / 2, masks_KBHW[:, :, None].to(made_KB3HW), torch.tensor(colours)
+    mean = ((unit * mask).flatten(3).sum(3) / mask.flatten(3).sum(3)).nanmean(0)
+    likeness = torch.nn.functional.cosine_similarity(mean - mean.mean(1, keepdim=True), asked - asked.mean(1, keepdim=True))
+    kept = overlap(silhouette(made_KB3HW.flatten(0, 1), 0.2), masks_KBHW.flatten(0, 1))
+    return found | dict(colour_spread=float(colour_spread(made_KB3HW, masks_KBHW).nanmean()), colour_likeness=float(likeness.nanmean()), shape_kept=float(kept.nanmean()))

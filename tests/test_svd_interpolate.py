@@ -19,7 +19,7 @@ from camflow.joint.time_reversal import backward_twin, load_twin, rotated, save_
 from camflow.joint.train import Encoders
 from camflow.media.frames import Frames, from_pil
 
-LADY = Path(__file__).resolve().parents[1].parent / "shared" / "real" / "davis" / "lady-running"
+LADY = Path(__file__).resolve().parents[2]/"shared/real/davis/lady-running"
 SMALL = dict(steps=2, batch_size=1, items=3, held_out=0, sample_steps=2, frames=3, rank=2, warmup=0, size=[8, 8], prefetch=False)
 
 

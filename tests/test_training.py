@@ -49,6 +49,22 @@ def test_resume_is_exact(tmp_path, accumulation, bf16):
     same(tmp_path/"whole", tmp_path/"parts")
 
 
+def test_rate_by_name(tmp_path):
+    "One step of AdamW without decay moves every weight by its rate; a resume is exact and refuses other factors."
+    plain = dict(steps=1, batch_size=4, lr=1e-3, weight_decay=0., grad_clip=0)
+    moved = {k: (p - dict(Net().named_parameters())[k]).abs().max() for k, p in main({**plain, "lr_scale": {"layers.3.*": 5., "*.bias": 0.5}}, tmp_path/"one").loop.bare.named_parameters()}
+    for name, factor in {"layers.0.weight": 1, "layers.0.bias": 0.5, "layers.3.weight": 5, "layers.3.bias": 5}.items(): # the first pattern that fits
+        assert abs(moved[name].item() / (factor * 1e-3) - 1) < 1e-3, name
+    config = {**BASE, "lr_scale": {"layers.3.weight": 5.}, "muon": ["layers.*.weight"]}
+    main(config, tmp_path/"whole")
+    for _ in range(14):
+        if main({**config, "max_seconds": 1e-9}, tmp_path/"parts").status == "done": break
+    same(tmp_path/"whole", tmp_path/"parts")
+    with pytest.raises(InputError, match="trained with lr_scale"): main({**config, "steps": 15, "lr_scale": {}}, tmp_path/"whole")
+    with pytest.raises(InputError, match="names nothing"): main({**plain, "lr_scale": {"nothing*": 2.}}, tmp_path/"x")
+    with pytest.raises(InputError, match="positive"): TrainConfig(lr_scale={"*": 0})
+
+
 def test_weights_stay_float32(tmp_path):
     result = main({**BASE, "steps": 2, "bf16": True}, tmp_path)
     assert all(p.dtype == torch.float32 for p in result.loop.bare.parameters())

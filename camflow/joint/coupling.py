@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['coupling', 'silhouette_agreement', 'edge_agreement', 'depth_agreement', 'warp_errors', 'end_point_errors',
-           'decoded_flows', 'cycle', 'plot_curves']
+           'decoded_flows', 'measured_motion', 'moving_overlap', 'motion_agreement', 'cycle', 'plot_curves']
 
 # %% ../../nbs/joint/25_coupling.ipynb #84e29b20
 import math
@@ -78,6 +78,30 @@ def decoded_flows(codec, pictures_BF3HW) -> torch.Tensor: # FlowCodec; signed ->
     "Flows of a batch of flow pictures."
     from camflow.media.frames import Frames
     return torch.stack([codec.decode(Frames(p.clamp(-1, 1), "signed")).data for p in pictures_BF3HW])
+
+# %% ../../nbs/joint/25_coupling.ipynb #3f1c7a52
+def measured_motion(video_BF3HW,         # signed, one shape before a wall
+                    threshold: float = 0.2 # of `silhouette`
+                   ) -> torch.Tensor:    # pixels [B,F-1,2,H,W]; NaN where no shape is seen
+    "The flow of a drawn clip, from its silhouettes' centres."
+    seen = silhouette(video_BF3HW.flatten(0, 1), threshold).unflatten(0, video_BF3HW.shape[:2]).float()
+    area, (rows, columns) = seen.sum((2, 3)), (torch.arange(n, dtype=torch.float32) for n in seen.shape[-2:])
+    centre = torch.stack([(seen * columns).sum((2, 3)) / area, (seen * rows[:, None]).sum((2, 3)) / area], -1)  # 0/0 is NaN
+    return seen[:, :-1, None] * centre.diff(dim=1)[..., None, None]
+
+
+def moving_overlap(video_BF3HW, flow_BF2HW, # signed; pixels, F-1 entries
+                   slow: float = 0.25       # pixels per frame that count as still
+                  ) -> torch.Tensor:        # [B] intersection over union, mean over frames
+    "Does the flow move what the video shows?"
+    shown = silhouette(video_BF3HW[:, :-1].flatten(0, 1), 0.2)
+    return overlap(shown, flow_BF2HW.flatten(0, 1).norm(dim=1) > slow).unflatten(0, (len(video_BF3HW), -1)).nanmean(1)
+
+
+def motion_agreement(video_BF3HW, flow_BF2HW) -> torch.Tensor: # signed; pixels, F-1 entries -> [B], -1..1; NaN where one of them is still or empty
+    "Does the flow move it the way the video does?"
+    seen, told = measured_motion(video_BF3HW).flatten(1), flow_BF2HW.float().flatten(1)
+    return (seen * told).sum(1) / (seen.norm(dim=1) * told.norm(dim=1))
 
 # %% ../../nbs/joint/25_coupling.ipynb #cd2ce343
 def cycle(x, make,       # first halves; (name of the given half, its samples) -> the other half

@@ -276,11 +276,11 @@ def with_flow(source, estimator) -> Source: # items with video; of camflow.flow.
     return Source(list(range(len(source))), read, getattr(source, "skipped", {}))
 
 # %% ../../nbs/joint/22_data.ipynb #ae7a8816
-def shape_items(seeds, size=(16, 16), frames: int = 1, shapes: int = 1): # of `joint.shapes`; one frame: image and depth, more: video and flow
+def shape_items(seeds, size=(16, 16), frames: int = 1, shapes: int = 1, fast: float = 1.2): # as in `joint.shapes`; one frame: image and depth, more: video and flow
     "Items of the shape family."
     from camflow.joint.shapes import shape_clip
     def read(seed):
-        clip = shape_clip(seed, size, frames, shapes)
+        clip = shape_clip(seed, size, frames, shapes, fast)
         parts = dict(image=clip.frames, depth=clip.depth) if frames == 1 else dict(video=clip.frames, flow=clip.flow)
         return parts | dict(fps=clip.frames.fps if frames > 1 else None, caption=clip.caption, id=f"shape {seed}")
     return Source(list(seeds), read)

@@ -79,6 +79,7 @@ def identity_vae(video: bool = False): # the class of SVD instead of SD's
         common = dict(in_channels=3, out_channels=3, layers_per_block=1, latent_channels=3, sample_size=16, scaling_factor=1.0, force_upcast=False)
         if video: vae = AutoencoderKLTemporalDecoder(block_out_channels=(96,), **common)
         else: vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, mid_block_add_attention=False, **common)
+    vae.identity = True
     return make_identity(vae).eval().requires_grad_(False)
 
 # %% ../../nbs/joint/20_models.ipynb #6fcb838b
@@ -104,8 +105,8 @@ def _text_encoder(width: int):
 
 def _image_encoder(width: int):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
-                                                          patch_size=28, projection_dim=width))
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224,
+                                                          patch_size=14, projection_dim=width))
 
 # %% ../../nbs/joint/20_models.ipynb #c52e6237
 def _seeded(build, seed: int):

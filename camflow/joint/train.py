@@ -30,8 +30,8 @@ from ..training.loop import TrainConfig, at_least, configuration, fit, positions
 
 # %% ../../nbs/joint/24_train.ipynb #d08af7e6
 DEFAULTS = dict(steps=400, batch_size=8, lr=2e-3, betas=(0.9, 0.99), warmup=20, schedule="cosine", final_lr=0.05, ema_decay=0.99, checkpoint_every=0, checkpoint_seconds=180.,
-                family="sd", mode="joint", base=None, start=None, data="shapes", folder=None, table=None, depth=None, captions=None, flow="dis", items=3000, held_out=8,
-                size=[16, 16], aspect=1.0, frames=6, stride=1, flip=0.5, crop=[0.75, 1.0], post="conv_fuse", rank=16, alpha=None, y_lora=True, lora_side="token",
+                family="sd", mode="joint", base=None, unet={}, condition="first", start=None, data="shapes", folder=None, table=None, depth=None, captions=None, flow="dis", items=3000, held_out=8,
+                size=[16, 16], aspect=1.0, frames=6, stride=1, fast=1.2, flip=0.5, crop=[0.75, 1.0], post="conv_fuse", rank=16, alpha=None, y_lora=True, lora_side="token",
                 attention="both", skip=[], timesteps="role_mask", condition_probability=0.5, gamma=5.0, distribution="lognormal", prompt_dropout=0.1, joint_dropout=0.0,
                 prediction="v_prediction", noise_aug=0.02, fps=7.0, motion_bucket=127, flow_kind="uv0", flow_share=0.15, depth_low=None, depth_high=None, sample_steps=8,
                 trigger="", export=None)
@@ -41,7 +41,7 @@ TRIGGERS = {"depth": "depth_map, ", "flow": ""}
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is loaded."
-    choices = dict(family=("sd", "svd"), mode=("base", "joint"), data=("shapes", "world", "images", "voc", "videos", "webvid", "panda"), prediction=("epsilon", "v_prediction"))
+    choices = dict(family=("sd", "svd"), mode=("base", "joint"), condition=("first", "none"), data=("shapes", "world", "images", "voc", "videos", "webvid", "panda"), prediction=("epsilon", "v_prediction"))
     for name, allowed in choices.items():
         if config[name] not in allowed: raise InputError(f"{name}={config[name]!r}; joint_finetune; one of {', '.join(allowed)}")
     still = config["data"] in ("images", "voc")
@@ -50,6 +50,7 @@ def checked(config: dict): # full configuration
     if config["data"] not in ("shapes", "world") and not (config["table"] or config["folder"]): raise InputError(f"data={config['data']!r} needs a folder or a table; joint_finetune")
     if config["family"] == "svd" and config["frames"] < 2: raise InputError(f"frames={config['frames']}; joint_finetune; a clip with flow has at least two")
     if config.get("gradient_checkpointing") and config["joint_dropout"]: raise InputError("joint_dropout switches the branch off for the forward pass only; with gradient_checkpointing set it to 0")
+    if config["base"] and config["unet"]: raise InputError(f"unet={config['unet']} with base={config['base']}; joint_finetune; a folder says itself what its network is, changes are for the tiny one (base=None)")
     at_least(config, items=1, held_out=0, rank=1, sample_steps=1, aspect=1, stride=1)
     return config
 
@@ -58,7 +59,8 @@ def parts_of(config: dict) -> dict: # full configuration
     "The base model, tiny or of a folder."
     tiny, load = (tiny_sd, load_sd) if config["family"] == "sd" else (tiny_svd, load_svd)
     if config["base"]: return load(config["base"], torch.bfloat16 if config.get("bf16") else torch.float32)
-    parts = tiny(config.get("seed", 0))
+    try: parts = tiny(config.get("seed", 0), **config["unet"])
+    except (TypeError, ValueError) as error: raise InputError(f"unet={config['unet']}; joint_finetune; no such tiny network ({error})") from None
     if config["family"] == "sd": parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, prediction_type=config["prediction"])
     return parts
 
@@ -77,7 +79,8 @@ def open_items(config: dict, held_out: bool = False): # full configuration -> so
     first, count = (HELD_OUT, config["held_out"]) if held_out else (0, config["items"])
     shape = dict(size=tuple(config["size"]), frames=1 if config["family"] == "sd" else config["frames"])
     clip = dict(frames=config["frames"], stride=config["stride"])
-    if config["data"] in ("shapes", "world"): return (shape_items if config["data"] == "shapes" else world_items)(range(first, first + count), **shape)
+    if config["data"] == "shapes": return shape_items(range(first, first + count), **shape, fast=config["fast"])
+    if config["data"] == "world": return world_items(range(first, first + count), **shape)
     if config["data"] == "images": return _part(image_folder(config["folder"], config["depth"], config["captions"]), config["held_out"], held_out)
     if config["data"] == "voc": return _part(voc_json(config["table"], config["folder"]), config["held_out"], held_out)
     from camflow.flow.estimators import load_flow
@@ -122,11 +125,13 @@ class Encoders:
     def __init__(self, parts: dict, family: str):
         self.parts, self.family, self.vae = parts, family, parts["vae"].to(device())
         self.second = parts["text_encoder" if family == "sd" else "image_encoder"].to(device())
+        self.identity = getattr(self.vae, "identity", False) # of the tiny models: encoding would cost a third of a step and give the pixels back
 
     @torch.no_grad()
     def latents(self, pixels_RF3HW, scaled: bool = True): # -> [R,C,h,w] (SD) or [R,F,C,h,w]
         "Mean of the posterior, times the VAE's factor."
-        out = self.vae.encode(pixels_RF3HW.flatten(0, 1).to(self.vae.dtype)).latent_dist.mode().float()
+        if self.identity: out = pixels_RF3HW.flatten(0, 1).float()
+        else: out = self.vae.encode(pixels_RF3HW.flatten(0, 1).to(self.vae.dtype)).latent_dist.mode().float()
         out = out * (self.vae.config.scaling_factor if scaled else 1)
         return out if self.family == "sd" else out.unflatten(0, pixels_RF3HW.shape[:2])
 
@@ -193,6 +198,9 @@ def report(rows_R, clean_R, draw, grid, names): # unweighted losses
 def video_conditions(frozen: Encoders, pixels_RF3HW, config, g=None): # g None: as in sampling -> image latents [R,C,h,w], embeds [R,1,D], ids [R,3]
     "What SVD is told, the same for both rows of a pair."
     first = pixels_RF3HW[:len(pixels_RF3HW) // 2, 0].to(device())
+    if config["condition"] == "none":
+        width, ids = frozen.second.config.projection_dim, added_time_ids(config["fps"], config["motion_bucket"], config["noise_aug"], len(first)).to(first)
+        return torch.zeros_like(frozen.latents(first[:, None], scaled=False)[:, 0]).repeat(2, 1, 1, 1), first.new_zeros(2 * len(first), 1, width), ids.repeat(2, 1)
     noisy = augment(first, config["noise_aug"], g or generator(config.get("seed", 0), "noise augmentation"))
     image = frozen.latents(noisy[:, None], scaled=False)[:, 0]
     ids = added_time_ids(config["fps"], config["motion_bucket"], config["noise_aug"], len(first)).to(first)
@@ -321,7 +329,7 @@ def save_joint(parts: dict, adapter, out, config: dict): # adapter None: only a 
     if adapter: save_adapter(adapter, out/"joint_adapter", torch.float16), adapter.remove()
     save_parts(parts, out)
     write_json(out/"joint.json", {"family": config["family"], "names": NAMES[config["family"]], "codecs": {n: c.to_dict() for n, c in codecs_of(config).items()}, "size": config["size"],
-                                  "frames": config["frames"], "fps": config["fps"], "motion_bucket": config["motion_bucket"], "noise_aug": config["noise_aug"]})
+                                  "frames": config["frames"], "fps": config["fps"], "motion_bucket": config["motion_bucket"], "noise_aug": config["noise_aug"], "condition": config["condition"]})
 
 
 def load_joint(folder): # of `save_joint` -> (parts, adapter or None, its joint.json)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXIT_STOPPED', 'TrainConfig', 'configuration', 'at_least', 'one_cycle', 'learning_rate', 'positions', 'shuffled',
-           'item_noise', 'Optimizers', 'adamw_class', 'make_optimizer', 'Loop', 'choose_trainable', 'save', 'restore',
-           'one_step', 'mean', 'agree', 'validate', 'Batches', 'stop_signals', 'FitResult', 'fit', 'run_main']
+           'item_noise', 'Optimizers', 'adamw_class', 'rate_groups', 'make_optimizer', 'Loop', 'choose_trainable',
+           'save', 'restore', 'one_step', 'mean', 'agree', 'validate', 'Batches', 'stop_signals', 'FitResult', 'fit',
+           'run_main']
 
 # %% ../../nbs/training/03_loop.ipynb #a0272626
 import argparse
@@ -43,6 +44,7 @@ class TrainConfig:
     betas: tuple = (0.9, 0.999)
     optimizer: str = "adamw"       # or "adamw8bit": moments in 8 bits, needs bitsandbytes
     muon: tuple = ()               # shell patterns of names whose 2-D weights Muon updates (step size like AdamW's); AdamW does the rest
+    lr_scale: dict = field(default_factory=dict) # {shell pattern of names: factor on the rate}; of several patterns the first that fits
     warmup: int = 0                # steps of linear warmup
     schedule: str = "constant"     # "constant", "cosine" or "linear" (to `final_lr`), or "onecycle", see `one_cycle`
     final_lr: float = 0.0          # fraction of `lr` at the last step
@@ -66,6 +68,7 @@ class TrainConfig:
         self.betas, self.muon = tuple(self.betas), tuple(self.muon)
         if self.schedule not in ("constant", "cosine", "linear", "onecycle"): raise InputError(f"schedule {self.schedule!r} is not constant, cosine, linear or onecycle")
         at_least(vars(self), steps=1, batch_size=1, accumulation=1, log_every=1, keep=1, lr=0, weight_decay=0, warmup=0, grad_clip=0, checkpoint_every=0, validate_every=0)
+        if bad := {k: v for k, v in self.lr_scale.items() if not 0 < v < math.inf}: raise InputError(f"lr_scale={bad}; a factor on the rate is positive; freeze what shall not move instead")
         if self.optimizer not in ("adamw", "adamw8bit"): raise InputError(f"optimizer {self.optimizer!r} is not adamw or adamw8bit")
         if self.optimizer == "adamw8bit" and self.shard: raise InputError("adamw8bit keeps moments in blocks that do not follow the pieces of shard; use adamw, or shard=false")
         if not 0 <= self.ema_decay < 1: raise InputError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
@@ -186,15 +189,27 @@ def adamw_class(name: str): # "adamw" or "adamw8bit"
     return AdamW8bit
 
 
+def rate_groups(params: dict, # {name: parameter}
+                scales: dict): # `TrainConfig.lr_scale`
+    "Parameter groups by their factor on the rate."
+    found = {}
+    for name, p in params.items():
+        scale = next((float(scales[key]) for key in scales if fnmatch(name, key)), 1.0)
+        found.setdefault(scale, []).append(p)
+    return [{"params": group} | ({} if scale == 1 else {"lr_scale": scale}) for scale, group in found.items()]
+
+
 def make_optimizer(params,            # {name: parameter}
                    cfg: TrainConfig):
     "AdamW, and Muon (torch's own, Newton-Schulz orthogonalised momentum) for the matrices that `cfg.muon` names."
     matrix = lambda name, p: p.ndim == 2 and any(fnmatch(name, pattern) for pattern in cfg.muon)
-    by_muon, rest = ([p for name, p in params.items() if matrix(name, p) == wanted] for wanted in (True, False))
-    adamw = adamw_class(cfg.optimizer)(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay) if rest else None
+    by_muon, rest = ({name: p for name, p in params.items() if matrix(name, p) == wanted} for wanted in (True, False))
+    adamw = adamw_class(cfg.optimizer)(rate_groups(rest, cfg.lr_scale), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay) if rest else None
     if cfg.muon and not by_muon: raise InputError(f"muon={list(cfg.muon)} names no matrix; the first names are {list(params)[:3]}")
+    if lost := [key for key in cfg.lr_scale if not any(fnmatch(name, key) for name in params)]: raise InputError(f"lr_scale names nothing that is trained by {lost}; the first names are {list(params)[:3]}")
     if not by_muon: return adamw
-    muon = (HostMuon if by_muon[0].device.type == "cpu" else torch.optim.Muon)(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    kind = HostMuon if next(iter(by_muon.values())).device.type == "cpu" else torch.optim.Muon
+    muon = kind(rate_groups(by_muon, cfg.lr_scale), lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, adamw) if adamw else muon
 
 # %% ../../nbs/training/03_loop.ipynb #65188ab1
@@ -274,6 +289,7 @@ def restore(self):
     own = _trained(self)
     load_strict(own, pieces(ckpt.tensors["model"], own), f"checkpoint {path}")
     if ckpt.meta["frozen"] != self.frozen: raise InputError(f"checkpoint {path} was trained on other frozen weights; load the base model it started from")
+    if (kept := ckpt.meta["config"].get("lr_scale", {})) != self.cfg.lr_scale: raise InputError(f"checkpoint {path} was trained with lr_scale={kept}, not {self.cfg.lr_scale}; keep it, or start a new run")
     self.optimizer.load_state_dict(state_pieces(unflatten_optimizer(ckpt.tensors["optimizer"], ckpt.meta["optimizer"]), self.optimizer))
     if self.ema:
         if "ema" not in ckpt.tensors: raise InputError(f"checkpoint {path} holds no averaged weights; set ema_decay=0 or start a new run")
@@ -289,7 +305,7 @@ def restore(self):
 def one_step(self, step_fn, batches):
     "Forward, backward, clip, update; returns loss and metrics averaged over micro-batches and ranks."
     cfg, sums, model = self.cfg, {}, self.model
-    for group in self.optimizer.param_groups: group["lr"] = learning_rate(cfg, self.step)
+    for group in self.optimizer.param_groups: group["lr"] = learning_rate(cfg, self.step) * group.get("lr_scale", 1.0)
     for micro in range(cfg.accumulation):
         last = micro == cfg.accumulation - 1
         with nullcontext() if last else self.accelerator.no_sync(model):

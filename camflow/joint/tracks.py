@@ -159,14 +159,15 @@ def track_maps(tracks: Tracks,
 
 # %% ../../nbs/joint/45_tracks.ipynb #0efc74ab
 def follow(flow: Flow,                  # forward, T-1 entries
-           starts_N2: torch.Tensor      # (x, y) in the first frame
+           starts_N2: torch.Tensor,     # (x, y) in the first frame
+           nearest: bool = False        # the vector of the pixel that a point is in: for flows with sharp edges, such as drawn shapes; False: linear between pixel centres
           ) -> Tracks:                  # T frames
     "Tracks of points that go with the flow."
     if flow.direction != "forward": raise InputError(f"a {flow.direction} flow; follow; points go forward")
     (h, w), at = flow.size, [starts_N2.float()]
     for step in flow.data.float():
         grid = at[-1] / torch.tensor([w, h]) * 2 - 1
-        moved = torch.nn.functional.grid_sample(step[None], grid[None, None], mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].T
+        moved = torch.nn.functional.grid_sample(step[None], grid[None, None], mode="nearest" if nearest else "bilinear", padding_mode="border", align_corners=False)[0, :, 0].T
         at.append(at[-1] + moved)
     points = torch.stack(at, 1)
     gone = ~(torch.isfinite(points).all(-1) & (points >= 0).all(-1) & (points < torch.tensor([w, h])).all(-1))

@@ -19,7 +19,7 @@ from .controlnet_sd import control_images, control_loss, control_pipeline, sd_co
 from .controlnet_svd import ControlNetSpatioTemporal, controlled, steered
 from .coupling import coupling, decoded_flows, edge_agreement, motion_agreement, silhouette_agreement, warp_errors
 from .edm import draw_sigmas
-from .svd_train import sample_videos, svd_conditions, svd_loss
+from .svd_train import Clips, rate_checked, sample_videos, svd_conditions, svd_loss
 from .timesteps import drop_prompts, null_prompts
 from .tracks import draw_starts, follow, track_maps
 from ..media.frames import Flow, Frames
@@ -32,6 +32,7 @@ from ..training.loop import TrainConfig, at_least, configuration, fit, positions
 LEFT_OUT = "mode condition start post rank alpha y_lora lora_side attention skip timesteps condition_probability joint_dropout trigger aspect".split()
 DEFAULTS = {k: v for k, v in joint.DEFAULTS.items() if k not in LEFT_OUT} | dict(
     start=None,              # folder of a ControlNet to continue from
+    fps=7.0,                 # that SVD is told; None: each clip's own
     control=None,            # what steers: "depth" (all that Stable Diffusion has), "flow" or "tracks"; None: depth for sd, flow for svd
     track_points=[2, 2],     # of "tracks": points placed where it moves, and anywhere
     track_sigma=1.5,         # of "tracks": spread of a point, pixels
@@ -60,6 +61,7 @@ def checked(config: dict) -> dict: # full configuration
     if not config["track_sigma"] > 0: raise InputError(f"track_sigma={config['track_sigma']}; controlnet_train; a positive number of pixels")
     for name in ("dropout", "prompt_dropout"):
         if not 0 <= config[name] <= (1 / 3 if name == "dropout" else 1): raise InputError(f"{name}={config[name]}; controlnet_train; a probability (dropout: at most 1/3)")
+    if config["family"] == "svd": rate_checked(config)
     joint.checked(joint_config(config))
     at_least(config, items=2)
     return config
@@ -72,7 +74,7 @@ def codecs_of(config: dict) -> dict: # full configuration -> {modality: codec}
     return {"video": found["video"], "depth": joint.codecs_of(joint_config(config) | dict(family="sd"))["depth"]}
 
 
-class ControlPairs(joint.Pairs):
+class ControlPairs(Clips):
     "Pairs whose missing captions can be an error."
     def item(self, i: int):
         item = super().item(i)
@@ -122,7 +124,7 @@ def svd_step(unet, frozen, codecs: dict, config: dict):
     def step(controlnet, batch, g):
         video, coded = batch[0].to(device()).chunk(2)
         latents, shown = frozen.latents(video), steering_pictures(config, codecs, coded, g)
-        image, embeds, ids = svd_conditions(frozen, video, torch.full((len(video),), float(config["motion_bucket"])), config, g)
+        image, embeds, ids = svd_conditions(frozen, video, torch.full((len(video),), float(config["motion_bucket"])), config, g, batch[2])
         sigma = draw_sigmas(torch.rand(len(latents), generator=g), config["distribution"]).to(latents)
         noise = torch.randn(latents.shape, generator=g).to(latents)     # after, and from another generator than, the noise of the image
         def steered_unet(x, t, embeds, ids, return_dict):
@@ -133,7 +135,7 @@ def svd_step(unet, frozen, codecs: dict, config: dict):
 
 # %% ../../nbs/joint/34_controlnet_train.ipynb #51cd99fa
 @torch.no_grad()
-def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captions, scale: float = 1.0, steps: int | None = None, seed: int = 0): # of joint.train.Pairs -> signed [B,F,3,H,W]
+def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captions, scale: float = 1.0, steps: int | None = None, seed: int = 0, fps_B=None): # of ControlPairs; frame rates (svd), None: config["fps"] -> signed [B,F,3,H,W]
     "Samples under the conditions of a batch."
     first, second = pixels_RF3HW.chunk(2)
     steps, parts = steps or config["sample_steps"], frozen.parts | dict(unet=unet)
@@ -141,7 +143,7 @@ def control_samples(controlnet, unet, frozen, config: dict, pixels_RF3HW, captio
         options = dict(num_inference_steps=steps, guidance_scale=1.0, generator=generator(seed, "control samples"))
         return control_images(control_pipeline(parts, controlnet), captions, Frames(second[:, 0].clamp(-1, 1).cpu(), "signed"), scale, **options).data[:, None]
     buckets = torch.full((len(first),), float(config["motion_bucket"]))
-    with steered(unet, controlnet, second.to(device()), scale): return sample_videos(unet, frozen, first, buckets, config | dict(sample_steps=steps), seed).cpu()
+    with steered(unet, controlnet, second.to(device()), scale): return sample_videos(unet, frozen, first, buckets, config | dict(sample_steps=steps), seed, fps_B).cpu()
 
 
 def as_shown(config: dict, codecs: dict, pixels_RF3HW, seed: int = 0) -> torch.Tensor: # full; of `codecs_of`; of the pairs; of the tracks' places
@@ -177,11 +179,14 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
     held = ControlPairs(joint.open_items(full, True), config, codecs) if config["held_out"] else None
     step = sd_step(unet, frozen, config) if config["family"] == "sd" else svd_step(unet, frozen, codecs, config)
 
-    def batch_fn(step, rank, world, micro): return pairs.batch(positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation), tuple(config["size"]))
+    def batch_fn(step, rank, world, micro):
+        where, size = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation), tuple(config["size"])
+        return (*pairs.batch(where, size), pairs.rates(where, size) if config["family"] == "svd" else None)
     def validate(model, done):
-        pixels, captions = held.batch(list(range(config["held_out"])))
+        where = list(range(config["held_out"]))
+        (pixels, captions), fps = held.batch(where), held.rates(where) if config["family"] == "svd" else None
         shown, conditions = as_shown(config, codecs, pixels), pixels.chunk(2)[1]
-        on, off = (control_samples(model, unet, frozen, config, shown, captions, scale) for scale in (1.0, 0.0))
+        on, off = (control_samples(model, unet, frozen, config, shown, captions, scale, fps_B=fps) for scale in (1.0, 0.0))
         sheet(shown.chunk(2)[1], on, off).save_grid(run_dir/"validation"/f"{done:06d}.png")
         if config["held_out"] < 2: return {}
         found = control_agreement(config, codecs, on, conditions)

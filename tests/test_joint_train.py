@@ -93,3 +93,56 @@ def test_gap_of_strangers_is_nothing():
     flat = coupling.coupling(torch.zeros(4, 3, 8, 8), y[:4], coupling.depth_agreement)
     assert flat["undefined"] == 4 and flat["paired"] != flat["paired"] # NaN, not 0
     assert json.dumps(found)
+
+
+def test_few_files_need_no_special_care(tmp_path):
+    "Held-out items are spared only where there are enough; windows of one clip never share frames with them."
+    from camflow.joint.data import video_folder
+    from camflow.joint.shapes import shape_clip
+    from PIL import Image
+    (tmp_path/"clip").mkdir()
+    clip = shape_clip(0, (24, 32), frames=9)
+    for i, frame in enumerate(clip.frames.byte().data): Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path/"clip"/f"{i}.png")
+    config = configuration(TINY | dict(family="svd", data="videos", folder=str(tmp_path/"clip"), held_out=8), train.DEFAULTS)
+    assert len(video_folder(config["folder"], 3)) == 7 and train.spared(config) == 1
+    kept, last = ([*train._part(video_folder(config["folder"], 3), 1, held).entries] for held in (False, True))
+    assert last == [6] and kept == [0, 1, 2, 3]            # 4 and 5 show frames of the last window
+    assert train.spared(config | dict(frames=7)) == 0      # three windows, all overlap
+    depth = 1000 / (1 / clip.depth.data[0, 0])
+    Image.fromarray(depth.round().numpy().astype("uint16")).save(tmp_path/"depth.png")
+    one = dict(data="images", folder=str(tmp_path/"clip"/"0.png"), depth=str(tmp_path/"depth.png"), held_out=8, steps=1)
+    done = train.main(TINY | one, tmp_path/"run")
+    assert done.step == 1 and train.spared(configuration(TINY | one, train.DEFAULTS)) == 0
+
+
+def test_rows_without_condition():
+    "Without condition the halves share nothing but the small numbers, and flow is told its own."
+    config = configuration(TINY | dict(family="svd", condition="none", flow_bucket=255), train.DEFAULTS)
+    _, _, frozen = train.build(config)
+    pixels = torch.rand(4, 3, 3, 16, 16, generator=generator(0, "test")) * 2 - 1
+    image, embeds, ids = train.video_conditions(frozen, pixels, config)
+    assert not image.any() and not embeds.any() and ids[:, 1].tolist() == [127, 127, 255, 255]
+    image, embeds, ids = train.video_conditions(frozen, pixels, config | dict(condition="first", flow_bucket=None))
+    assert image.any() and embeds.any() and set(ids[:, 1].tolist()) == {127}
+
+
+def test_norm_groups_survive_the_folder(tmp_path):
+    from camflow.joint.models import load_svd, save_parts, tiny_svd
+    parts = tiny_svd(norm_groups=8)
+    save_parts(parts, tmp_path)
+    groups = {m.num_groups for m in load_svd(tmp_path)["unet"].modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert groups == {8}
+    with pytest.raises(InputError, match="divide"): tiny_svd(norm_groups=5)
+    with pytest.raises(InputError, match="no such tiny network"): train.parts_of(configuration(dict(unet=dict(colour="red")), train.DEFAULTS))
+
+
+def test_motion_agreement_is_about_direction():
+    from camflow.joint.shapes import shape_clip
+    clips = [shape_clip(seed, frames=4, fast=3.0) for seed in range(8)]
+    videos, flows = torch.stack([c.frames.data * 2 - 1 for c in clips]), torch.stack([c.flow.data for c in clips])
+    turned = torch.stack([-flows[:, :, 1], flows[:, :, 0]], 2)
+    score = coupling.motion_agreement
+    assert score(videos, flows).mean() > 0.8 and score(videos, -flows).mean() < -0.8 and score(videos, turned).abs().max() < 0.3
+    torch.testing.assert_close(score(videos, 3 * flows), score(videos, flows))
+    assert coupling.moving_overlap(videos, flows).mean() > 0.8
+    torch.testing.assert_close(coupling.moving_overlap(videos, -flows), coupling.moving_overlap(videos, flows))  # where, not which way

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['coupling', 'silhouette_agreement', 'edge_agreement', 'depth_agreement', 'warp_errors', 'end_point_errors',
-           'decoded_flows', 'measured_motion', 'moving_overlap', 'motion_agreement', 'cycle', 'plot_curves']
+           'decoded_flows', 'measured_motion', 'moving_overlap', 'motion_agreement', 'pair_scores', 'cycle',
+           'plot_curves']
 
 # %% ../../nbs/joint/25_coupling.ipynb #84e29b20
 import math
@@ -102,6 +103,18 @@ def motion_agreement(video_BF3HW, flow_BF2HW) -> torch.Tensor: # signed; pixels,
     "Does the flow move it the way the video does?"
     seen, told = measured_motion(video_BF3HW).flatten(1), flow_BF2HW.float().flatten(1)
     return (seen * told).sum(1) / (seen.norm(dim=1) * told.norm(dim=1))
+
+# %% ../../nbs/joint/25_coupling.ipynb #71b2e8aa
+def pair_scores(made_RF3HW,          # signed; first modality of all samples, then the second
+                codecs: dict,        # {name: codec} of both
+                drawn: bool = False, # clips of the shape family
+                shifts: int | None = 8) -> dict: # {score: `coupling`}
+    "Coupling by each score that applies."
+    first, second = made_RF3HW.chunk(2)
+    if "flow" not in codecs: return {"silhouettes" if drawn else "edges": coupling(first[:, 0], second[:, 0], silhouette_agreement if drawn else edge_agreement, shifts)}
+    scores = {"warp_error": warp_errors} | ({"moving_overlap": moving_overlap, "motion_agreement": motion_agreement} if drawn else {})
+    flows = decoded_flows(codecs["flow"], second)
+    return {name: coupling(first, flows, score, shifts) for name, score in scores.items()}
 
 # %% ../../nbs/joint/25_coupling.ipynb #cd2ce343
 def cycle(x, make,       # first halves; (name of the given half, its samples) -> the other half

@@ -139,6 +139,7 @@ class Source:
     entries: list                                 # what `read` takes
     read: object                                  # entry -> item
     skipped: dict = field(default_factory=dict)   # {name: reason}
+    overlap: int = 0                              # neighbours before an entry that share frames with it
 
     def __post_init__(self):
         if not self.entries: raise InputError(f"no item is left; {len(self.skipped)} skipped, first: {next(iter(self.skipped.items()), 'none')}; check folder and table")
@@ -192,13 +193,14 @@ def _captions_of(folder, given) -> dict: # file name -> text
     return {row["file_name"]: row.get("text") for row in rows}
 
 
-def image_folder(folder, depth=None,      # folder of pictures; of depth PNGs of the same stem, or None
+def image_folder(folder, depth=None,      # folder of pictures, or one; of depth PNGs of the same stem, or the one of the one picture, or None
                  captions=None):          # metadata.jsonl (file_name, text), {file: [caption]} as JSON, or a dict
     "Pictures, with depth where a folder of it is given."
-    folder, texts = Path(folder), _captions_of(folder, captions)
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    folder = Path(folder)
+    texts = _captions_of(folder.parent if folder.is_file() else folder, captions)
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else [folder] if folder.is_file() else []
     if not files: raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)}); image_folder; check the path")
-    maps = {p.stem: p for p in Path(depth).glob("*.png")} if depth else {}
+    maps = {} if not depth else {folder.stem: Path(depth)} if folder.is_file() and Path(depth).is_file() else {p.stem: p for p in Path(depth).glob("*.png")}
     keep = [p for p in files if not depth or p.stem in maps]
     def read(p):
         item = dict(image=read_picture(p), fps=None, caption=texts.get(p.name) or None, id=p.name)
@@ -265,7 +267,7 @@ def video_folder(folder, frames: int = 14, stride: int = 1, captions=None): # vi
         pictures = [read_picture(p) for p in files[first:first + span:stride]]
         if len({p.size for p in pictures}) > 1: raise InputError(f"frames from {files[first]} on differ in size; video_folder; one size per folder")
         return dict(video=Frames(torch.cat([p.data for p in pictures]), "byte"), fps=None, caption=texts.get(folder.name) or None, id=f"{folder.name} {first}")
-    return Source(list(range(len(files) - span + 1)), read)
+    return Source(list(range(len(files) - span + 1)), read, overlap=span - 1)
 
 
 def with_flow(source, estimator) -> Source: # items with video; of camflow.flow.estimators

@@ -83,6 +83,15 @@ class _Joint(DiffusionPipeline):
         k = self.multiple
         if min(size) < k or any(n % k for n in size): raise InputError(f"{size[0]} x {size[1]} pixels; {type(self).__name__}; this model takes multiples of {k}, such as {max(k, size[0] // k * k)} x {max(k, size[1] // k * k)}")
 
+    def _size(self, conditions, height, width):
+        "(H, W) that everything has."
+        first = next(iter(conditions.values()), None)
+        own = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        found = first.size if isinstance(first, (Frames, Depth, Flow)) else (own, own) if first is None else from_pil(first).size if not isinstance(first, torch.Tensor) else tuple(first.shape[-2:])
+        size = height or found[0], width or found[1]
+        self.check_size(size)
+        return size
+
     def save_pretrained(self, folder, half: bool = False, **_): # weights in float16
         "Base in diffusers' layout, adapter and codecs beside it. The adapter is put on again from what was written."
         folder = Path(folder)
@@ -101,11 +110,11 @@ class _Joint(DiffusionPipeline):
         told = read_json(folder / "joint.json") if (folder / "joint.json").is_file() else {}
         if told.get("family", cls.family) != cls.family: raise InputError(f"{folder} is of the family {told['family']}; {cls.__name__}; use the other joint pipeline")
         parts = (load_sd if cls.family == "sd" else load_svd)(folder, dtype)
-        known = {key: told[key] for key in ("names", "triggers") if key in told} | {"codecs": {name: codec_from_dict(record) for name, record in told.get("codecs", {}).items()}}
+        known = {key: told[key] for key in ("names", *cls.told) if key in told} | {"codecs": {name: codec_from_dict(record) for name, record in told.get("codecs", {}).items()}}
         adapter = load_adapter(parts["unet"], folder / "joint_adapter") if (folder / "joint_adapter").is_dir() else None
         return cls(**parts, adapter=adapter, **known | changes)
 
-    def _told(self): return {}
+    def _told(self): return {key: getattr(self, key) for key in self.told}
 
     def _sample(self, model, shape, plan, clean, masks, generator, sampler, steps, scale, signal):
         "Noise, levels, loop."
@@ -137,7 +146,7 @@ def _known_type(output_type):
 
 class JointImagePipeline(_Joint):
     "Picture with depth (or edges, poses, other pictures) on Stable Diffusion."
-    family = "sd"
+    family, told = "sd", ("triggers",)
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
     def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, adapter=None, # JointAdapter on `unet`
@@ -147,8 +156,6 @@ class JointImagePipeline(_Joint):
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self._joint(adapter, names, codecs, {"depth": DepthCodec})
         self.triggers = {name: TRIGGERS.get(name, "") for name in self.names[1:]} | (triggers or {})
-
-    def _told(self): return {"triggers": self.triggers}
 
     @torch.no_grad()
     def __call__(self, prompt="",                        # text, or one per picture
@@ -186,32 +193,28 @@ class JointImagePipeline(_Joint):
         latents = self._sample(model, shape, plan, clean, masks, generator or named_generator(0, "joint picture"), sampler, num_inference_steps, guidance_scale, signal_guidance)
         return self._answer(latents, plan, conditions, output_type, lambda z: frozen.pixels(z)[:, 0].cpu())
 
-    def _size(self, conditions, height, width):
-        "(H, W) that everything has."
-        first = next(iter(conditions.values()), None)
-        own = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        found = first.size if isinstance(first, (Frames, Depth, Flow)) else (own, own) if first is None else from_pil(first).size if not isinstance(first, torch.Tensor) else tuple(first.shape[-2:])
-        size = height or found[0], width or found[1]
-        self.check_size(size)
-        return size
-
 # %% ../../nbs/joint/14_pipelines.ipynb #e222dfcf
 class JointVideoPipeline(_Joint):
     "Video with its flow on Stable Video Diffusion."
-    family = "svd"
+    family, told = "svd", ("condition", "flow_bucket")
     model_cpu_offload_seq = "image_encoder->unet->vae"
 
     def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler, adapter=None,
-                 names=("video", "flow"), codecs: dict | None = None): # default RGB, "flow": FlowCodec, "depth": DepthCodec
+                 names=("video", "flow"), codecs: dict | None = None,  # default RGB, "flow": FlowCodec, "depth": DepthCodec
+                 condition: str = "first",                              # "none": trained without picture, as joint_finetune's condition
+                 flow_bucket: float | None = None):                     # motion bucket that flow was trained with; None: the call's
         super().__init__()
         self.register_modules(vae=vae, image_encoder=image_encoder, feature_extractor=feature_extractor, unet=unet, scheduler=scheduler)
         self._joint(adapter, names, codecs, {"flow": FlowCodec, "depth": DepthCodec})
+        if condition not in ("first", "none"): raise InputError(f"condition {condition!r}; JointVideoPipeline; first or none")
+        self.condition, self.flow_bucket = condition, flow_bucket
 
     @torch.no_grad()
     def __call__(self, image=None,                       # Frames of one picture (or a Pillow image); None: the first frame of a given video
                  conditions: dict | None = None,         # {name: Frames, Flow or Depth}
                  mode: str | None = None, strength: dict | None = None, masks: dict | None = None, # as in JointImagePipeline; masks [F or 1,1,H,W]
                  num_frames: int | None = None,          # default: of the conditions, or the UNet's own
+                 height: int | None = None, width: int | None = None, # pixels, where there is neither picture nor condition; default: the UNet's own
                  fps: float = 7, motion_bucket_id: float = 127, noise_aug_strength: float = 0.02,
                  num_inference_steps: int = 25, min_guidance_scale: float = 1.0, max_guidance_scale: float = 3.0, # both 1: no guidance
                  signal_guidance: float = 0.0, joint_scale: float = 1.0, pairs=None,
@@ -221,12 +224,7 @@ class JointVideoPipeline(_Joint):
         _known_type(output_type)
         conditions, strength, masks = conditions or {}, strength or {}, masks or {}
         plan = self.plan(conditions, strength, masks, num_inference_steps, mode, grid=sampler == "scheduler")
-        if image is None:
-            if self.names[0] not in conditions: raise InputError(f"no image; JointVideoPipeline; SVD starts from a picture: give Frames of one, or conditions[{self.names[0]!r}]")
-            image = conditions[self.names[0]][:1]
-        size = image.size if isinstance(image, Frames) else tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else from_pil(image).size
-        first = coded(image, RGBCodec(), "image", size).to(device())
-        if len(first) != 1: raise InputError(f"{len(first)} pictures; JointVideoPipeline; one video per call starts from one")
+        first, size = self._first(image, conditions, height, width)
         self.check_size(size)
         frozen, self.unet = Encoders(self.components, "svd"), self.unet.to(device())
         pixels = {name: coded(value, self.codecs[name], name, size).to(device()) for name, value in conditions.items()}
@@ -236,10 +234,27 @@ class JointVideoPipeline(_Joint):
             if len(p) != frames: raise InputError(f"{name} has {len(p)} frames, asked for are {frames}; JointVideoPipeline; one length for all (T frames have T - 1 flows)")
         clean = {name: frozen.latents(p[None]) for name, p in pixels.items()}
         draws, n = generator or named_generator(0, "joint video"), len(self.names)
-        picture = frozen.latents(augment(first, noise_aug_strength, draws)[:, None], scaled=False)[:, 0]
-        ids = added_time_ids(fps, motion_bucket_id, noise_aug_strength, n).to(picture)
-        model = svd_model(self.unet, self.adapter, picture.repeat(n, 1, 1, 1), frozen.image(first).repeat(n, 1, 1), ids, self.pairs() if pairs is None else pairs, self.names, joint_scale)
+        noisy = first if self.condition == "none" else augment(first, noise_aug_strength, draws)
+        picture = frozen.latents(noisy[:, None], scaled=False)[:, 0] * (self.condition == "first")
+        embeds = frozen.image(first) if self.condition == "first" else first.new_zeros(1, 1, self.image_encoder.config.projection_dim)
+        buckets = [motion_bucket_id if self.flow_bucket is None or name != "flow" else self.flow_bucket for name in self.names]
+        ids = added_time_ids(fps, buckets, noise_aug_strength, n).to(picture)
+        model = svd_model(self.unet, self.adapter, picture.repeat(n, 1, 1, 1), embeds.repeat(n, 1, 1), ids, self.pairs() if pairs is None else pairs, self.names, joint_scale)
         scale = None if min_guidance_scale == max_guidance_scale == 1 else frame_guidance(min_guidance_scale, max_guidance_scale, frames)
         shape = (1, frames, self.unet.config.out_channels, *picture.shape[-2:])
         latents = self._sample(model, shape, plan, clean, masks, draws, sampler, num_inference_steps, scale, signal_guidance)
         return self._answer(latents, plan, conditions, output_type, lambda z: frozen.pixels(z)[0].cpu())
+
+    def _first(self, image, conditions, height, width):
+        "(picture to start from [1,3,H,W], (H, W)); nothing is read from it where the model was trained without."
+        if self.condition == "none":
+            if image is not None: raise InputError("this model was trained without a condition picture; JointVideoPipeline; leave image out (conditions hold a given video or flow)")
+            size = self._size(conditions, height, width)
+            return torch.zeros(1, 3, *size, device=device()), size
+        if image is None:
+            if self.names[0] not in conditions: raise InputError(f"no image; JointVideoPipeline; SVD starts from a picture: give Frames of one, or conditions[{self.names[0]!r}]")
+            image = conditions[self.names[0]][:1]
+        size = image.size if isinstance(image, Frames) else tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else from_pil(image).size
+        first = coded(image, RGBCodec(), "image", size).to(device())
+        if len(first) != 1: raise InputError(f"{len(first)} pictures; JointVideoPipeline; one video per call starts from one")
+        return first, size

@@ -129,9 +129,9 @@ def conclusion(rows: list) -> str: # of `compare`, on other clips' motion
 
 # %% ../../nbs/joint/47_motion_control.ipynb #c953d045
 DEFAULTS = dict(base=None, joint=None, branch=None,     # folders: of a base (joint_finetune mode=base, or a published SVD), of base with adapter, of a ControlNet of tracks
-                unet={}, base_steps=600, joint_steps=300, branch_steps=300, batch_size=4, accumulation=1, lr=2e-3, warmup=20, rank=8, bf16=False, gradient_checkpointing=False,
+                unet={}, base_steps=600, joint_steps=300, branch_steps=300, batch_size=4, accumulation=1, lr=2e-3, lr_scale={}, warmup=20, rank=8, bf16=False, gradient_checkpointing=False,
                 data="shapes", folder=None, table=None, flow="dis", items=3000, held_out=24, size=[16, 16], frames=4, stride=1, fast=2.0, flow_kind="uvm", flow_share=0.1,
-                fps=7.0, motion_bucket=127, noise_aug=0.02, sample_steps=10, track_points=[3, 3], track_sigma=1.5, radius=1.5, strength=1.0, checkpoint_seconds=120., seed=0)
+                fps=7.0, motion_bucket=127, flow_bucket=None, noise_aug=0.02, sample_steps=10, track_points=[3, 3], track_sigma=1.5, radius=1.5, strength=1.0, checkpoint_seconds=120., seed=0)
 SHARED = "batch_size accumulation lr warmup bf16 gradient_checkpointing data folder table flow items size frames stride fast flow_kind flow_share fps motion_bucket noise_aug sample_steps checkpoint_seconds seed".split()
 
 
@@ -155,9 +155,9 @@ def stages(config: dict, run_dir="") -> dict: # {stage: configuration of its tra
     "Configurations of the three trainings."
     shared, run_dir = {k: config[k] for k in SHARED} | dict(held_out=0, prefetch=False), Path(run_dir)
     base = config["base"] or str(run_dir/"base"/"out")
-    pair = dict(family="svd", prompt_dropout=0.0, crop=[1.0, 1.0])
+    pair = dict(family="svd", prompt_dropout=0.0, crop=[1.0, 1.0], flow_bucket=config["flow_bucket"])
     return dict(base=shared | pair | dict(mode="base", unet=config["unet"], steps=config["base_steps"], export=str(run_dir/"base"/"out")),
-                joint=shared | pair | dict(base=base, mode="joint", rank=config["rank"], steps=config["joint_steps"], export=str(run_dir/"joint"/"out")),
+                joint=shared | pair | dict(base=base, mode="joint", rank=config["rank"], lr_scale=config["lr_scale"], steps=config["joint_steps"], export=str(run_dir/"joint"/"out")),
                 branch=shared | dict(family="svd", base=config["joint"] or base, control="tracks", track_points=config["track_points"], track_sigma=config["track_sigma"], crop=[1.0, 1.0],
                                      dropout=0.0, steps=config["branch_steps"], export=str(run_dir/"branch"/"out")))
 
@@ -194,7 +194,7 @@ def load_rig(config: dict, run_dir) -> Rig: # full configuration; where `main` t
     unet, plain = found["unet"], load_svd(where["joint"])["unet"]
     for part in (unet, plain, branch): part.requires_grad_(False).eval().to(device())
     full = joint.DEFAULTS | {k: v for k, v in config.items() if k in joint.DEFAULTS} | dict(family="svd", mode="joint")
-    full |= {k: told[k] for k in ("fps", "motion_bucket", "noise_aug")} | dict(radius=config["radius"], strength=config["strength"], sigma=marks["track_sigma"], map_share=marks["flow_share"])
+    full |= {k: told[k] for k in ("fps", "motion_bucket", "noise_aug")} | dict(flow_bucket=told.get("flow_bucket")) | dict(radius=config["radius"], strength=config["strength"], sigma=marks["track_sigma"], map_share=marks["flow_share"])
     return Rig(unet, adapter, plain, branch, joint.Encoders(found, "svd"), {name: codec_from_dict(record) for name, record in told["codecs"].items()}, full)
 
 

@@ -144,7 +144,7 @@ def test_image_noise_and_diffusion_noise_differ(monkeypatch):
     frozen, codecs = train.Encoders(parts, "svd"), train.codecs_of(ct.joint_config(config))
     hook = unet.register_forward_pre_hook(lambda m, a: seen.update(sample=a[0]))
     video = signed() * 0.5
-    ct.svd_step(unet, frozen, codecs, config)(controlnet, (torch.cat([video, signed() * 0.1]), ["", ""]), generator(3))
+    ct.svd_step(unet, frozen, codecs, config)(controlnet, (torch.cat([video, signed() * 0.1]), ["", ""], torch.full((2,), 7.0)), generator(3))
     hook.remove()
     image_noise = (seen["sample"][:, 0, 3:] - video[:, 0]) / 0.5
     assert image_noise.std() == pytest.approx(1, abs=0.1)
@@ -156,7 +156,7 @@ def test_base_is_frozen_and_learns_nothing():
     config = ct.DEFAULTS | dict(family="svd")
     controlnet, unet, frozen = ct.build(config)
     before = {n: p.clone() for n, p in unet.named_parameters()}
-    loss, _ = ct.svd_step(unet, frozen, train.codecs_of(ct.joint_config(config)), config)(controlnet, (torch.cat([signed(), signed() * 0.1]), ["", ""]), generator(0))
+    loss, _ = ct.svd_step(unet, frozen, train.codecs_of(ct.joint_config(config)), config)(controlnet, (torch.cat([signed(), signed() * 0.1]), ["", ""], torch.full((2,), 7.0)), generator(0))
     loss.backward()
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in unet.named_parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in controlnet.parameters()) and len(parts)

@@ -112,7 +112,7 @@ def spy_step(config, monkeypatch, rows=3):
     video = torch.rand(rows, 3, 3, 16, 16, generator=generator(5)) * 1.6 - 0.8
     flow = torch.rand(rows, 3, 3, 16, 16, generator=generator(6)) * 0.2
     mapping = svd_train.FixedBucket(127) if config["motion_bucket"] == 127 else svd_train.fit_map([0.01, 0.1, 0.4], config["motion_bucket"])
-    svd_train.make_step(frozen, mapping, codecs, config)(network, torch.cat([video, flow]), generator(7))
+    svd_train.make_step(frozen, mapping, codecs, config)(network, (torch.cat([video, flow]), torch.full((rows,), 7.0)), generator(7))
     return seen | dict(video=video)
 
 

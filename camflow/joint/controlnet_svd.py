@@ -16,6 +16,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import nn
 
 from ..files import InputError
+from .models import set_norm_groups
 from ..media.frames import RANGES, Frames
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels, D width of an image embedding
@@ -47,7 +48,8 @@ class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
                  transformer_layers_per_block=1, num_attention_heads=(5, 10, 20, 20), num_frames=25,      # as SVD's network
                  conditioning_channels: int = 3, conditioning_embedding_out_channels=(16, 32, 96, 256),
                  conditioning_range: str = "signed",  # of the condition: "signed" or "unit"
-                 conditioning_kind: str = ""):        # what it is trained on, e.g. "depth"
+                 conditioning_kind: str = "",         # what it is trained on, e.g. "depth"
+                 norm_groups: int | None = None):     # of its group norms, as `tiny_svd` may have; None: 32, as published
         super().__init__(sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels, addition_time_embed_dim,
                          projection_class_embeddings_input_dim, layers_per_block, cross_attention_dim, transformer_layers_per_block,
                          num_attention_heads, num_frames)
@@ -58,6 +60,7 @@ class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
         for block, channels in zip(self.down_blocks, block_out_channels): skips += [channels] * (len(block.resnets) + len(block.downsamplers or ()))
         self.controlnet_down_blocks = nn.ModuleList(map(zero, skips))
         self.controlnet_mid_block = zero(block_out_channels[-1])
+        set_norm_groups(self, norm_groups)
 
     @property
     def factor(self) -> int: return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)  # condition pixels per latent pixel

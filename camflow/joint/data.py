@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'PICTURES', 'VIDEOS', 'modalities', 'check_item', 'Crop', 'draw_crop', 'apply_crop', 'draw_size',
            'PandaClip', 'read_panda', 'Source', 'captions', 'read_picture', 'read_depth', 'image_folder', 'voc_json',
-           'webvid_videos', 'panda_videos', 'video_folder', 'with_flow', 'shape_items', 'world_items']
+           'webvid_videos', 'panda_videos', 'video_folder', 'with_flow', 'with_depth', 'depth_estimator', 'shape_items',
+           'world_items']
 
 # %% ../../nbs/joint/22_data.ipynb #d3a833ff
 import csv
@@ -277,26 +278,50 @@ def with_flow(source, estimator) -> Source: # items with video; of camflow.flow.
         return item | {"flow": estimator(item["video"])}
     return Source(list(range(len(source))), read, getattr(source, "skipped", {}))
 
+
+def with_depth(source, estimator) -> Source: # items with video; Frames -> Depth of as many frames and the same size, e.g. `depth_estimator`
+    "The same clips with the depth that an estimator sees in them."
+    def read(i):
+        item = source[i]
+        return item | {"depth": estimator(item["video"])}
+    return Source(list(range(len(source))), read, getattr(source, "skipped", {}))
+
+
+def depth_estimator(folder,                    # of a Depth Anything 3 (config.json, model.safetensors); "random": untrained, toy size
+                    process_res: int = 504):   # longest side that the network sees, pixels
+    "Frames -> Depth of all frames together, so that their scale agrees."
+    from camflow.depth.da3_files import load_da3, random_da3
+    from camflow.depth.da3_video import predict
+    from camflow.device import device
+    if not folder: raise InputError("no depth; depth_estimator; give the folder of a Depth Anything 3 as depth, or data that comes with depth (shapes, world)")
+    model = (random_da3() if folder == "random" else load_da3(folder)).to(device()).eval()
+    def estimate(frames: Frames) -> Depth:
+        seen = predict(model, frames, len(frames), process_res)
+        if seen.depth is None: raise InputError(f"{folder} sees no depth; depth_estimator; give one with a depth head")
+        depth = F.interpolate(seen.depth[:, None].float(), size=frames.size, mode="bilinear", align_corners=False)
+        return Depth(depth * (seen.unit or 1), "relative" if seen.unit is None else "metric")
+    return estimate
+
 # %% ../../nbs/joint/22_data.ipynb #ae7a8816
-def shape_items(seeds, size=(16, 16), frames: int = 1, shapes: int = 1, fast: float = 1.2): # as in `joint.shapes`; one frame: image and depth, more: video and flow
+def shape_items(seeds, size=(16, 16), frames: int = 1, shapes: int = 1, fast: float = 1.2): # as in `joint.shapes`; one frame: image and depth, more: video, flow and depth
     "Items of the shape family."
     from camflow.joint.shapes import shape_clip
     def read(seed):
         clip = shape_clip(seed, size, frames, shapes, fast)
-        parts = dict(image=clip.frames, depth=clip.depth) if frames == 1 else dict(video=clip.frames, flow=clip.flow)
+        parts = dict(image=clip.frames, depth=clip.depth) if frames == 1 else dict(video=clip.frames, flow=clip.flow, depth=clip.depth)
         return parts | dict(fps=clip.frames.fps if frames > 1 else None, caption=clip.caption, id=f"shape {seed}")
     return Source(list(seeds), read)
 
 
 def world_items(seeds, size=(48, 80), frames: int = 1, fps: float = 8.0): # scene seeds
-    "Rooms of `camflow.world` with exact depth (one frame) or flow (a random camera move)."
+    "Rooms of `camflow.world` with exact depth, and flow if there is more than one frame (a random camera move)."
     from camflow.world.clips import random_move
     from camflow.world.render import default_K, render
     from camflow.world.scene import random_scene
     def read(seed):
         scene = random_scene(seed, detail=0.5)
         if frames == 1: seen = render(scene, (scene.start[None], default_K(size)), [0.0], ("image", "depth"), size)
-        else: seen = render(scene, (scene.start @ random_move(generator(seed, "joint move"), frames)[0].numpy(), default_K(size)), torch.arange(frames).numpy() / fps, ("image", "flow"), size)
-        parts = dict(image=seen.frames, depth=seen.depth) if frames == 1 else dict(video=seen.frames, flow=Flow(seen.flow_forward.data.float(), "forward"))
+        else: seen = render(scene, (scene.start @ random_move(generator(seed, "joint move"), frames)[0].numpy(), default_K(size)), torch.arange(frames).numpy() / fps, ("image", "flow", "depth"), size)
+        parts = dict(image=seen.frames, depth=seen.depth) if frames == 1 else dict(video=seen.frames, flow=Flow(seen.flow_forward.data.float(), "forward"), depth=seen.depth)
         return parts | dict(fps=fps if frames > 1 else None, caption=scene.caption(), id=f"world {seed}")
     return Source(list(seeds), read)

@@ -19,7 +19,7 @@ from .adapter import JointAdapter
 from .adapter_files import load_adapter, save_adapter
 from .codecs import DepthCodec, FlowCodec, RGBCodec
 from .coupling import pair_scores
-from .data import Crop, Source, apply_crop, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_flow, world_items
+from .data import Crop, Source, apply_crop, depth_estimator, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_depth, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
@@ -74,7 +74,7 @@ def codecs_of(config: dict) -> dict: # modality -> codec
     return dict(zip(NAMES[config["family"]], (RGBCodec(), second)))
 
 
-def open_items(config: dict, held_out: bool = False): # full configuration -> source of items
+def open_items(config: dict, held_out: bool = False, seen: str = "flow"): # full configuration; what is estimated in videos of files: "flow" or "depth" (by `config["depth"]`) -> source of items
     "The data; shapes and world have held-out seeds, other sets keep their last items for it."
     from camflow.world.clips import HELD_OUT
     first, count = (HELD_OUT, config["held_out"]) if held_out else (0, config["items"])
@@ -83,6 +83,7 @@ def open_items(config: dict, held_out: bool = False): # full configuration -> so
     if config["data"] == "world": return world_items(range(first, first + count), **shape)
     kept = _part(_files(config), config["held_out"], held_out)
     if config["data"] in ("images", "voc"): return kept
+    if seen == "depth": return with_depth(kept, depth_estimator(config["depth"]))
     from camflow.flow.estimators import load_flow
     return with_flow(kept, load_flow(config["flow"]))
 

@@ -23,10 +23,10 @@ from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
 from .evaluate import camera_error, frame_psnr, signed, to_bytes
-from .omnicam import camera_rays
+from .depth_warp import asked_camera
 from .i2v_condition import image_condition
 from .omnicam_clips import lens
-from .omnicam_train import DEFAULTS, parts, sample
+from .omnicam_train import DEFAULTS, depth_net, parts, sample
 from .vae import decode_latents
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
@@ -88,16 +88,17 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
          context_MLD,              # text
          camera: str = "asked",    # "asked", "wrong", "off"
          steps: int = 12, shift: float = 3.0, camera_guidance: float = 1.0, seed: int = 0, # as for `sample`
-         batch: int = 16):         # clips at a time
+         batch: int = 16,          # clips at a time
+         depth=None):              # of `omnicam_train.depth_net`
     "Videos from the first frames, uint8 [M,T,3,H,W]."
     if camera not in ("asked", "wrong", "off"): raise InputError(f"camera {camera!r}; film; one of asked, wrong, off")
     frames, videos = clips.truth_MT3HW.shape[1], []
     paths, size = clips.wrong_MT44 if camera == "wrong" else clips.c2w_MT44, clips.image_M3HW.shape[-2:]
     for start in range(0, len(clips), batch):
         rows = slice(start, start + batch)
-        image = image_condition(vae, signed(clips.image_M3HW[rows, None])[:, :, 0], frames)[:, 4:]
-        grid = tuple(n // p for n, p in zip(image.shape[-2:], model.config.patch_size[1:]))
-        rays = None if camera == "off" else camera_rays(torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4), grid)
+        first = signed(clips.image_M3HW[rows, None])[:, :, 0]
+        image = image_condition(vae, first, frames)[:, 4:]
+        rays = None if camera == "off" else asked_camera(model, vae, depth, first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4))
         videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start))))
     return torch.cat(videos)
 
@@ -181,12 +182,13 @@ def report(out,                    # folder of `export_omnicam`; scores.json and
            first: int = REPORTED,  # first scene seed
            steps: int = 12, shift: float = 5.0, camera_guidance: float = 1.5): # of the sampler
     "Films held-out scripts with finished weights, with their camera, without, and with a wrong one; returns the numbers."
-    config = configuration({"transformer": str(out)}, DEFAULTS)
+    config = configuration({"transformer": str(out), "depth": str(Path(out)/"depth")}, DEFAULTS)
     model, vae, text, _ = parts(config)
+    depth = depth_net(config, model)
     clips = scripted(script_cases(count), first)
     context, made = text.encode(clips.captions), {}
     for camera in ("asked", "off", "wrong"):
-        made[camera] = judge(film(model.eval(), vae, clips, context, camera, steps, shift, camera_guidance), clips)
+        made[camera] = judge(film(model.eval(), vae, clips, context, camera, steps, shift, camera_guidance, depth=depth), clips)
     plain = {camera: {k: v for k, v in numbers.items() if not isinstance(v, list)} for camera, (numbers, _, _) in made.items()}
     table = made["asked"][1]
     fast = table.script.str.contains("high")

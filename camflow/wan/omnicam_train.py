@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity', 'flow_loss', 'draw_levels', 'draw_hidden',
            'open_camera', 'from_recam', 'resized', 'starting_model', 'prepare_trained', 'save_memory', 'sample',
-           'compare', 'checked', 'sampler_of', 'parts', 'datasets', 'main', 'load_trained', 'trained_model',
-           'export_omnicam']
+           'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main', 'load_trained',
+           'trained_model', 'export_omnicam']
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from ..assets import tiny_path
+from ..depth.mono import load_mono, save_mono
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
+from .depth_warp import asked_camera
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
@@ -90,7 +92,7 @@ def from_recam(model, recam: ReCamTransformer3DModel, image: float = 0.5): # of 
     return taken
 
 
-TINY = dict(ffn_dim=496, image_dim=None, added_kv_proj_dim=None, camera_planes=(3.3, 4.4, 6.4, 11.0))  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
+TINY = dict(ffn_dim=496, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.f
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
         if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel":
-            if not {"ffn_dim", "camera_planes"} & set(changes): return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
+            if not {"ffn_dim", "camera_warp"} & set(changes): return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
             return resized(from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype), seed, **changes)
         from diffusers import WanTransformer3DModel
         return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype), copy=False, **changes)
@@ -171,15 +173,17 @@ def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays
 
 @torch.no_grad()
 def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips; [M,3,T,H,W] of camera 0 of the first M scenes
-            steps: int = 8, shift: float = 3.0):  # of the sampler
+            steps: int = 8, shift: float = 3.0,  # of the sampler
+            depth=None):                         # of `depth_net`
     "Mean PSNR of the sample and of what it must beat: the same model without camera and with another clip's camera, and the still first frame."
     where, patch = next(model.parameters()).device, model.config.patch_size[1:]
     grid = tuple(n // (8 * p) for n, p in zip(truth.shape[-2:], patch))
     target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))],
         grid))
+    wrong = asked_camera(model, vae, depth, truth[:, :, 0], clips.c2w_SNT44[:len(truth), 0].roll(1, 0), clips.K_S4[:len(truth)]).to(where)
     decode = lambda z: decode_latents(vae, z.to(next(vae.parameters()).device)).float().cpu()
     run = lambda camera: decode(sample(model, image, camera, context, clip, steps, shift))
-    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(rays.roll(1, 0)), "still": truth[:, :, :1].expand_as(truth),
+    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(wrong), "still": truth[:, :, :1].expand_as(truth),
         "reconstruction": decode(target)}
     scores = {name: clip_psnr(video, truth) for name, video in made.items()}
     beats = {f"beats_{name}": float((scores["sample"] > scores[name]).float().mean()) for name in ("camera_off", "wrong_camera", "still")}
@@ -190,7 +194,7 @@ MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", 
 DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
     checkpoint_every=0, checkpoint_seconds=180., log_every=10,
                 validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, first_scene=0, cameras=4, held_out=24, cache_folder=None, manifest="manifest",
-                vae=None, transformer=None, text_encoder=None, image_encoder=None,
+                vae=None, transformer=None, text_encoder=None, image_encoder=None, depth=None,
                 model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
                 min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
                 text_dropout=0.1, camera_dropout=0.1, storage="", offload="", attention="", sample_steps=8, sample_shift=3.0, validation_clips=16, export=None)
@@ -241,16 +245,22 @@ def parts(config: dict): # full configuration
     return model, vae, text, clip
 
 
+def depth_net(config: dict, model): # full configuration
+    "The MonoNet that tells where a transformer with `camera_warp` finds the first frame's pixels; None for others."
+    return load_mono(config["depth"]).to(device()) if model.config.camera_warp else None
+
+
 def datasets(config: dict, run_dir): # full configuration, folder of the run
     "(model, vae, training clips, held-out clips or None, their truth)."
     cache = Path(config["cache_folder"] or Path(run_dir)/"cache")
     items = read_items(config["items"]) if config["data"] == "files" else None
     model, vae, text, clip = parts(config)
+    depth = depth_net(config, model)
     shape = dict(frames=config["frames"], size=tuple(config["size"]))
     if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["manifest"], config["batch_size"]), None, None
-    if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip), None, None
-    train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape)
-    held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape)
+    if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip, depth=depth), None, None
+    train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape, depth=depth)
+    held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape, depth=depth)
     count = min(config["held_out"], config["validation_clips"])
     return model, vae, train, held, torch.cat([signed(world_clips(HELD_OUT + s, config["cameras"], **shape).frames_NT3HW[:1]) for s in range(count)])
 
@@ -261,6 +271,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     config, sampler = checked(configuration(config, DEFAULTS))
     TrainConfig.pick(config)               # errors first
     model, vae, train, held, truth = datasets(config, run_dir)
+    depth = depth_net(config, model)
     if config["epochs"]:
         each = config["batch_size"] * config.get("accumulation", 1) * _shares()[1]
         config["steps"] = -(-config["epochs"] * len(train) // each)
@@ -280,7 +291,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
         errors = flow_loss(model, *(None if part is None else part.to(device()) for part in inputs), level, plus)
         return (loss_weight(level, config["weighting"]).to(errors) * errors).mean(), {}
 
-    def validate(model, step): return compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
+    def validate(model, step): return compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"], depth)
 
     trained = set(prepare_trained(model, config["trainable_modules"], config["lora_rank"], cfg.seed, config["lora_alpha"]))
     result = fit(run_dir, save_memory(model, config["storage"], config["offload"], config["attention"]), step_fn, batch_fn, cfg, validate=validate if held
@@ -332,8 +343,9 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     numbers = {}
     if config["data"] == "world":
         model = model.half().float()   # measured as written
-        numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
+        numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"], depth_net(config, model))
     model.half().save_pretrained(out)
+    if depth := depth_net(config, model): save_mono(depth, out/"depth")
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),

@@ -35,7 +35,8 @@ from .lora import load_lora
 from .depth_warp import asked_camera
 from .omnicam import OmniCamBlock
 from .i2v_condition import ImageEncoder, image_condition
-from .omnicam_train import starting_model
+from .omnicam_train import started_warp, starting_model
+from .sampling import add_noise
 from .text import NEGATIVE_PROMPT, TextEncoder
 from .vae import decode_latents
 
@@ -214,8 +215,12 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
     solver, guider = make_solver(config["solver"], config["shift"], config["steps"]), make_guider(config["guidance"], config["slg_layers"],
         config["slg_scale"], config["slg_start"], config["slg_end"], len(model.blocks), config["slg_mode"])
     noise = torch.randn(parts.latent_shape(frames, size), generator=generator(config["seed"], "omnicam", name))
-    x = noise.expand(B, -1, -1, -1, -1).to(where)
-    for number, t in enumerate(solver.timesteps):
+    x, first = noise.expand(B, -1, -1, -1, -1).to(where), 0
+    if config["warp_start"] < 1:
+        first = int((solver.sigmas[:-1] > config["warp_start"]).sum())
+        solver.set_begin_index(first)
+        x = add_noise(started_warp(camera, model.config, config["warp_start"]).to(x), x, float(solver.sigmas[first]))
+    for number, t in enumerate(solver.timesteps[first:], first):
         joined, times = torch.cat([x, image], 1).to(model.dtype), t.float().expand(B).cpu()
         def run(context, camera=memory):
             return model(joined, times, context, None if clip is None else clip.to(model.dtype), camera=camera, return_dict=False)[0].float()
@@ -227,7 +232,7 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #0d3b8c37
 DEFAULTS = dict(images=[], latents=[], texts={}, cameras=[], weights="", loras=[], lora_multiplier=1.0, size=[480, 832], keep_aspect=True, frames=81, fps=16.0,
     unit=SUBJECT, fov=0.0, source_fps=0.0, focal_estimator="", steps=20, shift=5.0, guidance=5.0,
-                camera_guidance=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
+                camera_guidance=1.0, warp_start=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
 
 
 def named_cameras(cameras): # list of asked cameras, or {name: asked camera}
@@ -243,6 +248,7 @@ def checked(config: dict): # full configuration
     at_least(config, frames=5, steps=1, batch=1, seed=0, slg_scale=0)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     if config["output"] not in ("video", "latent", "both"): raise InputError(f"output {config['output']!r}; video, latent or both")
+    if not 0 < config["warp_start"] <= 1: raise InputError(f"warp_start={config['warp_start']} is no noise level; give a number above 0, at most 1")
     for name in ("shift", "fps", "unit"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0")
     if config["slg_mode"] not in MODES: raise InputError(f"slg_mode {config['slg_mode']!r}; one of {', '.join(MODES)}")

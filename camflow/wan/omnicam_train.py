@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity', 'flow_loss', 'draw_levels', 'draw_hidden',
            'open_camera', 'from_recam', 'resized', 'starting_model', 'prepare_trained', 'save_memory', 'sample',
-           'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main', 'load_trained',
+           'started_warp', 'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main', 'load_trained',
            'trained_model', 'export_omnicam']
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
@@ -25,7 +25,7 @@ from .depth_warp import asked_camera
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
-from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam
+from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam, warp_of
 from .omnicam_set import cached_clips
 from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
 from .recam import ReCamTransformer3DModel, cast
@@ -70,9 +70,12 @@ def draw_hidden(seed: int, items, text: float, camera: float): # of the run; pos
 # %% ../../nbs/wan/26_omnicam_train.ipynb #edc6ad6e
 @torch.no_grad()
 def open_camera(model, gate: float = 0.3, seed: int = 0): # of the run
-    "For training from nothing: the input term and the gates start open."
+    "For training from nothing: the input terms and the gates start open."
     weight = model.camera_input.weight
     weight.copy_(torch.randn(weight.shape, generator=generator(seed, "camera input")) / model.config.camera_dim ** 0.5)
+    if model.camera_warped is not None:
+        weight = model.camera_warped.weight
+        weight.copy_(0.5 * torch.randn(weight.shape, generator=generator(seed, "camera warp")) / weight.shape[1] ** 0.5)
     for block in model.blocks: block.camera_gate.fill_(gate)
 
 
@@ -92,7 +95,7 @@ def from_recam(model, recam: ReCamTransformer3DModel, image: float = 0.5): # of 
     return taken
 
 
-TINY = dict(ffn_dim=496, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
+TINY = dict(ffn_dim=440, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
 
 
 @torch.no_grad()
@@ -156,7 +159,8 @@ def save_memory(model,
 def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays None: no camera
            steps: int = 8, shift: float = 3.0, # of the sampler
            camera_guidance: float = 1.0,       # 1: none; needs a model trained with camera_dropout
-           seed: int = 0):                     # of the noise
+           seed: int = 0,                      # of the noise
+           warp_start: float = 1.0):           # noise level to start from; below 1 it is the warped first frame that is noised to it
     "Latents [B,C,f,h,w], without guidance by text."
     noise = item_noise(image.shape[1:], seed, range(len(image)), "sample").to(image.device)
     grid = tuple(n // p for n, p in zip(image.shape[2:], model.config.patch_size))
@@ -168,7 +172,17 @@ def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays
         if camera is None or camera_guidance == 1: return v
         free = run(None)
         return free + camera_guidance * (v - free)
-    return euler_sample(velocity, noise, recam_sigmas(steps, shift))
+    levels = recam_sigmas(steps, shift)
+    if rays is None or warp_start == 1: return euler_sample(velocity, noise, levels)
+    warp = started_warp(rays, model.config, warp_start).to(noise)
+    return euler_sample(velocity, add_noise(warp, noise, warp_start), torch.cat([torch.tensor([warp_start]), levels[levels < warp_start]]))
+
+
+def started_warp(camera, config, warp_start: float): # of `with_warp`; of the model
+    "The latents that sampling starts from when it does not start from noise."
+    if not 0 < warp_start <= 1: raise InputError(f"warp_start={warp_start} is no noise level; give a number above 0, at most 1")
+    if not config.camera_warp: raise InputError("warp_start below 1 needs a transformer that reads the warped first frame; this one has camera_warp=False: leave it at 1")
+    return warp_of(camera, config)
 
 
 @torch.no_grad()

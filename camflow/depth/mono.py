@@ -84,7 +84,7 @@ def picture(seed: int, size=(48, 80)): # of the scene; (H, W)
     "{image uint8 [3,H,W], depth float16 [H,W]} of a scene's first frame."
     scene = random_scene(seed, detail=DETAIL)
     image = render_clips(scene, [(scene.start[None], default_K(size))], [0.0], size=size)[0, 0]
-    return {"image": torch.from_numpy(image), "depth": torch.from_numpy(first_depth(scene, size)).half()}
+    return {"image": torch.from_numpy(image), "depth": torch.as_tensor(first_depth(scene, size)).half()}
 
 
 def pictures(folder, first: int, count: int): # cache folder; scene seeds

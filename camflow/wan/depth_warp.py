@@ -31,6 +31,7 @@ def splat_depth(depth_BHW: torch.Tensor,   # of the first frame, along its optic
                 ) -> torch.Tensor:         # [B,T,H,W], infinite where nothing falls
     "Depth of the first frame's points in every frame."
     B, (H, W), T = len(depth_BHW), depth_BHW.shape[1:], c2w_BT44.shape[1]
+    c2w_BT44, K_B4 = c2w_BT44.to(depth_BHW), K_B4.to(depth_BHW)
     near = -F.max_pool2d(-depth_BHW[:, None], 3, 1, 1)[:, 0]
     points = pixel_rays(K_B4, H * split, W * split) * near.repeat_interleave(split, 1).repeat_interleave(split, 2)[..., None]
     moved = (points.flatten(1, 2)[:, None] - c2w_BT44[..., None, :3, 3]) @ c2w_BT44[..., :3, :3]           # [B,T,N,3]

@@ -11,7 +11,7 @@ from camflow.wan.omnicam_clips import lens
 from camflow.wan.vae import tiny_vae
 from camflow.world.clips import HELD_OUT
 
-K = lens((48, 80))[None]
+K = lens((48, 80))[None].float()
 torch.set_num_threads(1)
 
 

@@ -216,10 +216,10 @@ def test_the_shipped_camera_steers_in_eval_mode():
     assert sum(p.stat().st_size for p in tiny_path("omnicam").rglob("*") if p.is_file()) <= 5_000_000
     assert all(block.camera_gate.abs().max() > 0.05 for block in model.eval().blocks)
     from camflow.geometry.trajectory import pan
-    from camflow.wan.depth_warp import asked_camera
+    from camflow.wan.depth_warp import model_camera
     from camflow.wan.i2v_condition import image_condition
     first, context = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.zeros(1, 64, 64)
-    camera = lambda d: asked_camera(model, vae, omnicam_train.depth_net(config, model), first, torch.as_tensor(pan(d, 9))[None], lens((48, 80))[None])
+    camera = lambda d: model_camera(model, vae, omnicam_train.depth_net(config, model), first, torch.as_tensor(pan(d, 9))[None], lens((48, 80))[None])
     right, left, off = (sample(model, image_condition(vae, first, 9)[:, 4:], None if d is None else camera(d), context, steps=2) for d in (20, -20, None))
     assert (right - left).abs().mean() > 0.1 and (right - off).abs().mean() > 0.05
 
@@ -317,8 +317,8 @@ def test_training_with_the_warp_reads_it_and_measures_wrong_cameras_with_theirs(
     full = omnicam_train.configuration(config, omnicam_train.DEFAULTS)
     model, vae, train, held, truth = omnicam_train.datasets(full, tmp_path/"run")
     camera, depth = held.batch([0], (6, 10))[2], omnicam_train.depth_net(full, model)
-    from camflow.wan.depth_warp import asked_camera
-    asked = asked_camera(model, vae, depth, truth[:1, :, 0], held.c2w_SNT44[:1, 0], held.K_S4[:1])
+    from camflow.wan.depth_warp import model_camera
+    asked = model_camera(model, vae, depth, truth[:1, :, 0], held.c2w_SNT44[:1, 0], held.K_S4[:1])
     torch.testing.assert_close(camera, asked, atol=5e-3, rtol=1e-3)             # the cache keeps half precision
     assert (tmp_path/"out/depth/model.safetensors").exists()
     with pytest.raises(InputError, match="takes its depth"): compare(model, held, vae, truth, 1)

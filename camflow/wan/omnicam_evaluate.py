@@ -23,7 +23,7 @@ from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
 from .evaluate import camera_error, frame_psnr, signed, to_bytes
-from .depth_warp import asked_camera
+from .depth_warp import model_camera
 from .i2v_condition import image_condition
 from .omnicam_clips import lens
 from .omnicam_train import DEFAULTS, depth_net, parts, sample
@@ -99,7 +99,7 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
         rows = slice(start, start + batch)
         first = signed(clips.image_M3HW[rows, None])[:, :, 0]
         image = image_condition(vae, first, frames)[:, 4:]
-        rays = None if camera == "off" else asked_camera(model, vae, depth, first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4))
+        rays = None if camera == "off" else model_camera(model, vae, depth, first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4))
         videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start, warp_start))))
     return torch.cat(videos)
 

@@ -32,7 +32,7 @@ from ..media.video import write_video
 from ..training.checkpoint import from_folder
 from ..training.loop import at_least, run_main
 from .lora import load_lora
-from .depth_warp import asked_camera
+from .depth_warp import model_camera
 from .omnicam import OmniCamBlock
 from .i2v_condition import ImageEncoder, image_condition
 from .omnicam_train import started_warp, starting_model
@@ -209,7 +209,7 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
     clip = parts.image_encoder.encode(Frames(signed, "signed")).expand(B, -1, -1) if model.config.image_dim else None
     K = torch.stack([torch.stack([c.K[0, 0, 0] / size[1], c.K[0, 1, 1] / size[0], c.K[0, 0, 2] / size[1], c.K[0, 1, 2] / size[0]]) for c in cameras])
     grid = (image.shape[2], *(n // p for n, p in zip(image.shape[3:], model.config.patch_size[1:])))
-    camera = asked_camera(model, parts.vae, parts.depth, signed.expand(B, -1, -1, -1), torch.stack([c.c2w for c in cameras]), K)
+    camera = model_camera(model, parts.vae, parts.depth, signed.expand(B, -1, -1, -1), torch.stack([c.c2w for c in cameras]), K)
     memory = model.remember(camera, grid, B)
     context, negative = (parts.text.encode([t]).to(model.dtype).expand(B, -1, -1) for t in (text, config["negative"] or NEGATIVE_PROMPT))
     solver, guider = make_solver(config["solver"], config["shift"], config["steps"]), make_guider(config["guidance"], config["slg_layers"],

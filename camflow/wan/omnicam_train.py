@@ -21,7 +21,7 @@ from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
-from .depth_warp import asked_camera
+from .depth_warp import model_camera
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
@@ -194,7 +194,7 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
     grid = tuple(n // (8 * p) for n, p in zip(truth.shape[-2:], patch))
     target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))],
         grid))
-    wrong = asked_camera(model, vae, depth, truth[:, :, 0], clips.c2w_SNT44[:len(truth), 0].roll(1, 0), clips.K_S4[:len(truth)]).to(where)
+    wrong = model_camera(model, vae, depth, truth[:, :, 0], clips.c2w_SNT44[:len(truth), 0].roll(1, 0), clips.K_S4[:len(truth)]).to(where)
     decode = lambda z: decode_latents(vae, z.to(next(vae.parameters()).device)).float().cpu()
     run = lambda camera: decode(sample(model, image, camera, context, clip, steps, shift))
     made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(wrong), "still": truth[:, :, :1].expand_as(truth),

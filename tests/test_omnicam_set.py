@@ -64,6 +64,10 @@ def test_the_real_clip_is_trained_on_from_a_cache(tmp_path):
         torch.testing.assert_close(a, b, atol=atol, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
+def test_a_transformer_that_reads_the_warped_first_frame_is_refused(made):
+    with pytest.raises(InputError, match="holds latents only"): cached_clips(made, omnicam_train.starting_model(start="nothing", num_layers=1, camera_warp=True))
+
+
 def test_every_batch_has_one_shape_and_every_clip_comes(made):
     model = omnicam_train.starting_model(start="nothing", num_layers=1)
     clips = cached_clips(made, model, batch=2)

@@ -211,12 +211,16 @@ def test_pictures_of_all_kinds_and_a_long_caption(tmp_path):
 
 def test_the_shipped_camera_steers_in_eval_mode():
     "Two cameras, eval mode, one noise: the videos differ; without a camera another one; every gate is open."
-    model = OmniCamTransformer3DModel.from_pretrained(tiny_path("omnicam"), torch_dtype=torch.float32).eval()
-    assert sum(p.stat().st_size for p in tiny_path("omnicam").iterdir()) <= 5_000_000
-    assert all(block.camera_gate.abs().max() > 0.05 for block in model.blocks)
+    config = omnicam_train.configuration({"transformer": str(tiny_path("omnicam"))}, omnicam_train.DEFAULTS)
+    model, vae, _, _ = omnicam_train.parts(config)
+    assert sum(p.stat().st_size for p in tiny_path("omnicam").rglob("*") if p.is_file()) <= 5_000_000
+    assert all(block.camera_gate.abs().max() > 0.05 for block in model.eval().blocks)
     from camflow.geometry.trajectory import pan
-    image, context = torch.randn(1, 16, 3, 6, 10, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64, 64)
-    right, left, off = (sample(model, image, None if d is None else camera_rays(pan(d, 9), lens((48, 80)), (6, 10)), context, steps=2) for d in (20, -20, None))
+    from camflow.wan.depth_warp import model_camera
+    from camflow.wan.i2v_condition import image_condition
+    first, context = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.zeros(1, 64, 64)
+    camera = lambda d: model_camera(model, vae, omnicam_train.depth_net(config, model), first, torch.as_tensor(pan(d, 9))[None], lens((48, 80))[None])
+    right, left, off = (sample(model, image_condition(vae, first, 9)[:, 4:], None if d is None else camera(d), context, steps=2) for d in (20, -20, None))
     assert (right - left).abs().mean() > 0.1 and (right - off).abs().mean() > 0.05
 
 
@@ -228,7 +232,8 @@ def test_the_shipped_weights_follow_scripts():
     model, vae, text, _ = omnicam_train.parts(config)
     clips = scripted(script_cases(12), first=1_002_000)
     context = text.encode(clips.captions)
-    asked, wrong, off = (judge(film(model.eval(), vae, clips, context, camera, steps=8), clips)[0] for camera in ("asked", "wrong", "off"))
+    depth = omnicam_train.depth_net(config, model)
+    asked, wrong, off = (judge(film(model.eval(), vae, clips, context, camera, steps=8, depth=depth), clips)[0] for camera in ("asked", "wrong", "off"))
     assert asked["psnr_db"] > off["psnr_db"] + 1.5 and asked["psnr_db"] > wrong["psnr_db"] + 1.5
     assert asked["sign_agreement"] >= 0.6 and asked["rotation_deg"] < wrong["rotation_deg"]
 
@@ -284,29 +289,40 @@ def test_two_ranks_train_a_lora_in_pieces(base, tmp_path):
     assert load_checkpoint(tmp_path/"run"/"checkpoints").meta["config"]["shard"]
 
 
-def test_plane_sweep_starts_at_nothing_and_points_where_the_plane_is():
-    "A trained model with planes added gives what it gave; a token's point is what two pinhole cameras say; a model without camera sees no planes."
+def test_the_warp_starts_at_nothing_and_belongs_to_the_camera():
+    "A trained model that is given the warped first frame gives what it gave; then the warp counts, and a model without camera sees none."
     from camflow.geometry.trajectory import orbit
+    from camflow.wan.omnicam import with_warp
     from camflow.wan.omnicam_train import image_velocity, resized
-    old = starting_model(start="nothing", num_layers=1, camera_planes=()).eval()
+    old = starting_model(start="nothing", num_layers=1).eval()
     with torch.no_grad(): old.camera_input.weight.normal_(generator=torch.Generator().manual_seed(0))
-    new, g = resized(old, camera_planes=(3.0, 6.4)).eval(), torch.Generator().manual_seed(1)
-    assert old.camera_sweep is None and new.camera_sweep.proj.weight.shape == (192, 2 * 2 * 17)
-    path, K = torch.as_tensor(orbit(20, 4.0, 9)), lens((48, 80))
-    rays = camera_rays(path, K, (6, 10))
-    x, image, context = (torch.randn(1, *shape, generator=g) for shape in ((16, 3, 6, 10), (16, 3, 6, 10), (64, 64)))
+    new, g = resized(old, camera_warp=True).eval(), torch.Generator().manual_seed(1)
+    assert old.camera_warped is None and new.camera_warped.weight.shape == (192, 17)
+    rays = camera_rays(torch.as_tensor(orbit(20, 4.0, 9)), lens((48, 80)), (6, 10))
+    x, image, context, warp, other = (torch.randn(1, *shape, generator=g) for shape in ((16, 3, 6, 10), (16, 3, 6, 10), (64, 64), (17, 3, 6, 10), (17, 3, 6, 10)))
     run = lambda model, camera: image_velocity(model, x, torch.tensor([0.8]), image, camera, context).detach()
-    assert torch.equal(run(old, rays), run(new, rays))
-    with torch.no_grad(): new.camera_sweep.proj.weight.normal_(generator=g)
-    assert (run(old, rays) - run(new, rays)).abs().max() > 0.1 and torch.equal(run(old, None), run(new, None))
-    assert torch.equal(run(new, rays), run(new, new.remember(rays, (3, 6, 10)))) and torch.equal(run(old, rays * 0), run(new, rays * 0))
-    fx, fy, _, _ = K.double()
-    row, column, z = 2, 6, 6.4
-    ray = path[8, :3, :3] @ torch.stack([((column + 0.5) / 10 - 0.5) / fx, ((row + 0.5) / 6 - 0.5) / fy, torch.ones(()).double()])
-    X = path[8, :3, 3] + (z - path[8, 2, 3]) / ray[2] * ray
-    expected = torch.stack([(X[0] / z * fx + 0.5) * 10 - 0.5, (X[1] / z * fy + 0.5) * 6 - 0.5])
-    found = (new.camera_sweep.points(rays)[0, 2, row, column, 3] + 1) / 2 * torch.tensor([9, 5])
-    assert torch.allclose(found.double(), expected, atol=1e-4)
+    both = with_warp(rays, warp)
+    assert torch.equal(run(old, rays), run(new, both))
+    with torch.no_grad(): new.camera_warped.weight.normal_(generator=g)
+    assert (run(new, both) - run(new, with_warp(rays, other))).abs().max() > 0.1 and torch.equal(run(old, None), run(new, None))
+    assert torch.equal(run(new, both), run(new, new.remember(both, (3, 6, 10)))) and torch.equal(run(old, rays * 0), run(new, both * 0))
+    with pytest.raises(InputError, match="with_warp"): run(new, rays)
+    with pytest.raises(InputError, match="expected"): run(old, both)
+
+
+def test_training_with_the_warp_reads_it_and_measures_wrong_cameras_with_theirs(base, tmp_path):
+    config = {**base, "model": {"num_layers": 1, "camera_warp": True}, "cache_folder": str(tmp_path/"cache"), "steps": 2, "export": str(tmp_path/"out")}
+    result = main(config, tmp_path/"run")
+    assert result.loop.bare.camera_warped.weight.abs().max() > 0 and {"psnr_wrong_camera", "psnr_sample"} <= set(result.metrics)
+    full = omnicam_train.configuration(config, omnicam_train.DEFAULTS)
+    model, vae, train, held, truth = omnicam_train.datasets(full, tmp_path/"run")
+    camera, depth = held.batch([0], (6, 10))[2], omnicam_train.depth_net(full, model)
+    from camflow.wan.depth_warp import model_camera
+    asked = model_camera(model, vae, depth, truth[:1, :, 0], held.c2w_SNT44[:1, 0], held.K_S4[:1])
+    torch.testing.assert_close(camera, asked, atol=5e-3, rtol=1e-3)             # the cache keeps half precision
+    assert (tmp_path/"out/depth/model.safetensors").exists()
+    with pytest.raises(InputError, match="takes its depth"): compare(model, held, vae, truth, 1)
+    with pytest.raises(InputError, match="needs depth/"): omnicam_generate.Generator(model, vae, build_tiny_text(["a room"]))
 
 
 def test_resized_keeps_the_heaviest_units_and_refuses_other_shapes():
@@ -316,4 +332,3 @@ def test_resized_keeps_the_heaviest_units_and_refuses_other_shapes():
     small = resized(old, ffn_dim=5)
     assert torch.equal(small.blocks[0].ffn.net[2].weight, old.blocks[0].ffn.net[2].weight[:, :5])
     with pytest.raises(InputError, match="only ffn_dim may shrink"): resized(old, text_dim=32)
-    with pytest.raises(InputError, match="distances above 0"): starting_model(start="nothing", num_layers=1, camera_planes=(-1.0,))

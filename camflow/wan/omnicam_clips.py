@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATES', 'random_segment', 'random_script', 'training_paths', 'ImageClips', 'with_mask', 'lens', 'vae_identity',
-           'signed', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem', 'read_items',
-           'file_latents']
+           'depth_identity', 'signed', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem',
+           'read_items', 'file_latents']
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #fe358db8
 import json
@@ -28,7 +28,8 @@ from ..training.checkpoint import fingerprint
 from ..training.loop import shuffled
 from .finetune import _shares, cached_texts
 from .i2v_condition import given_mask, image_condition
-from .omnicam import camera_rays
+from .depth_warp import warp_latents
+from .omnicam import camera_rays, with_warp
 from .text import TextEncoder
 from .vae import encode_video
 from ..world.clips import DETAIL, FPS, random_move, scene_clips
@@ -103,10 +104,10 @@ class ImageClips:
 
     def hold(self):
         "The same set with its latents in memory."
-        self.held = {name: self.cache.stack(self.keys, name) for name in self.cache.get(self.keys[0]) if name in ("latents", "image", "clip")}
+        self.held = {name: self.cache.stack(self.keys, name) for name in self.cache.get(self.keys[0]) if name in ("latents", "image", "clip", "warp")}
         return self
 
-    def rows(self, name: str, scene): # "latents", "image" or "clip"; numbers of scenes
+    def rows(self, name: str, scene): # "latents", "image", "clip" or "warp"; numbers of scenes
         if self.held: return self.held[name][scene] if name in self.held else None
         found = [self.cache.get(self.keys[int(s)]) for s in scene]
         return torch.stack([one[name] for one in found]) if name in found[0] else None
@@ -115,8 +116,10 @@ class ImageClips:
         "Of clips: target and image latents, rays, text, CLIP tokens or None."
         items = torch.as_tensor(list(items))
         scene, camera = items // self.cameras, items % self.cameras
-        rays, clip = camera_rays(self.c2w_SNT44[scene, camera], self.K_S4[scene], grid), self.rows("clip", scene)
-        target = self.rows("latents", scene)[torch.arange(len(items)), camera].float()
+        rays, clip, warp = camera_rays(self.c2w_SNT44[scene, camera], self.K_S4[scene], grid), self.rows("clip", scene), self.rows("warp", scene)
+        row = torch.arange(len(items))
+        target = self.rows("latents", scene)[row, camera].float()
+        if warp is not None: rays = with_warp(rays, warp[row, camera].float())
         return target, self.rows("image", scene).float(), rays, self.text_SLD[scene].float(), None if clip is None else clip.float()
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #4ae64dae
@@ -138,6 +141,11 @@ def vae_identity(vae):
         "stats": [vae.config.latents_mean, vae.config.latents_std]}
 
 
+def depth_identity(depth): # MonoNet or None
+    "What warped first frames depend on."
+    return {} if depth is None else {"depth": fingerprint(depth.state_dict())}
+
+
 def signed(frames_NT3HW): # uint8 array
     "Float video [N,3,T,H,W] in -1..1."
     return torch.from_numpy(frames_NT3HW).float().div_(127.5).sub_(1).transpose(1, 2)
@@ -148,7 +156,14 @@ def world_clips(seed: int, cameras: int = 4, frames: int = 9, size=(48, 80)): # 
     return scene_clips(seed, training_paths(seed, cameras, frames), size=size)
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #3d78dc4d
-def encoder_of(vae, frames: int, image_encoder=None): # T; ImageEncoder or None
+def _warp(vae, depth, first_13HW, extras): # signed; what `load` tells of a clip
+    "The first frame warped along every path [N,C+1,f,h,w]."
+    paths, K = extras["c2w"], extras.get("K", lens(first_13HW.shape[2:]))[None]
+    found, many = depth.depth(first_13HW).cpu(), lambda x: x.expand(len(paths), *x.shape[1:])
+    return warp_latents(vae, many(first_13HW), many(found), paths, many(K))
+
+
+def encoder_of(vae, frames: int, image_encoder=None, depth=None): # T; ImageEncoder or None; MonoNet of transformers that read the warped first frame, or None
     "Function of `fill`: (signed video [N,3,T,H,W], {name: tensor}) of every item -> what is kept of it."
     @torch.no_grad()
     def encode(batch):
@@ -157,6 +172,7 @@ def encoder_of(vae, frames: int, image_encoder=None): # T; ImageEncoder or None
             video = video.to(where, vae.dtype)
             kept = {"latents": encode_video(vae, video), "image": image_condition(vae, video[:1, :, 0], frames)[0, 4:]}
             if image_encoder is not None: kept["clip"] = image_encoder.encode(Frames(video[0, :, :1].transpose(0, 1).float(), "signed"))[0]
+            if depth is not None: kept["warp"] = _warp(vae, depth, video[:1, :, 0].float().cpu(), extras)
             made.append({name: t.half().cpu() for name, t in kept.items()} | extras)
         return made
     return encode
@@ -174,14 +190,15 @@ def shared_fill(folder, identity, keys, load, encode): # cache folder; what the 
 
 def world_latents(folder, vae, text: TextEncoder,         # caches go to folder/latents and folder/text; encoders
                   first: int = 0, scenes: int = 3000,     # first scene seed, number of scenes
-                  cameras: int = 4, frames: int = 9, size=(48, 80)): # of a scene; T; (H, W)
+                  cameras: int = 4, frames: int = 9, size=(48, 80), # of a scene; T; (H, W)
+                  depth=None):                            # MonoNet, for transformers that read the warped first frame
     "ImageClips of the procedural world, in memory."
     def load(key):
         clips = world_clips(int(key), cameras, frames, size)
         return signed(clips.frames_NT3HW), {"c2w": torch.from_numpy(clips.c2w_NT44)}
-    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v2"}
+    identity = {**vae_identity(vae), "size": list(size), "frames": frames, "cameras": cameras, "paths": "v2"} | depth_identity(depth)
     keys = [str(first + s) for s in range(scenes)]
-    cache = shared_fill(Path(folder)/"latents", identity, keys, load, encoder_of(vae, frames))
+    cache = shared_fill(Path(folder)/"latents", identity, keys, load, encoder_of(vae, frames, depth=depth))
     captions = [random_scene(int(key), detail=DETAIL).caption() for key in keys]
     return ImageClips(cache, keys, cache.stack(keys, "c2w"), lens(size).repeat(scenes, 1), cached_texts(Path(folder)/"text", text, captions), captions).hold()
 
@@ -229,7 +246,8 @@ def read_items(path): # metadata.jsonl; paths in it are relative to its folder
 def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_latents`; FileItems
                  frames: int = 81, size=(480, 832), fps: float = 16.0, # T; (H, W); of the clips
                  image_encoder=None,                        # ImageEncoder, where the transformer reads its tokens
-                 hold: bool = False):                       # True: latents in memory
+                 hold: bool = False,                        # True: latents in memory
+                 depth=None):                               # as for `world_latents`
     "ImageClips of video files. Equal file names in different folders stay apart: keys are made of what the files hold."
     named = {content_hash([sha256_file(one.video), one.camera and sha256_file(one.camera), one.script], 24): one for one in items}
     def camera(one):
@@ -240,8 +258,8 @@ def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_late
         video, _ = named[key].clip(frames, size, fps)
         return video.signed().data.transpose(0, 1)[None].float(), dict(zip(("c2w", "K"), camera(named[key])))
     identity = {**vae_identity(vae), "size": list(size), "frames": frames, "fps": fps, "image_encoder": image_encoder
-        and fingerprint(image_encoder.state_dict())}
-    cache, keys = shared_fill(Path(folder)/"latents", identity, named, load, encoder_of(vae, frames, image_encoder)), list(named)
+        and fingerprint(image_encoder.state_dict())} | depth_identity(depth)
+    cache, keys = shared_fill(Path(folder)/"latents", identity, named, load, encoder_of(vae, frames, image_encoder, depth)), list(named)
     captions = [one.text for one in named.values()]
     clips = ImageClips(cache, keys, cache.stack(keys, "c2w"), cache.stack(keys, "K"), cached_texts(Path(folder)/"text", text, captions), captions)
     return clips.hold() if hold else clips

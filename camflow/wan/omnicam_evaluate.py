@@ -23,10 +23,10 @@ from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
 from .evaluate import camera_error, frame_psnr, signed, to_bytes
-from .omnicam import camera_rays
+from .depth_warp import model_camera
 from .i2v_condition import image_condition
 from .omnicam_clips import lens
-from .omnicam_train import DEFAULTS, parts, sample
+from .omnicam_train import DEFAULTS, depth_net, parts, sample
 from .vae import decode_latents
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
@@ -88,17 +88,19 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
          context_MLD,              # text
          camera: str = "asked",    # "asked", "wrong", "off"
          steps: int = 12, shift: float = 3.0, camera_guidance: float = 1.0, seed: int = 0, # as for `sample`
-         batch: int = 16):         # clips at a time
+         batch: int = 16,          # clips at a time
+         depth=None,               # of `omnicam_train.depth_net`
+         warp_start: float = 1.0): # as for `sample`
     "Videos from the first frames, uint8 [M,T,3,H,W]."
     if camera not in ("asked", "wrong", "off"): raise InputError(f"camera {camera!r}; film; one of asked, wrong, off")
     frames, videos = clips.truth_MT3HW.shape[1], []
     paths, size = clips.wrong_MT44 if camera == "wrong" else clips.c2w_MT44, clips.image_M3HW.shape[-2:]
     for start in range(0, len(clips), batch):
         rows = slice(start, start + batch)
-        image = image_condition(vae, signed(clips.image_M3HW[rows, None])[:, :, 0], frames)[:, 4:]
-        grid = tuple(n // p for n, p in zip(image.shape[-2:], model.config.patch_size[1:]))
-        rays = None if camera == "off" else camera_rays(torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4), grid)
-        videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start))))
+        first = signed(clips.image_M3HW[rows, None])[:, :, 0]
+        image = image_condition(vae, first, frames)[:, 4:]
+        rays = None if camera == "off" else model_camera(model, vae, depth, first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4))
+        videos.append(to_bytes(decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start, warp_start))))
     return torch.cat(videos)
 
 # %% ../../nbs/wan/27_omnicam_evaluate.ipynb #84cd6d6f
@@ -179,20 +181,21 @@ def slopes(table): # of `segment_signs`
 def report(out,                    # folder of `export_omnicam`; scores.json and card.md get what is found
            count: int = 40,        # scripts
            first: int = REPORTED,  # first scene seed
-           steps: int = 12, shift: float = 5.0, camera_guidance: float = 1.5): # of the sampler
+           steps: int = 12, shift: float = 5.0, camera_guidance: float = 1.5, warp_start: float = 1.0): # of the sampler
     "Films held-out scripts with finished weights, with their camera, without, and with a wrong one; returns the numbers."
-    config = configuration({"transformer": str(out)}, DEFAULTS)
+    config = configuration({"transformer": str(out), "depth": str(Path(out)/"depth")}, DEFAULTS)
     model, vae, text, _ = parts(config)
+    depth = depth_net(config, model)
     clips = scripted(script_cases(count), first)
     context, made = text.encode(clips.captions), {}
     for camera in ("asked", "off", "wrong"):
-        made[camera] = judge(film(model.eval(), vae, clips, context, camera, steps, shift, camera_guidance), clips)
+        made[camera] = judge(film(model.eval(), vae, clips, context, camera, steps, shift, camera_guidance, depth=depth, warp_start=warp_start), clips)
     plain = {camera: {k: v for k, v in numbers.items() if not isinstance(v, list)} for camera, (numbers, _, _) in made.items()}
     table = made["asked"][1]
     fast = table.script.str.contains("high")
     found = {**plain, **compare_errors(made["asked"][0], made["off"][0]), "sign_agreement_high": float(table[fast].agrees.mean()),
              "sign_agreement_low": float(table[~fast].agrees.mean()), "slopes": slopes(table),
-             "settings": {"clips": count, "first_seed": first, "steps": steps, "shift": shift, "camera_guidance": camera_guidance}}
+             "settings": {"clips": count, "first_seed": first, "steps": steps, "shift": shift, "camera_guidance": camera_guidance, "warp_start": warp_start}}
     write_json(Path(out)/"scores.json", read_json(Path(out)/"scores.json") | {"scripts": found})
     (Path(out)/"card.md").write_text(_with_scripts((Path(out)/"card.md").read_text(encoding="utf-8"), found), encoding="utf-8")
     return found
@@ -204,7 +207,7 @@ def _with_scripts(card: str, found: dict):
     row = lambda name, n: (f"  - {name}: PSNR {n['psnr_db']:.2f} dB, sign agreement {n['sign_agreement']:.2f} of {n['segments']} instructions, rotation error "
                            f"{n['rotation_deg']:.2f} degrees, translation error {n['translation_m']:.3f} m, {n['clips_read']:.2f} of the clips read")
     lines = [f"- held-out scripts (seeds from {s['first_seed']}), {s['clips']} clips, {s['steps']} Euler steps with shift {s['shift']}, camera guidance "
-        f"{s['camera_guidance']};"
+        f"{s['camera_guidance']}, started from noise level {s['warp_start']:g} (below 1: of the warped first frame);"
              " cameras read by the photometric reader:", row("asked camera", asked), row("no camera", off), row("wrong camera", wrong),
              f"  - sign agreement at high speed {found['sign_agreement_high']:.2f}, at low {found['sign_agreement_low']:.2f}; against the model without camera "
              f"{found['rotation_ratio']:.2f} of its rotation error and {found['translation_ratio']:.2f} of its translation error ({found['clips_compared']} "

@@ -21,6 +21,7 @@ from ..files import InputError, atomic_write, write_json
 from ..geometry import script as _script  # noqa: F401 (Cameras.from_omnicam)
 from ..geometry.camera import Cameras, focal_K
 from ..depth.estimators import load_lens
+from ..depth.mono import load_mono
 from ..geometry.focal import choose_focal
 from ..geometry.script import parse, script_path, script_text
 from ..geometry.script_language import understand
@@ -31,9 +32,11 @@ from ..media.video import write_video
 from ..training.checkpoint import from_folder
 from ..training.loop import at_least, run_main
 from .lora import load_lora
-from .omnicam import OmniCamBlock, camera_rays
+from .depth_warp import model_camera
+from .omnicam import OmniCamBlock
 from .i2v_condition import ImageEncoder, image_condition
-from .omnicam_train import starting_model
+from .omnicam_train import started_warp, starting_model
+from .sampling import add_noise
 from .text import NEGATIVE_PROMPT, TextEncoder
 from .vae import decode_latents
 
@@ -83,8 +86,9 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #ef79125b
 class Generator:
     "The parts of an image-to-video model, in eval mode."
-    def __init__(self, transformer, vae, text: TextEncoder, image_encoder=None):
-        self.transformer, self.vae, self.text, self.image_encoder = transformer.eval(), vae.eval(), text, image_encoder
+    def __init__(self, transformer, vae, text: TextEncoder, image_encoder=None, depth=None): # depth: MonoNet of transformers that read the warped first frame
+        self.transformer, self.vae, self.text, self.image_encoder, self.depth = transformer.eval(), vae.eval(), text, image_encoder, depth
+        if transformer.config.camera_warp and depth is None: raise InputError("this transformer reads the first frame warped along the path; its folder needs depth/, a network of camflow.depth.mono")
         if transformer.config.image_dim and image_encoder is None: raise InputError("this transformer reads CLIP tokens; its folder needs image_encoder/")
 
     @property
@@ -95,7 +99,7 @@ class Generator:
         return self.vae.config.z_dim, (frames + 3) // 4, size[0] // scale, size[1] // scale
 
 
-def load_generator(weights: str = "",   # folder with transformer/, vae/, text_encoder/, tokenizer/ and where needed image_encoder/; "": the tiny weights
+def load_generator(weights: str = "",   # folder with transformer/, vae/, text_encoder/, tokenizer/ and where needed image_encoder/ and depth/; "": the tiny weights
                    loras=(),            # LoRA files
                    multiplier: float = 1.0, # of them
                    dtype=None):         # of the transformer; None: the device's
@@ -103,10 +107,10 @@ def load_generator(weights: str = "",   # folder with transformer/, vae/, text_e
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
     root, where = Path(weights) if weights else tiny_path("recam"), device()
-    folders = {name: root/name for name in ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder")}
-    if not weights: folders |= {"transformer": tiny_path("omnicam"), "vae": tiny_path("vae")}
+    folders = {name: root/name for name in ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "depth")}
+    if not weights: folders |= {"transformer": tiny_path("omnicam"), "vae": tiny_path("vae"), "depth": tiny_path("omnicam")/"depth"}
     for name, folder in folders.items():
-        if name != "image_encoder" and not folder.is_dir(): raise InputError(f"{root} has no folder {name}; give a folder in diffusers' layout")
+        if name not in ("image_encoder", "depth") and not folder.is_dir(): raise InputError(f"{root} has no folder {name}; give a folder in diffusers' layout")
     transformer = starting_model(folders["transformer"], dtype=torch.float32 if not weights else dtype or compute_dtype())
     if not any(float(block.camera_gate.abs().max()) for block in transformer.blocks): print("the camera of these weights is untrained: videos will not follow it")
     for file in loras: print(load_lora(transformer, file, multiplier, merge=True), flush=True)
@@ -114,7 +118,7 @@ def load_generator(weights: str = "",   # folder with transformer/, vae/, text_e
     encoder = from_folder(UMT5EncoderModel, folders["text_encoder"], dtype=torch.float32 if not weights else dtype or compute_dtype()).eval()
     image = ImageEncoder(from_folder(CLIPVisionModel, folders["image_encoder"], dtype=torch.float32).eval().to(where)) if folders["image_encoder"].is_dir() else None
     return Generator(transformer.to(where), vae.to(where), TextEncoder(AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True),
-        encoder.to(where)), image)
+        encoder.to(where)), image, load_mono(folders["depth"]).to(where) if folders["depth"].is_dir() else None)
 
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #31f58bbd
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -205,13 +209,18 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
     clip = parts.image_encoder.encode(Frames(signed, "signed")).expand(B, -1, -1) if model.config.image_dim else None
     K = torch.stack([torch.stack([c.K[0, 0, 0] / size[1], c.K[0, 1, 1] / size[0], c.K[0, 0, 2] / size[1], c.K[0, 1, 2] / size[0]]) for c in cameras])
     grid = (image.shape[2], *(n // p for n, p in zip(image.shape[3:], model.config.patch_size[1:])))
-    memory = model.remember(camera_rays(torch.stack([c.c2w for c in cameras]), K, grid[1:]), grid, B)
+    camera = model_camera(model, parts.vae, parts.depth, signed.expand(B, -1, -1, -1), torch.stack([c.c2w for c in cameras]), K)
+    memory = model.remember(camera, grid, B)
     context, negative = (parts.text.encode([t]).to(model.dtype).expand(B, -1, -1) for t in (text, config["negative"] or NEGATIVE_PROMPT))
     solver, guider = make_solver(config["solver"], config["shift"], config["steps"]), make_guider(config["guidance"], config["slg_layers"],
         config["slg_scale"], config["slg_start"], config["slg_end"], len(model.blocks), config["slg_mode"])
     noise = torch.randn(parts.latent_shape(frames, size), generator=generator(config["seed"], "omnicam", name))
-    x = noise.expand(B, -1, -1, -1, -1).to(where)
-    for number, t in enumerate(solver.timesteps):
+    x, first = noise.expand(B, -1, -1, -1, -1).to(where), 0
+    if config["warp_start"] < 1:
+        first = int((solver.sigmas[:-1] > config["warp_start"]).sum())
+        solver.set_begin_index(first)
+        x = add_noise(started_warp(camera, model.config, config["warp_start"]).to(x), x, float(solver.sigmas[first]))
+    for number, t in enumerate(solver.timesteps[first:], first):
         joined, times = torch.cat([x, image], 1).to(model.dtype), t.float().expand(B).cpu()
         def run(context, camera=memory):
             return model(joined, times, context, None if clip is None else clip.to(model.dtype), camera=camera, return_dict=False)[0].float()
@@ -223,7 +232,7 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #0d3b8c37
 DEFAULTS = dict(images=[], latents=[], texts={}, cameras=[], weights="", loras=[], lora_multiplier=1.0, size=[480, 832], keep_aspect=True, frames=81, fps=16.0,
     unit=SUBJECT, fov=0.0, source_fps=0.0, focal_estimator="", steps=20, shift=5.0, guidance=5.0,
-                camera_guidance=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
+                camera_guidance=1.0, warp_start=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
 
 
 def named_cameras(cameras): # list of asked cameras, or {name: asked camera}
@@ -239,6 +248,7 @@ def checked(config: dict): # full configuration
     at_least(config, frames=5, steps=1, batch=1, seed=0, slg_scale=0)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     if config["output"] not in ("video", "latent", "both"): raise InputError(f"output {config['output']!r}; video, latent or both")
+    if not 0 < config["warp_start"] <= 1: raise InputError(f"warp_start={config['warp_start']} is no noise level; give a number above 0, at most 1")
     for name in ("shift", "fps", "unit"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0")
     if config["slg_mode"] not in MODES: raise InputError(f"slg_mode {config['slg_mode']!r}; one of {', '.join(MODES)}")

@@ -79,6 +79,8 @@ def cached_clips(folder, model,             # of omnicam_cache; the transformer 
                  batch: int = 1):            # clips per forward of a rank
     "CachedClips whose tensors fit the transformer."
     c = model.config
+    if c.camera_warp: raise InputError(f"this transformer reads the first frame warped along the path, which takes the picture; {folder} holds latents only: "
+        "train it with data = files or world")
     clips = CachedClips(OmniCamCache(folder, manifest), batch, c.patch_size[1:], c.image_dim is not None)
     row, parts = clips.rows[0], clips.cache.parts
     one, text = parts["clips"].get(row["key"]), parts["texts"].get(row["text_key"])["context"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity', 'flow_loss', 'draw_levels', 'draw_hidden',
            'open_camera', 'from_recam', 'resized', 'starting_model', 'prepare_trained', 'save_memory', 'sample',
-           'compare', 'checked', 'sampler_of', 'parts', 'datasets', 'main', 'load_trained', 'trained_model',
-           'export_omnicam']
+           'started_warp', 'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main', 'load_trained',
+           'trained_model', 'export_omnicam']
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
@@ -16,14 +16,16 @@ from pathlib import Path
 import torch
 
 from ..assets import tiny_path
+from ..depth.mono import load_mono, save_mono
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
 from ..training.checkpoint import from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
+from .depth_warp import model_camera
 from .finetune import _shares, clip_psnr
 from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
-from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam
+from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam, warp_of
 from .omnicam_set import cached_clips
 from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
 from .recam import ReCamTransformer3DModel, cast
@@ -68,9 +70,12 @@ def draw_hidden(seed: int, items, text: float, camera: float): # of the run; pos
 # %% ../../nbs/wan/26_omnicam_train.ipynb #edc6ad6e
 @torch.no_grad()
 def open_camera(model, gate: float = 0.3, seed: int = 0): # of the run
-    "For training from nothing: the input term and the gates start open."
+    "For training from nothing: the input terms and the gates start open."
     weight = model.camera_input.weight
     weight.copy_(torch.randn(weight.shape, generator=generator(seed, "camera input")) / model.config.camera_dim ** 0.5)
+    if model.camera_warped is not None:
+        weight = model.camera_warped.weight
+        weight.copy_(0.5 * torch.randn(weight.shape, generator=generator(seed, "camera warp")) / weight.shape[1] ** 0.5)
     for block in model.blocks: block.camera_gate.fill_(gate)
 
 
@@ -90,7 +95,7 @@ def from_recam(model, recam: ReCamTransformer3DModel, image: float = 0.5): # of 
     return taken
 
 
-TINY = dict(ffn_dim=496, image_dim=None, added_kv_proj_dim=None, camera_planes=(3.3, 4.4, 6.4, 11.0))  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
+TINY = dict(ffn_dim=440, image_dim=None, added_kv_proj_dim=None)  # changes of `tiny_omnicam_config`: no CLIP tokens, the room goes to the feed-forward layers
 
 
 @torch.no_grad()
@@ -117,7 +122,7 @@ def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.f
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
         if read_json(Path(folder)/"config.json").get("_class_name") == "OmniCamTransformer3DModel":
-            if not {"ffn_dim", "camera_planes"} & set(changes): return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
+            if not {"ffn_dim", "camera_warp"} & set(changes): return from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype, **changes)
             return resized(from_folder(OmniCamTransformer3DModel, folder, torch_dtype=dtype), seed, **changes)
         from diffusers import WanTransformer3DModel
         return from_wan(from_folder(WanTransformer3DModel, folder, torch_dtype=dtype), copy=False, **changes)
@@ -154,7 +159,8 @@ def save_memory(model,
 def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays None: no camera
            steps: int = 8, shift: float = 3.0, # of the sampler
            camera_guidance: float = 1.0,       # 1: none; needs a model trained with camera_dropout
-           seed: int = 0):                     # of the noise
+           seed: int = 0,                      # of the noise
+           warp_start: float = 1.0):           # noise level to start from; below 1 it is the warped first frame that is noised to it
     "Latents [B,C,f,h,w], without guidance by text."
     noise = item_noise(image.shape[1:], seed, range(len(image)), "sample").to(image.device)
     grid = tuple(n // p for n, p in zip(image.shape[2:], model.config.patch_size))
@@ -166,20 +172,32 @@ def sample(model, image, rays, context, clip=None, # batched, in eval mode; rays
         if camera is None or camera_guidance == 1: return v
         free = run(None)
         return free + camera_guidance * (v - free)
-    return euler_sample(velocity, noise, recam_sigmas(steps, shift))
+    levels = recam_sigmas(steps, shift)
+    if rays is None or warp_start == 1: return euler_sample(velocity, noise, levels)
+    warp = started_warp(rays, model.config, warp_start).to(noise)
+    return euler_sample(velocity, add_noise(warp, noise, warp_start), torch.cat([torch.tensor([warp_start]), levels[levels < warp_start]]))
+
+
+def started_warp(camera, config, warp_start: float): # of `with_warp`; of the model
+    "The latents that sampling starts from when it does not start from noise."
+    if not 0 < warp_start <= 1: raise InputError(f"warp_start={warp_start} is no noise level; give a number above 0, at most 1")
+    if not config.camera_warp: raise InputError("warp_start below 1 needs a transformer that reads the warped first frame; this one has camera_warp=False: leave it at 1")
+    return warp_of(camera, config)
 
 
 @torch.no_grad()
 def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips; [M,3,T,H,W] of camera 0 of the first M scenes
-            steps: int = 8, shift: float = 3.0):  # of the sampler
+            steps: int = 8, shift: float = 3.0,  # of the sampler
+            depth=None):                         # of `depth_net`
     "Mean PSNR of the sample and of what it must beat: the same model without camera and with another clip's camera, and the still first frame."
     where, patch = next(model.parameters()).device, model.config.patch_size[1:]
     grid = tuple(n // (8 * p) for n, p in zip(truth.shape[-2:], patch))
     target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))],
         grid))
+    wrong = model_camera(model, vae, depth, truth[:, :, 0], clips.c2w_SNT44[:len(truth), 0].roll(1, 0), clips.K_S4[:len(truth)]).to(where)
     decode = lambda z: decode_latents(vae, z.to(next(vae.parameters()).device)).float().cpu()
     run = lambda camera: decode(sample(model, image, camera, context, clip, steps, shift))
-    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(rays.roll(1, 0)), "still": truth[:, :, :1].expand_as(truth),
+    made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(wrong), "still": truth[:, :, :1].expand_as(truth),
         "reconstruction": decode(target)}
     scores = {name: clip_psnr(video, truth) for name, video in made.items()}
     beats = {f"beats_{name}": float((scores["sample"] > scores[name]).float().mean()) for name in ("camera_off", "wrong_camera", "still")}
@@ -190,7 +208,7 @@ MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", 
 DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
     checkpoint_every=0, checkpoint_seconds=180., log_every=10,
                 validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, first_scene=0, cameras=4, held_out=24, cache_folder=None, manifest="manifest",
-                vae=None, transformer=None, text_encoder=None, image_encoder=None,
+                vae=None, transformer=None, text_encoder=None, image_encoder=None, depth=None,
                 model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
                 min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
                 text_dropout=0.1, camera_dropout=0.1, storage="", offload="", attention="", sample_steps=8, sample_shift=3.0, validation_clips=16, export=None)
@@ -241,16 +259,22 @@ def parts(config: dict): # full configuration
     return model, vae, text, clip
 
 
+def depth_net(config: dict, model): # full configuration
+    "The MonoNet that tells where a transformer with `camera_warp` finds the first frame's pixels; None for others."
+    return load_mono(config["depth"]).to(device()) if model.config.camera_warp else None
+
+
 def datasets(config: dict, run_dir): # full configuration, folder of the run
     "(model, vae, training clips, held-out clips or None, their truth)."
     cache = Path(config["cache_folder"] or Path(run_dir)/"cache")
     items = read_items(config["items"]) if config["data"] == "files" else None
     model, vae, text, clip = parts(config)
+    depth = depth_net(config, model)
     shape = dict(frames=config["frames"], size=tuple(config["size"]))
     if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["manifest"], config["batch_size"]), None, None
-    if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip), None, None
-    train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape)
-    held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape)
+    if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip, depth=depth), None, None
+    train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape, depth=depth)
+    held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape, depth=depth)
     count = min(config["held_out"], config["validation_clips"])
     return model, vae, train, held, torch.cat([signed(world_clips(HELD_OUT + s, config["cameras"], **shape).frames_NT3HW[:1]) for s in range(count)])
 
@@ -261,6 +285,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     config, sampler = checked(configuration(config, DEFAULTS))
     TrainConfig.pick(config)               # errors first
     model, vae, train, held, truth = datasets(config, run_dir)
+    depth = depth_net(config, model)
     if config["epochs"]:
         each = config["batch_size"] * config.get("accumulation", 1) * _shares()[1]
         config["steps"] = -(-config["epochs"] * len(train) // each)
@@ -280,7 +305,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
         errors = flow_loss(model, *(None if part is None else part.to(device()) for part in inputs), level, plus)
         return (loss_weight(level, config["weighting"]).to(errors) * errors).mean(), {}
 
-    def validate(model, step): return compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
+    def validate(model, step): return compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"], depth)
 
     trained = set(prepare_trained(model, config["trainable_modules"], config["lora_rank"], cfg.seed, config["lora_alpha"]))
     result = fit(run_dir, save_memory(model, config["storage"], config["offload"], config["attention"]), step_fn, batch_fn, cfg, validate=validate if held
@@ -332,8 +357,9 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     numbers = {}
     if config["data"] == "world":
         model = model.half().float()   # measured as written
-        numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"])
+        numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"], depth_net(config, model))
     model.half().save_pretrained(out)
+    if depth := depth_net(config, model): save_mono(depth, out/"depth")
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),

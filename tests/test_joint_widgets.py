@@ -93,6 +93,15 @@ def test_interpolation_panel():
     assert len(video) == 6 and torch.allclose(video[:1], noise(0).data, atol=0.02) and torch.allclose(video[-1:], noise(1).data, atol=0.02)
 
 
+def test_edit_panel():
+    module = pytest.importorskip("camflow.joint.keyframes")
+    panel = widgets.edit_panel(module.VideoEditPipeline(**tiny_sd()), {"a": noise(0, frames=6)}, steps=2)
+    made = click(panel, keyframes=2, prompt="a red ball")
+    assert len(made["source"]) == 6 and len(made["keyframes"]) == 2
+    panel.set(keyframes=16).button.click()                                  # more than there are frames
+    assert panel.state == "refused" and "keyframes" in panel.message
+
+
 def test_motion_panel():
     arms = pytest.importorskip("camflow.joint.motion_arms")
     from camflow.joint import train
@@ -110,8 +119,9 @@ def test_motion_panel():
 def test_values_out_of_range_are_refused_and_nothing_is_turned(pictures):
     panel = widgets.joint_panel(pictures, steps=2)
     before = dict(panel.values)
-    for name, value in (("steps", 0), ("steps", 101), ("steps", 2.5), ("guidance", float("nan")), ("guidance", 21), ("seed", "x"), ("seed", True), ("prompt", 3)):
-        with pytest.raises(InputError, match=name): panel.set(prompt="other", **{name: value}) if name != "prompt" else panel.set(prompt=value)
+    wrong = dict(steps=[0, 101, 2.5], guidance=[float("nan"), 21], seed=["x", True], prompt=[3])
+    for name, value in [(name, value) for name, values in wrong.items() for value in values]:
+        with pytest.raises(InputError, match=name): panel.set(**{"prompt": "other", name: value})
     with pytest.raises(InputError, match="no knob 'strength'; there are"): panel.set(strength=0.5)
     assert panel.values == before
     masked = widgets.masked_panel(pictures, "image", {"a": noise(0)})
@@ -147,12 +157,13 @@ def test_uploads(pictures):
     picture = io.BytesIO()
     Image.new("RGB", (40, 30), "white").save(picture, "PNG")
     panel.knobs["condition"].upload.value = file(picture.getvalue(), "mine.png")
-    assert float(click(panel)["depth"].unit().data.min()) > 0.99 and not torch.allclose(panel.result["depth"].unit().data, from_menu)   # cut to 16 x 16, used instead of the menu's
+    depth = click(panel)["depth"].unit().data                               # cut to 16 x 16, used instead of the menu's
+    assert float(depth.min()) > 0.99 and not torch.allclose(depth, from_menu)
     panel.knobs["condition"].upload.value = file(b"not a picture", "mine.txt")
     assert "mine.txt is no readable picture" in panel.knobs["condition"].note.value
     panel.button.click()
     assert panel.state == "refused" and "mine.txt" in panel.message and panel.result == {}
-    click(panel, condition="a")                                                                                                  # back to the menu
+    click(panel, condition="a")                                             # back to the menu
 
 
 def test_parameters_without_a_widget():
@@ -167,9 +178,10 @@ def test_parameters_without_a_widget():
 # ---- what joint_sample asks for
 
 @pytest.mark.parametrize("wishes, message", [
-    (dict(mode="sideways"), "one of joint"), (dict(given=["flow"]), "modalities are image, depth"), (dict(given=["image", "depth"]), "at least one has to be made"),
-    (dict(mode="second_given_first", masks={"image": "left"}), "image is given and has a mask"), (dict(mode="coarse", given=["depth"], strength={"depth": 0.5}), "given and has a strength"),
-    (dict(mode="coarse", strength=1.5), "0 .exact. to 1"), (dict(mode="coarse", strength={}), "without a hint"), (dict(strength={"depth": 0.5}), "hints are of mode coarse"),
+    (dict(mode="sideways"), "one of joint"), (dict(given=["flow"]), "modalities are image, depth"),
+    (dict(given=["image", "depth"]), "at least one has to be made"), (dict(mode="second_given_first", masks={"image": "left"}), "image is given and has a mask"),
+    (dict(mode="coarse", given=["depth"], strength={"depth": 0.5}), "given and has a strength"), (dict(mode="coarse", strength=1.5), "0 .exact. to 1"),
+    (dict(mode="coarse", strength={}), "without a hint"), (dict(strength={"depth": 0.5}), "hints are of mode coarse"),
     (dict(masks={"edge": "left"}), "masks of edge")])
 def test_wishes_that_contradict_each_other(wishes, message):
     with pytest.raises(InputError, match=message): conditions.choose(("image", "depth"), **wishes)
@@ -205,7 +217,8 @@ def test_each_condition_of_several_acts(tmp_path):
 
 def test_unicon_conditions_are_noised_and_ours_are_not(pictures, videos):
     wishes = conditions.choose(pictures.names, "first_given_second")
-    assert conditions.plan_of(pictures, wishes, 4).inits == ("noise", "clean") and conditions.plan_of(pictures, wishes, 4, "unicon").inits == ("noise", "noised")
+    assert conditions.plan_of(pictures, wishes, 4).inits == ("noise", "clean")
+    assert conditions.plan_of(pictures, wishes, 4, "unicon").inits == ("noise", "noised")
     pixels = {"depth": noise(0).signed().data[:, None]}
     exact, old = (conditions.sample_set(pictures, pixels, ["a"], wishes, steps=4, clean_condition=how)["depth"] for how in ("exact", "unicon"))
     assert torch.allclose(exact, pixels["depth"], atol=2e-3) and not torch.allclose(old, pixels["depth"], atol=2e-3)
@@ -229,6 +242,7 @@ def test_conditions_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match="holds no files"): conditions.open_conditions(config, ("image", "depth", "edge"), 2, {"edge": tmp_path})
     names = [conditions.open_conditions(config, ("image", "depth"), 2)[i]["id"] for i in range(2)]
     Image.new("L", (16, 16)).save(tmp_path/f"{names[0]}.png")
-    with pytest.raises(InputError, match="1 items for 2 samples.*1 were skipped"): conditions.open_conditions(config, ("image", "depth", "edge"), 2, {"edge": tmp_path})
+    with pytest.raises(InputError, match="1 items for 2 samples.*1 were skipped"):
+        conditions.open_conditions(config, ("image", "depth", "edge"), 2, {"edge": tmp_path})
     one = conditions.with_pictures(conditions.open_conditions(config, ("image", "depth"), 2), "edge", tmp_path)
     assert len(one) == 1 and isinstance(one[0]["edge"], Frames) and isinstance(one[0]["depth"], Depth)

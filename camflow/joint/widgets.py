@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Steps', 'Guidance', 'Weight', 'Share', 'Fps', 'Bucket', 'Within', 'Examples', 'encoded', 'uploaded', 'ChooseFrames',
            'parted', 'knob', 'check_value', 'Panel', 'pictures', 'joint_panel', 'given_panel', 'coarse_panel',
-           'masked_panel', 'control_panel', 'video_panel', 'between_panel', 'motion_panel']
+           'masked_panel', 'control_panel', 'video_panel', 'between_panel', 'edit_panel', 'motion_panel']
 
 # %% ../../nbs/joint/48_widgets.ipynb #97d44fc6
 import html
@@ -338,7 +338,7 @@ def video_panel(pipe,                       # StableVideoDiffusionPipeline, or S
         return {"video": _video(pipe, image, image.size, count, steps, guidance, fps, motion_bucket, noise_aug, seed, **given)}
     return Panel(animated, "ControlNet, video" if conditions else "picture to video", {} if conditions else dict(condition=None, scale=1.0))
 
-# %% ../../nbs/joint/48_widgets.ipynb #48a57550
+# %% ../../nbs/joint/48_widgets.ipynb #af67b7c9
 def between_panel(pipe,                     # SVDInterpolatePipeline
                   firsts: dict, lasts: dict, # {label: Frames of one picture}
                   steps: int = 25) -> Panel:
@@ -352,6 +352,23 @@ def between_panel(pipe,                     # SVDInterpolatePipeline
         return {"video": pipe(first, last, mode=mode, hold=hold, repeats=repeats, num_inference_steps=steps, guidance_scale=guidance,
                               max_guidance_scale=guidance, fps=fps, motion_bucket_id=motion_bucket, generator=generator(seed, "panel")).frames}
     return Panel(between, "between two pictures")
+
+
+def edit_panel(pipe,                        # VideoEditPipeline
+               videos: dict,                # {label: Frames of a clip}
+               steps: int = 25) -> Panel:
+    "Keyframes edited by words, and what is between."
+    def edited(video: Annotated[Frames, Examples(videos)],
+               prompt: str = "",            # what it shall show
+               source_prompt: str = "",     # what it shows
+               keyframes: Annotated[int, Within(2, 16)] = 3, # edited together, spread evenly
+               strength: Share = 0.7,       # 0: the source, 1: free of it
+               steps: Steps = steps, guidance: Guidance = 7.5, seed: int = 0):
+        "A clip with other looks."
+        out = pipe(video, prompt, source_prompt, keyframes, strength=strength, num_inference_steps=steps, guidance_scale=guidance,
+                   generator=generator(seed, "panel"))
+        return {"source": video, "edited": out.frames, "keyframes": out.keyframes}
+    return Panel(edited, "keyframe editing")
 
 
 def motion_panel(rig,                       # of `motion_control.load_rig`

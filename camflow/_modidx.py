@@ -2527,6 +2527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'camflow/joint/widgets.py'),
                                        'camflow.joint.widgets.control_panel': ( 'joint/widgets.html#control_panel',
                                                                                 'camflow/joint/widgets.py'),
+                                       'camflow.joint.widgets.edit_panel': ('joint/widgets.html#edit_panel', 'camflow/joint/widgets.py'),
                                        'camflow.joint.widgets.encoded': ('joint/widgets.html#encoded', 'camflow/joint/widgets.py'),
                                        'camflow.joint.widgets.given_panel': ('joint/widgets.html#given_panel', 'camflow/joint/widgets.py'),
                                        'camflow.joint.widgets.joint_panel': ('joint/widgets.html#joint_panel', 'camflow/joint/widgets.py'),

@@ -106,7 +106,7 @@ def test_orders_do_not_depend_on_the_ranks():
 def test_what_does_not_fit_is_refused(made, tmp_path):
     main = lambda **change: omnicam_train.main({**BASE, "cache_folder": str(made), **change}, tmp_path/"run")
     with pytest.raises(InputError, match="needs cache_folder"): main(cache_folder=None)
-    with pytest.raises(InputError, match="run omnicam_cache first"): main(manifest="other")
+    with pytest.raises(InputError, match="run omnicam_cache first"): main(cache_name="other")
     with pytest.raises(InputError, match="width of texts 64, the transformer reads 32"): main(model={"num_layers": 1, "text_dim": 32})
     with pytest.raises(InputError, match="width of image tokens 32, the transformer reads 48"): main(model={"num_layers": 1, "image_dim": 48, "added_kv_proj_dim": 192})
 

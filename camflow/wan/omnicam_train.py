@@ -207,7 +207,7 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
 MATRICES = ["blocks.*.attn?.to_[qkv].weight", "blocks.*.attn?.to_out.0.weight", "blocks.*.ffn.*.weight", "blocks.*.camera_attn.to_*.weight"]
 DEFAULTS = dict(steps=2400, epochs=0, batch_size=16, lr=3e-3, betas=(0.9, 0.99), muon=MATRICES, warmup=60, schedule="cosine", final_lr=0.02, ema_decay=0.995,
     checkpoint_every=0, checkpoint_seconds=180., log_every=10,
-                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, first_scene=0, cameras=4, held_out=24, cache_folder=None, manifest="manifest",
+                validate_every=200, data="world", items=None, fps=0.0, frames=9, size=[48, 80], scenes=2500, first_scene=0, cameras=4, held_out=24, cache_folder=None, cache_name="manifest",
                 vae=None, transformer=None, text_encoder=None, image_encoder=None, depth=None,
                 model={}, start="recam", trainable_modules=["*"], lora_rank=0, lora_alpha=None, timesteps="shift", shift=3.0, sigmoid_scale=1.6,
                 min_timestep=0.0, max_timestep=1000.0, timestep_buckets=16, weighting="none", compat=None,
@@ -271,7 +271,7 @@ def datasets(config: dict, run_dir): # full configuration, folder of the run
     model, vae, text, clip = parts(config)
     depth = depth_net(config, model)
     shape = dict(frames=config["frames"], size=tuple(config["size"]))
-    if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["manifest"], config["batch_size"]), None, None
+    if config["data"] == "cache": return model, vae, cached_clips(cache, model, config["cache_name"], config["batch_size"]), None, None
     if items: return model, vae, file_latents(cache, items, vae, text, **shape, fps=config["fps"], image_encoder=clip, depth=depth), None, None
     train = world_latents(cache, vae, text, config["first_scene"], config["scenes"], config["cameras"], **shape, depth=depth)
     held = world_latents(cache, vae, text, HELD_OUT, config["held_out"], config["cameras"], **shape, depth=depth)

@@ -49,7 +49,7 @@ def sizes_of(tmp_path, monkeypatch, **changes) -> dict: # step -> size of its ba
     return seen
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("prefetch", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_3_shapes_change_from_step_to_step(tmp_path, monkeypatch, prefetch):
     "Six steps are far less than an epoch of 32; whatever prepares the batches, their shapes differ within it, and are those of (seed, step)."
     seen = sizes_of(tmp_path/"whole", monkeypatch, steps=6, prefetch=prefetch)
@@ -58,6 +58,7 @@ def test_3_shapes_change_from_step_to_step(tmp_path, monkeypatch, prefetch):
     assert [seen[step][0] for step in range(6)] == drawn and len(set(drawn)) >= 3
 
 
+@pytest.mark.slow
 def test_3_shapes_are_the_same_after_a_break(tmp_path, monkeypatch):
     whole = sizes_of(tmp_path/"whole", monkeypatch, steps=4, prefetch=False)
     first = sizes_of(tmp_path/"part", monkeypatch, steps=4, prefetch=False, checkpoint_every=2, max_seconds=1e-6)

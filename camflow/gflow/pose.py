@@ -21,7 +21,7 @@ from ..media.frames import Depth, Flow
 
 # Shapes: T frames, N matches, H W rows and columns; numpy float64 on the host: the problems are small.
 
-# %% ../../nbs/gflow/06_pose.ipynb #dd6a483c
+# %% ../../nbs/gflow/06_pose.ipynb #960e1053
 @dataclass
 class Matches:
     "Where points of frame i are seen in frame j."
@@ -63,7 +63,8 @@ def matches(i: int, j: int,
             stride: int = 3):         # every so-manyth row and column
     "Matches of two frames on a grid."
     flow, depth = np.asarray(flow_2HW, np.float64), np.asarray(depth_i_HW, np.float64)
-    if flow.shape[1:] != depth.shape: raise InputError(f"flow of {flow.shape[1:]} and depth of {depth.shape} pixels; matches of frames {i} and {j}; give them one size")
+    if flow.shape[1:] != depth.shape:
+        raise InputError(f"flow of {flow.shape[1:]} and depth of {depth.shape} pixels; matches of frames {i} and {j}; give them one size")
     row, column = (grid.ravel() for grid in np.mgrid[stride // 2:depth.shape[0]:stride, stride // 2:depth.shape[1]:stride])
     pixels = np.stack([column + 0.5, row + 0.5], 1)
     landed, z = pixels + flow[:, row, column].T, depth[row, column]
@@ -88,7 +89,7 @@ def sharpen(m: Matches, frame_i_3HW: Tensor, frame_j_3HW: Tensor, # bytes
     good = (status[:, 0] == 1) & (np.linalg.norm((found - guess)[:, 0], axis=1) < reach)
     return replace(m, landed_N2=np.where(good[:, None], found[:, 0] + 0.5, m.landed_N2), weight_N=np.where(good, m.weight_N, doubt * m.weight_N))
 
-# %% ../../nbs/gflow/06_pose.ipynb #ea058fed
+# %% ../../nbs/gflow/06_pose.ipynb #53a0f0a4
 @dataclass
 class PairPose:
     "The camera's motion between two frames."
@@ -131,8 +132,8 @@ def pair_pose(m: Matches, K_33: np.ndarray, size: tuple, # pixels of `size`
     for _ in range(groups):
         if len(left) < max(fewest, 0.1 * len(m)): break
         sample = rng.choice(left, min(len(left), 2000), p=m.weight_N[left] / m.weight_N[left].sum(), replace=True)
-        ok, turn, shift, _ = cv2.solvePnPRansac(points[sample], m.landed_N2[sample], K, None, iterationsCount=400, reprojectionError=threshold, confidence=0.9999,
-                                                flags=cv2.SOLVEPNP_AP3P)
+        ok, turn, shift, _ = cv2.solvePnPRansac(points[sample], m.landed_N2[sample], K, None, iterationsCount=400, reprojectionError=threshold,
+                                                confidence=0.9999, flags=cv2.SOLVEPNP_AP3P)
         if not ok: break
         start = np.eye(4)
         start[:3, :3], start[:3, 3] = cv2.Rodrigues(turn)[0], shift[:, 0]

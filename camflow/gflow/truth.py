@@ -39,7 +39,7 @@ VARIANTS = {
     "plain_walls": "nothing in the room has a texture but the mover",
 }
 
-# %% ../../nbs/gflow/05_truth.ipynb #357fabbf
+# %% ../../nbs/gflow/05_truth.ipynb #b9152f2d
 def _room(seed, plain):
     "An empty room with a fine texture, its back wall five metres from the camera."
     scene = scenes.random_scene(seed, figures=0, things=0, detail=4.5)
@@ -52,23 +52,26 @@ def _room(seed, plain):
 
 def _populate(scene, variant, focal, size, seconds):
     rng = np.random.default_rng([scene.seed, 0x6F10])
-    slow = dict(slide_rate=0.25 / seconds, axis=(0.3, 0.9, 0.3), spin=1.2 / seconds)
+    slow = dict(slide_rate=0.25 / seconds, axis=(0.36, 0.864, 0.352), spin=1.2 / seconds)
     def ball(radius, at, **motion):
         hang(scene, rng, focal, scenes.ELLIPSOID, (radius,) * 3, at, **motion)
         ways = rng.normal(size=(4, 3))
-        scene.waves[scene.parts[-1].slot] = ways / np.linalg.norm(ways, axis=1, keepdims=True) * (2 * math.pi / (radius * np.array([0.5, 0.9, 0.6, 1.2])))[:, None]
+        lengths = radius * np.array([0.5, 0.9, 0.6, 1.2])
+        scene.waves[scene.parts[-1].slot] = ways / np.linalg.norm(ways, axis=1, keepdims=True) * (2 * math.pi / lengths)[:, None]
     if variant not in ("large", "plain_walls"): ball(0.5, (-0.95, 0.55, 3.9))
     if variant in ("plain", "turn", "still", "portrait", "odd", "flicker", "plain_walls"): ball(0.42, (0.35, 0.1, 2.6), slide=(0.45, -0.12, 0.15), **slow)
     if variant == "thin":
         ball(0.3, (0.5, 0.3, 2.6), slide=(0.3, -0.1, 0.1), **slow)
-        for x, z in ((-0.9, 2.2), (-0.3, 2.6), (0.9, 3.0)): hang(scene, rng, focal, scenes.CAPSULE, (z / focal, 1.2, 0.), (x, 0., z), axis=(0., 0., 1.), angle=0.2 * x)
+        for x, z in ((-0.9, 2.2), (-0.3, 2.6), (0.9, 3.0)):
+            hang(scene, rng, focal, scenes.CAPSULE, (z / focal, 1.2, 0.), (x, 0., z), axis=(0., 0., 1.), angle=0.2 * x)
     if variant == "leaving": ball(0.4, (0., 0.1, 2.4), slide=(1.9, -0.1, 0.), slide_phase=-math.pi / 2, **{**slow, "slide_rate": 0.5 / seconds})
     if variant == "crossing":
         ball(0.36, (-0.3, 0.05, 2.3), slide=(0.6, 0., 0.), **slow)
         ball(0.42, (0.45, 0.1, 3.2), slide=(-0.7, -0.1, 0.), **slow)
     if variant == "large": # independent movers: no two of them agree on a motion
-        for x, y, z, r, way in ((-0.75, 0.1, 2.6, 0.55, (0.3, 0.12, 0.1)), (0.05, -0.1, 2.2, 0.5, (-0.25, 0.2, 0.15)), (0.85, 0.15, 2.7, 0.55, (-0.1, -0.3, 0.1)),
-                                (-0.35, 0.75, 2.9, 0.5, (0.3, -0.15, 0.)), (0.5, -0.75, 3.0, 0.5, (0.25, 0.2, -0.1))): ball(r, (x, y, z), slide=way, **slow)
+        for at, radius, way in (((-0.75, 0.1, 2.6), 0.55, (0.3, 0.12, 0.1)), ((0.05, -0.1, 2.2), 0.5, (-0.25, 0.2, 0.15)),
+                                ((0.85, 0.15, 2.7), 0.55, (-0.1, -0.3, 0.1)), ((-0.35, 0.75, 2.9), 0.5, (0.3, -0.15, 0.)),
+                                ((0.5, -0.75, 3.0), 0.5, (0.25, 0.2, -0.1))): ball(radius, at, slide=way, **slow)
 
 
 def _path(variant, T):
@@ -81,7 +84,7 @@ def _path(variant, T):
     if variant != "turn": c2w[:, :3, 3] = np.stack([0.32 * s, 0.05 * np.sin(math.pi * s), 0.08 * s], 1)
     return c2w
 
-# %% ../../nbs/gflow/05_truth.ipynb #6b802ca0
+# %% ../../nbs/gflow/05_truth.ipynb #9b8d89d1
 @dataclass(eq=False)
 class TruthClip:
     "A clip and all that is true of it."
@@ -134,4 +137,5 @@ def noisy_depth(depth: Depth,          # metric
     T, _, H, W = depth.data.shape
     factor = 1 + scale * torch.randn(T, 1, 1, 1, generator=generator(seed, "depth", "scale"))
     coarse = torch.randn(T, 1, 4, 6, generator=generator(seed, "depth", "wave"))
-    return Depth(depth.data * factor * (1 + wave * torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic", align_corners=True)).to(depth.data), depth.kind)
+    factor = factor * (1 + wave * torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic", align_corners=True))
+    return Depth(depth.data * factor.to(depth.data), depth.kind)

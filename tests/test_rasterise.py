@@ -15,7 +15,7 @@ from camflow.geometry.rigid import se3_exp
 from camflow.gflow.gaussians import SHAPES, Gaussians, ball, check_gaussians, join, load_gaussians, save_gaussians
 from camflow.gflow.projection import BlendRules, blend_dense, project
 from camflow.gflow.rasterise import rasterise
-from camflow.gflow.splat import blend_splat, shares
+from camflow.gflow.splat import shares
 from camflow.gflow.tiles import blend_tiles
 
 ROOT, SIZE = Path(__file__).resolve().parents[1], (23, 31)

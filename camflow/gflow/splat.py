@@ -165,7 +165,7 @@ class Splat(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_HWD, gT_HW):
-        (level, rows, light, last), (H, W, D) = ctx.rest, g_HWD.shape
+        (level, rows, light, last), (H, _, D) = ctx.rest, g_HWD.shape
         g = g_HWD.contiguous().numpy()
         light, behind = light.copy(), light * gT_HW.numpy()
         found = {} # per band, added up in order: the sum does not depend on which thread was first

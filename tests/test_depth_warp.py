@@ -6,8 +6,9 @@ from camflow.depth.mono import MonoNet, depth_errors, level_loss, load_mono, mai
 from camflow.files import InputError
 from camflow.geometry.trajectory import orbit, pan, static
 from camflow.wan.depth_warp import fill_far, pixel_rays, splat_depth, warp_frame, warp_latents
-from camflow.wan.omnicam import camera_rays, with_warp
+from camflow.wan.omnicam import camera_rays, tiny_omnicam, with_warp
 from camflow.wan.omnicam_clips import lens
+from camflow.wan.omnicam_train import open_camera, sample
 from camflow.wan.vae import tiny_vae
 from camflow.world.clips import HELD_OUT
 
@@ -89,6 +90,24 @@ def test_latents_of_a_still_camera_are_those_of_a_still_video():
 def test_warp_and_rays_must_fit():
     rays = camera_rays(torch.as_tensor(orbit(20, 4.0, 9)), K[0], (6, 10))
     with pytest.raises(InputError, match="one path and one size"): with_warp(rays, torch.zeros(1, 17, 2, 6, 10))
+
+
+def test_start_one_is_noise_and_a_start_near_zero_is_the_warp():
+    model, g = tiny_omnicam(0, num_layers=1, image_dim=None, added_kv_proj_dim=None, camera_warp=True).eval(), torch.Generator().manual_seed(2)
+    open_camera(model)
+    image, warp, text, other = (torch.randn(1, *shape, generator=g) for shape in ((16, 3, 6, 10), (17, 3, 6, 10), (64, 64), (17, 3, 6, 10)))
+    path = camera_rays(torch.as_tensor(orbit(20, 4.0, 9)), K[0], (6, 10))
+    run = lambda start, warp=warp, seed=0: sample(model, image, with_warp(path, warp), text, None, 2, 3.0, 1.0, seed, start)
+    assert torch.equal(run(1.0), sample(model, image, with_warp(path, warp), text, None, 2, 3.0))
+    torch.testing.assert_close(run(1.0), run(1.0 - 1e-6), atol=1e-3, rtol=1e-3)        # all noise: the warp is no part of it
+    torch.testing.assert_close(run(1e-6), warp[:, :16], atol=1e-3, rtol=1e-3)          # no noise left, and no way to go
+    away = lambda start: float((run(start) - warp[:, :16]).square().mean())
+    assert away(0.1) < away(0.5) < away(1.0)
+    assert (run(0.5) - run(0.5, other)).abs().max() > 0.1 and (run(0.5) - run(0.5, seed=1)).abs().max() > 0.1
+    for bad in (0.0, -0.1, 1.5):
+        with pytest.raises(InputError, match="no noise level"): run(bad)
+    plain = tiny_omnicam(0, num_layers=1, image_dim=None, added_kv_proj_dim=None).eval()
+    with pytest.raises(InputError, match="camera_warp=False"): sample(plain, image, path, text, None, 2, 3.0, warp_start=0.5)
 
 
 def test_directions_are_those_of_the_intrinsics():

@@ -2761,6 +2761,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'camflow.lab.parameters.Parameter.__str__': ( 'lab/parameters.html#parameter.__str__',
                                                                                       'camflow/lab/parameters.py'),
                                         'camflow.lab.parameters._comments': ('lab/parameters.html#_comments', 'camflow/lab/parameters.py'),
+                                        'camflow.lab.parameters._declared': ('lab/parameters.html#_declared', 'camflow/lab/parameters.py'),
                                         'camflow.lab.parameters._name': ('lab/parameters.html#_name', 'camflow/lab/parameters.py'),
                                         'camflow.lab.parameters._unique_loader': ( 'lab/parameters.html#_unique_loader',
                                                                                    'camflow/lab/parameters.py'),

@@ -66,7 +66,7 @@ def test_whole_pipeline_through_a_folder(tmp_path):
     again = SVDControlNetPipeline.from_pretrained(_saved(pipe, tmp_path), vae=parts["vae"])
     options = dict(num_inference_steps=1, output_type="pt")
     first, depth = Frames(signed()[0, :1], "signed"), Frames(signed()[0], "signed")
-    assert torch.equal(pipe(first, depth, generator=generator(1), **options).frames, again(first, depth, generator=generator(1), **options).frames)
+    assert torch.allclose(*(p(first, depth, generator=generator(1), **options).frames for p in (pipe, again)), atol=1e-3) # the read image encoder rounds otherwise
 
 
 def _saved(pipe, folder):

@@ -66,7 +66,9 @@ def test_whole_pipeline_through_a_folder(tmp_path):
     again = SVDControlNetPipeline.from_pretrained(_saved(pipe, tmp_path), vae=parts["vae"])
     options = dict(num_inference_steps=1, output_type="pt")
     first, depth = Frames(signed()[0, :1], "signed"), Frames(signed()[0], "signed")
-    assert torch.allclose(*(p(first, depth, generator=generator(1), **options).frames for p in (pipe, again)), atol=1e-3) # the read image encoder rounds otherwise
+    for part in ("unet", "image_encoder", "controlnet"): assert all(torch.equal(a, b) for a, b in zip(getattr(pipe, part).state_dict().values(), getattr(again, part).state_dict().values(), strict=True))
+    a, b = (p(first, depth, generator=generator(1), **options).frames for p in (pipe, again))
+    assert torch.allclose(a, b, atol=1e-3)      # equal weights that lie elsewhere in memory: narrow products round differently
 
 
 def _saved(pipe, folder):

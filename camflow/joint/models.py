@@ -175,7 +175,9 @@ def _write_weights(module, folder, half: bool): # a copy is written, the model k
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in module.state_dict().items()}
     if hasattr(module, "register_to_config"): # diffusers writes what the module holds
         import copy
-        copy.deepcopy(module).to(torch.float16 if half else torch.float32).save_pretrained(folder, safe_serialization=True)
+        twin = copy.deepcopy(module).to(torch.float16 if half else torch.float32)
+        twin.register_to_config(_name_or_path="")   # else the folder that it was read from
+        twin.save_pretrained(folder, safe_serialization=True)
     else: module.save_pretrained(folder, state_dict=state)
 
 # %% ../../nbs/joint/20_models.ipynb #4f53b653

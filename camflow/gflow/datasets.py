@@ -120,7 +120,7 @@ class _Restricted(pickle.Unpickler):
         if (module, name) not in _ALLOWED: raise InputError(f"a pickle that calls {module}.{name}; only arrays, dictionaries and text are read; do not open this file elsewhere either")
         return _ALLOWED[module, name]
 
-# %% ../../nbs/gflow/24_datasets.ipynb #35dad222
+# %% ../../nbs/gflow/24_datasets.ipynb #db1357a0
 def _kind(record):
     code = record.args[0] if isinstance(record, _Kind) and record.args else None
     if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[biuf]\d", code): raise InputError(f"an array of {code!r}; only numbers are read")
@@ -143,9 +143,9 @@ def _shaped(raw, kind, shape, fortran):
 
 def _plain(value, depth: int = 0, budget: list = None):
     "Arrays, numbers, text, lists and dictionaries of what the unpickler recorded."
-    budget = budget if budget is not None else [1_000_000] # a list that holds itself twice, and so on, would never end
+    budget = budget if budget is not None else [100_000] # a list that holds itself twice, and so on, would never end
     budget[0] -= 1
-    if depth > 20 or budget[0] < 0: raise InputError("a pickle nested more than 20 deep or of more than a million items; only plain data is read")
+    if depth > 20 or budget[0] < 0: raise InputError("a pickle nested more than 20 deep or of more than 100,000 items; only plain data is read")
     if isinstance(value, dict):
         if not all(isinstance(key, (str, int)) for key in value): raise InputError("a dictionary whose keys are neither text nor numbers; only plain data is read")
         return {key: _plain(item, depth + 1, budget) for key, item in value.items()}

@@ -1675,7 +1675,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'camflow.gflow.datasets._bytes': ('gflow/datasets.html#_bytes', 'camflow/gflow/datasets.py'),
                                         'camflow.gflow.datasets._kind': ('gflow/datasets.html#_kind', 'camflow/gflow/datasets.py'),
                                         'camflow.gflow.datasets._listed': ('gflow/datasets.html#_listed', 'camflow/gflow/datasets.py'),
-                                        'camflow.gflow.datasets._number': ('gflow/datasets.html#_number', 'camflow/gflow/datasets.py'),
                                         'camflow.gflow.datasets._plain': ('gflow/datasets.html#_plain', 'camflow/gflow/datasets.py'),
                                         'camflow.gflow.datasets._shaped': ('gflow/datasets.html#_shaped', 'camflow/gflow/datasets.py'),
                                         'camflow.gflow.datasets._stamped': ('gflow/datasets.html#_stamped', 'camflow/gflow/datasets.py'),

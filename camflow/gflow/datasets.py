@@ -46,13 +46,13 @@ class PointTracks:
         "The same points in pictures stretched to `size`."
         return PointTracks(self.points * (size[1] / self.size[1], size[0] / self.size[0]), self.visible, tuple(size))
 
-# %% ../../nbs/gflow/24_datasets.ipynb #a5921765
+# %% ../../nbs/gflow/24_datasets.ipynb #b0a00636
 @dataclass(eq=False)
 class Annotated:
     "A sequence and what is known of it; None: the set does not have it."
     name: str
     frames: Any                 # Frames [T,3,H,W] bytes
-    numbers: list               # of each frame in the source
+    numbers: list               # of each frame among those of the source, from 0
     cameras: Any = None         # Cameras of those frames that have a pose, `cameras.frames` are source numbers
     depth: Any = None           # Depth [T,1,H,W], NaN unknown
     flow: Any = None            # Flow [T-1,2,H,W] forward
@@ -120,7 +120,7 @@ class _Restricted(pickle.Unpickler):
         if (module, name) not in _ALLOWED: raise InputError(f"a pickle that calls {module}.{name}; only arrays, dictionaries and text are read; do not open this file elsewhere either")
         return _ALLOWED[module, name]
 
-# %% ../../nbs/gflow/24_datasets.ipynb #db1357a0
+# %% ../../nbs/gflow/24_datasets.ipynb #e28ec294
 def _kind(record):
     code = record.args[0] if isinstance(record, _Kind) and record.args else None
     if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[biuf]\d", code): raise InputError(f"an array of {code!r}; only numbers are read")
@@ -154,7 +154,9 @@ def _plain(value, depth: int = 0, budget: list = None):
         if not isinstance(value.state, tuple) or len(value.state) != 5: raise InputError("an array without its numbers; the file is damaged")
         _, shape, kind, fortran, raw = value.state
         return _shaped(raw, _kind(kind), shape, bool(fortran))
-    if isinstance(value, _Buffer) and len(value.args) == 4: return _shaped(value.args[0], _kind(value.args[1]), value.args[2], value.args[3] == "F")
+    if isinstance(value, _Buffer) and len(value.args) in (4, 5): # the fifth: the order of the axes in memory
+        array = _shaped(value.args[0], _kind(value.args[1]), value.args[2], value.args[3] == "F")
+        return array.transpose(value.args[4]) if len(value.args) == 5 and value.args[4] is not None else array
     if isinstance(value, _Scalar) and len(value.args) == 2: return _shaped(value.args[1], _kind(value.args[0]), (), False)[()].item()
     if value is None or isinstance(value, (str, int, float, bool)): return value
     raise InputError(f"a pickle that holds {getattr(type(value), '__name__', type(value)).lstrip('_')}; only arrays, dictionaries and text are read")
@@ -170,7 +172,7 @@ def read_plain_pickle(path): # TAP-Vid's or GFlow's
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ImportError, MemoryError, RecursionError) as error:
         raise InputError(f"{path} is no pickle of plain data ({type(error).__name__}: {error}); fetch it again") from None
 
-# %% ../../nbs/gflow/24_datasets.ipynb #e37111dd
+# %% ../../nbs/gflow/24_datasets.ipynb #0283e90c
 def read_pictures(files,          # in order
                   fps=None) -> Frames: # frames per second
     "The pictures as one clip of bytes; all must have one size."
@@ -191,9 +193,6 @@ def _listed(folder, pattern, what):
     if not files: raise InputError(f"{folder} holds no {pattern}; {what}; check the path and the name of the sequence")
     return files
 
-
-def _number(path): return int(re.findall(r"\d+", Path(path).stem)[-1]) if re.findall(r"\d+", Path(path).stem) else None
-
 # %% ../../nbs/gflow/24_datasets.ipynb #cc461e62
 def read_mask(path) -> np.ndarray: # PNG
     "Objects of one annotation, int64 [H,W]: 0 none, 1, 2, .. objects, -1 void (255 of a palette)."
@@ -205,7 +204,7 @@ def read_mask(path) -> np.ndarray: # PNG
     if image.mode != "P": return (values > 127).astype(np.int64) if values.max(initial=0) > 127 else values # DAVIS 2016 and user masks: black and white
     return np.where(values == 255, -1, values)
 
-# %% ../../nbs/gflow/24_datasets.ipynb #7b2dff54
+# %% ../../nbs/gflow/24_datasets.ipynb #ca224064
 def davis_names(root,                    # folder with JPEGImages, Annotations, ImageSets
                 split: str = "val",      # "train", "val", "test-dev", ...
                 year: int = 2017) -> list: # or 2016
@@ -232,7 +231,7 @@ def read_davis(root, name: str,             # folder of the set; sequence
         masks[i] = torch.from_numpy(mask)
     bare = int((masks == -1).flatten(1).all(1).sum())
     if bare: notes.append(f"{bare} of {len(files)} frames have no annotation")
-    return Annotated(name, frames, [_number(f) for f in files], masks=masks if bare < len(files) else None, source="DAVIS", notes=notes)
+    return Annotated(name, frames, list(range(len(files))), masks=masks if bare < len(files) else None, source="DAVIS", notes=notes)
 
 # %% ../../nbs/gflow/24_datasets.ipynb #fbde8f02
 def _tracks(record, size, where):
@@ -266,7 +265,7 @@ def read_tapvid(path,                       # tapvid_davis.pkl
         out[str(name)] = Annotated(str(name), frames, list(range(len(frames))), tracks=tracks, source="TAP-Vid")
     return out
 
-# %% ../../nbs/gflow/24_datasets.ipynb #12879878
+# %% ../../nbs/gflow/24_datasets.ipynb #d92bb8d2
 TAG = 202021.25
 
 
@@ -301,7 +300,7 @@ def read_sintel_clip(root, name: str,           # folder with `training`, or tha
     "Frames with cameras, depth and flow as far as they are there."
     root = Path(root)/"training" if (Path(root)/"training").is_dir() else Path(root)
     files = _listed(root/render/name, "frame_*.png", "read_sintel_clip")[:limit]
-    frames, numbers, notes, known = read_pictures(files, 24), [_number(f) for f in files], [], {}
+    frames, numbers, notes, known = read_pictures(files, 24), list(range(len(files))), [], {}
     if (root/"camdata_left"/name).is_dir():
         K, w2c = (torch.stack(x) for x in zip(*(read_cam(root/"camdata_left"/name/f"{f.stem}.cam") for f in files)))
         known["cameras"] = Cameras(inverse(w2c), K, frames.size, numbers)

@@ -72,7 +72,7 @@ def filled(rho_HW, information_HW, weight_HW, image_HWC): # as `triangulate` giv
     rho = (info * rho + 2 * little * base) / (info + 2 * little)
     return np.clip(np.exp(guided(np.log(rho), image_HWC, 3)), middle / 8, middle * 8)
 
-# %% ../../nbs/gflow/16_bootstrap.ipynb #e0980ef9
+# %% ../../nbs/gflow/16_bootstrap.ipynb #0d4a411d
 PARALLAX = 0.5 # pixels between frames that are furthest apart, below which there is no depth to be had
 
 
@@ -86,10 +86,10 @@ def bootstrap_depth(frames: Frames, K_33, forward, backward, hidden_forward, hid
                     rounds: int = 3,            # of poses and depth
                     gaps=(1, 2, 4),             # distances of the frames that are compared
                     stride: int | None = None): # every so-manyth row and column is matched; None: about 3600 matches per pair
-    "(relative Depth with median 1, K_33, camera-to-world poses [T,4,4], note): the poses are in the unit of the depth."
+    "(relative Depth with median 1, camera-to-world poses [T,4,4], note): the poses are in the unit of the depth."
     (H, W), T, images = frames.size, len(frames), frames.byte().data
     depth, note = np.ones((T, H, W)), "flat: no parallax"
-    flat = lambda path: (Depth(torch.ones(T, 1, H, W), "relative"), K_33, path, note)
+    flat = lambda path: (Depth(torch.ones(T, 1, H, W), "relative"), path, note)
     if T == 1: return flat(np.eye(4)[None])
     flows, stride = all_flows(forward, backward, hidden_forward, hidden_backward, gaps), stride or max(2, round((H * W / 3600) ** 0.5))
     texture, odds = np.stack([texture_weight(image) for image in images]), np.zeros((T, H, W))
@@ -100,7 +100,8 @@ def bootstrap_depth(frames: Frames, K_33, forward, backward, hidden_forward, hid
         path = refine(replace(path, scale_T=np.ones(T)), [m for m in pairs.values() if len(m) >= 24], depth_pixels=0.)
         found = [triangulate(path, flows, t, (H, W)) for t in range(T)]
         middle = np.median(1 / depth)
-        if np.sqrt(np.median([info for _, info, _ in found])) * middle < PARALLAX: return flat(path.c2w_T44)
+        some = np.concatenate([info[info > 0] for _, info, _ in found])
+        if not len(some) or np.sqrt(np.median(some)) * middle < PARALLAX: return flat(path.c2w_T44)
         raw = np.stack([1 / np.clip(rho, middle / 20, middle * 20) for rho, _, _ in found])
         odds = moving_masks(images.permute(0, 2, 3, 1).numpy(), raw, path.c2w_T44, path.K_33, forward, backward, hidden_forward, hidden_backward)[1]
         agree = [1 / (1 + np.exp(o)) / (1 + np.nan_to_num(off, nan=9.) ** 2) ** 2 for o, (_, _, off) in zip(odds, found)]
@@ -111,4 +112,4 @@ def bootstrap_depth(frames: Frames, K_33, forward, backward, hidden_forward, hid
         unit = float(np.median(depth))
         depth, path = depth / unit, replace(path, c2w_T44=_shrunk(path.c2w_T44, unit))
     missing = [t for t, m in enumerate(maps) if m is None]
-    return Depth(torch.from_numpy(depth[:, None]).float(), "relative"), K_33, path.c2w_T44, f"flat in frames {missing}" if missing else ""
+    return Depth(torch.from_numpy(depth[:, None]).float(), "relative"), path.c2w_T44, f"flat in frames {missing}" if missing else ""

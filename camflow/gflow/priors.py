@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'PICTURE_MEAN', 'PICTURE_STD', 'DEPTH', 'MASKS', 'Priors', 'known_depth', 'known_flow', 'known_mask',
-           'known_K', 'depth_of_disparity', 'Ask', 'Answer', 'random_depth_anything', 'both_flows', 'gather_priors']
+           'known_K', 'depth_of_disparity', 'Ask', 'Answer', 'random_depth_anything', 'both_flows', 'gather_priors',
+           'write_priors', 'read_priors', 'kept_priors']
 
 # %% ../../nbs/gflow/10_priors.ipynb #ec863958
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def depth_of_disparity(disparity: Depth,      # any unit and offset
     share = ((data - low) / max(high - low, 1e-12)).clamp(0, 1.2)
     return Depth(1 / (1 / ratio + (1 - 1 / ratio) * share), "relative")
 
-# %% ../../nbs/gflow/10_priors.ipynb #cd35d892
+# %% ../../nbs/gflow/10_priors.ipynb #fa5b5335
 @dataclass(eq=False)
 class Ask:
     "What an estimator may look at."
@@ -123,6 +124,7 @@ class Ask:
     def need(self, what: str, name: str):
         "The field, or an error that names the prior that wants it."
         found = getattr(self, what)
+        if found is None and what == "K_33": raise InputError(f"no focal length for the prior {name!r}; gather_priors; give K, or fov (60 degrees is a common view)")
         if found is None: raise InputError(f"the prior {name!r} needs `{what}`; gather_priors; give it, or choose another prior")
         return found
 
@@ -152,7 +154,8 @@ def _files(ask):
 
 def _bootstrap(ask):
     from camflow.gflow.bootstrap import bootstrap_depth
-    return Answer(*bootstrap_depth(ask.frames, ask.need("K_33", "bootstrap"), *ask.flows, **ask.options))
+    depth, c2w, note = bootstrap_depth(ask.frames, ask.need("K_33", "bootstrap"), *ask.flows, **ask.options)
+    return Answer(depth, None, c2w, note)
 
 
 def _stretched(depth_T1HW, size, kind):
@@ -335,3 +338,30 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
 def _named(prior) -> str:
     if prior is None or isinstance(prior, str): return prior or "none"
     return "given" if isinstance(prior, (Depth, np.ndarray, tuple, list)) else getattr(prior, "__name__", type(prior).__name__) if callable(prior) else str(prior)
+
+# %% ../../nbs/gflow/10_priors.ipynb #e81a61f4
+def write_priors(seq, priors: Priors, stems=None, key: str = ""): # SEQ; names of the frames without ending, None: of the files there, or 00000, ...
+    "Writes SEQ_depth_..., SEQ_camera_..., SEQ_flow_..., SEQ_epipolar and the note; the frames too, where SEQ has none."
+    seq = layout.Path(seq)
+    if not seq.is_dir() or not any(seq.iterdir()): stems = layout.write_frames(seq, priors.frames, stems)
+    stems = stems or [layout.frame_files(seq)[n].stem for n in priors.numbers]
+    layout.write_folders(seq, stems, priors.depth.data[:, 0].numpy(), priors.K_33, priors.c2w_T44, priors.flow_forward, priors.flow_backward, priors.hidden_forward,
+                         priors.hidden_backward, priors.moving, priors.prompt, key, {"kind": priors.depth.kind, "names": priors.names, "moving": priors.moving is not None})
+
+
+def read_priors(seq, frames: Frames = None, numbers=None, **how) -> Priors: # SEQ; None: all frames as they are; others of gather_priors
+    "Priors from folders of GFlow's layout, its own or ours."
+    if frames is None: frames, numbers, _ = layout.read_frames(seq)
+    seq, said = layout.sequence(seq), layout.note(layout.sequence(seq))
+    masks = "files" if said.get("moving", layout.beside(seq, layout.EPIPOLAR).is_dir()) else None
+    priors = gather_priors(frames, **{"depth": "files", "flow": "files", "masks": masks, "folder": seq, "numbers": numbers, **how})
+    return replace(priors, names={**priors.names, **said.get("names", {})}) if said else priors
+
+
+def kept_priors(seq, frames: Frames, stems=None, **how) -> Priors: # SEQ of its own; names of the frames; of gather_priors, priors by name
+    "As `gather_priors`, but read from SEQ's folders where they hold the same pictures and settings."
+    key = layout.frames_key(frames, {name: value for name, value in how.items() if name != "truth"})
+    if layout.note(seq).get("key") == key: return read_priors(seq, frames, list(range(len(frames))))
+    priors = replace(gather_priors(frames, **how), numbers=list(range(len(frames))))
+    write_priors(seq, priors, stems, key)
+    return priors

@@ -60,7 +60,7 @@ def centre_picture(tl: Timeline, t: int, which: str = "all", radius: int = None)
         for dx in range(-radius, radius + 1): out[(y + dy).clamp(0, H - 1), (x + dx).clamp(0, W - 1)] = colour
     return torch.from_numpy(out).permute(2, 0, 1)
 
-# %% ../../nbs/gflow/21_pictures.ipynb #ae5a795a
+# %% ../../nbs/gflow/21_pictures.ipynb #2ef32565
 def hull_mask(points_N2, size,          # pixels; (H, W)
               reach: float = 4.,        # largest circle of a triangle, in median distances of neighbours
               sigma: float = 2.):       # smoothing of the outline, pixels for a short side of 480
@@ -79,6 +79,8 @@ def hull_mask(points_N2, size,          # pixels; (H, W)
     area = np.sqrt(np.maximum(s * (s - a) * (s - b) * (s - c), 1e-12))
     small = a * b * c / (4 * area) < reach * max(float(np.median(cKDTree(points).query(points, 2)[0][:, 1])), 1.)
     cv2.fillPoly(mask, list(((triangles[small] - 0.5) * 16).round().astype(np.int32)), 1, shift=4) if small.any() else None
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(mask, outlines, -1, 1, -1)             # a hull has no holes
     smooth = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(sigma * min(size) / 480, 0.5))
     return smooth > 0.5
 

@@ -15,7 +15,7 @@ from .timeline import Timeline
 
 # Shapes: T frames, N Gaussians, H W rows and columns.
 
-# %% ../../nbs/gflow/19_ideal.ipynb #52f9e38b
+# %% ../../nbs/gflow/19_ideal.ipynb #c03c3aef
 def _born(clip, t, stride, covered_HW):
     "(world [T,N,3], colours [N,3], sizes [N], moving [N]) of the uncovered points on a grid of frame t."
     H, W = clip.frames.size
@@ -38,7 +38,7 @@ def _cover(clip, t, world_N3, stride):
     column, row, depth = column[inside], row[inside], depth[inside]
     seen = np.abs(clip.depth.data[t, 0].numpy()[row, column] / depth - 1) < 0.05
     covered[row[seen], column[seen]] = 1
-    return cv2.dilate(covered, np.ones((2 * stride + 1,) * 2, np.uint8)).astype(bool)
+    return cv2.dilate(covered, np.ones((stride // 2 * 2 + 1,) * 2, np.uint8)).astype(bool)
 
 # %% ../../nbs/gflow/19_ideal.ipynb #d0999efe
 def ideal_timeline(clip,             # TruthClip

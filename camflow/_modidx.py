@@ -1123,8 +1123,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'camflow/flow/gmflow_matching.py'),
                                               'camflow.flow.gmflow_matching.LocalCorrelation.products': ( 'flow/gmflow_matching.html#localcorrelation.products',
                                                                                                           'camflow/flow/gmflow_matching.py'),
-                                              'camflow.flow.gmflow_matching._jit': ( 'flow/gmflow_matching.html#_jit',
-                                                                                     'camflow/flow/gmflow_matching.py'),
                                               'camflow.flow.gmflow_matching.blend': ( 'flow/gmflow_matching.html#blend',
                                                                                       'camflow/flow/gmflow_matching.py'),
                                               'camflow.flow.gmflow_matching.cell_grid': ( 'flow/gmflow_matching.html#cell_grid',

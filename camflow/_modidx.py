@@ -2897,6 +2897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'camflow.lab.run._close': ('lab/run.html#_close', 'camflow/lab/run.py'),
                                  'camflow.lab.run._execute': ('lab/run.html#_execute', 'camflow/lab/run.py'),
                                  'camflow.lab.run._finish_environment': ('lab/run.html#_finish_environment', 'camflow/lab/run.py'),
+                                 'camflow.lab.run._import_papermill': ('lab/run.html#_import_papermill', 'camflow/lab/run.py'),
                                  'camflow.lab.run._known_notebook': ('lab/run.html#_known_notebook', 'camflow/lab/run.py'),
                                  'camflow.lab.run._papermill': ('lab/run.html#_papermill', 'camflow/lab/run.py'),
                                  'camflow.lab.run._publish': ('lab/run.html#_publish', 'camflow/lab/run.py'),

@@ -1913,6 +1913,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'camflow/gflow/moving_scene.py'),
                                             'camflow.gflow.moving_scene._rows_step_torch': ( 'gflow/moving_scene.html#_rows_step_torch',
                                                                                              'camflow/gflow/moving_scene.py'),
+                                            'camflow.gflow.moving_scene.bend_optimiser': ( 'gflow/moving_scene.html#bend_optimiser',
+                                                                                           'camflow/gflow/moving_scene.py'),
                                             'camflow.gflow.moving_scene.scene_from_state': ( 'gflow/moving_scene.html#scene_from_state',
                                                                                              'camflow/gflow/moving_scene.py'),
                                             'camflow.gflow.moving_scene.scene_state': ( 'gflow/moving_scene.html#scene_state',

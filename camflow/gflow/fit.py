@@ -30,12 +30,12 @@ from .timeline import Timeline
 
 # Shapes: T frames, H W rows and columns, N Gaussians.
 
-# %% ../../nbs/gflow/27_fit.ipynb #3857ebdf
+# %% ../../nbs/gflow/27_fit.ipynb #88311dd4
 @dataclass
 class FitConfig:
     "Settings of the fast fit; names that the original has mean the same as there."
     num_points: int | None = None       # Gaussians of the first frame; None: 0.11 per pixel
-    budget: int | None = None           # Gaussians in all; None: 0.19 per pixel
+    budget: int | None = None           # Gaussians in all; None: 0.15 per pixel and 0.0035 per pixel and frame
     iterations_first: int = 150         # steps on the first frame
     iterations_after: int = 20          # steps for each later frame
     iterations_global: int = 10         # steps per frame at the end, over all frames; 0: none
@@ -49,6 +49,7 @@ class FitConfig:
     lr_opacities: float = 0.15          # of the logit
     lr_colours: float = 0.03
     lr_bend: float = 0.1                # pixels, of what moves
+    lambda_own: float = 0.3             # what a moving Gaussian does for itself, as a share of lambda_bend, pixels^2
     lr_camera: float = 0.02             # pixels; 0: poses stay
     lambda_rgb: float = 10.             # mean square
     lambda_ssim: float = 0.2
@@ -67,7 +68,7 @@ BACKGROUNDS = {"black": (0., 0., 0.), "white": (1., 1., 1.), "cyan": (0., 0.33, 
 
 def check_config(config, size, frames: int):
     "The settings with their defaults filled in for that size; InputError for those that cannot be."
-    filled = replace(config, num_points=config.num_points or max(64, round(0.11 * size[0] * size[1])), budget=config.budget or max(96, round(0.19 * size[0] * size[1])))
+    filled = replace(config, num_points=config.num_points or max(64, round(0.11 * size[0] * size[1])), budget=config.budget or max(96, round((0.15 + 0.0035 * frames) * size[0] * size[1])))
     for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_after", 0), ("iterations_global", 0), ("window", 1), ("replay", 2), ("lr", 0)):
         if getattr(filled, name) < least: raise InputError(f"{name}={getattr(filled, name)}; FitConfig; at least {least} is needed")
     if filled.budget < filled.num_points: raise InputError(f"budget={filled.budget} Gaussians for num_points={filled.num_points} in the first frame; FitConfig; raise the budget")
@@ -119,7 +120,7 @@ class Known:
         "Frames that no later frame will ask."
         for memory in (self._grey, self._texture): [memory.pop(k) for k in list(memory) if k < t - 4]
 
-# %% ../../nbs/gflow/27_fit.ipynb #940901f1
+# %% ../../nbs/gflow/27_fit.ipynb #aa040050
 class Fit:
     "The state of a fit, and its steps."
     def __init__(self, known: Known, config: FitConfig):
@@ -147,7 +148,7 @@ class Fit:
         if c.lambda_depth: total = total + c.lambda_depth * losses.depth_error(r.depth_HW, r.alpha_HW, self.known.depth[t])
         if c.lambda_needle: total = total + c.lambda_needle * losses.needle_error(g.scales)
         m = self.scene.moments.get(t)
-        return total + c.lambda_bend * m.bend.strain() if c.lambda_bend and m is not None and m.bend is not None else total
+        return total + c.lambda_bend * m.bend.strain(own=c.lambda_own) if c.lambda_bend and m is not None and m.bend is not None else total
 
     def advance(self, frames: list, first: float, last: float): # one step each; factor of the rates at the first and the last
         "Gradient steps."
@@ -235,7 +236,7 @@ class Fit:
                 if n < 2: self.grow(0, rng, 0.4)
             return self.prune([0])
         self.carry(t, rng)
-        self.grow(t, rng)
+        self.grow(t, rng, min(1., 2.5 / (self.known.T - t)))   # room is left for the frames to come
         window = range(max(0, t - c.window), t)
         self.advance([window[int(torch.randint(len(window), (1,), generator=rng))] if n % c.replay == c.replay - 1 else t for n in range(c.iterations_after)], 1., 0.3)
         self.weigh(t)

@@ -27,7 +27,7 @@ from .timeline import Timeline, load_timeline, save_timeline
 
 # Shapes: T frames, H W rows and columns.
 
-# %% ../../nbs/gflow/29_fit_video.ipynb #cb858b52
+# %% ../../nbs/gflow/29_fit_video.ipynb #f1380bd7
 PRESETS = {"fast": FitConfig, "paper": PaperConfig}
 
 
@@ -45,7 +45,7 @@ def preset_config(preset: str, settings: dict): # "fast" or "paper"; name -> val
 def needed_memory(frames: int, size, config) -> int: # (H, W); FitConfig or PaperConfig
     "Bytes that a fit holds at most, estimated: pictures, priors and prepared targets of all frames, Gaussians with their moments, one step's drawings."
     H, W = size
-    count = config.budget or round(0.19 * H * W) if isinstance(config, FitConfig) else round(1.5 * config.num_points)
+    count = check_config(config, size, frames).budget if isinstance(config, FitConfig) else round(1.5 * config.num_points)
     pictures = frames * H * W * (3 + 3 * 12 + 4 + 4 * 4 + 4 + 4)       # bytes, target's three, depth, flows, masks, odds
     kept = count * 14 * 4 * (4 + 2) + frames * count * 14 * 4 * (1.5 if isinstance(config, FitConfig) else 1.)
     return int(300e6 + pictures + kept + H * W * 4 * 60 + count * 4 * 300)

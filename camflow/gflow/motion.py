@@ -173,7 +173,7 @@ def carry(means_M3: Tensor, quats_M4: Tensor,        # world, in the frame befor
         means[mine], turns[mine] = means_M3[mine] @ whole[:3, :3].T + whole[:3, 3], whole[:3, :3]
     return means, quaternion_product(quaternion(turns), quats_M4 / quats_M4.norm(dim=1, keepdim=True)), pieces
 
-# %% ../../nbs/gflow/17_motion.ipynb #2004c9e7
+# %% ../../nbs/gflow/17_motion.ipynb #7ecaa265
 @dataclass(eq=False)
 class Bending:
     "Nodes that move the Gaussians around them; without motion at first."
@@ -183,7 +183,7 @@ class Bending:
     beside_K: Tensor        # int [K,k]: neighbours of each node
     reach_K: Tensor         # distance to them
     pixel_K: Tensor         # size of a pixel at each node, in the unit of the means
-    parameters: dict = field(default_factory=dict) # turn [K,3], shift [K,3], in pixels
+    parameters: dict = field(default_factory=dict) # turn [K,3], shift [K,3], own [M,3], in pixels
 
     def angles(self): return self.parameters["turn"] * (self.pixel_K / self.reach_K)[:, None]
 
@@ -193,18 +193,22 @@ class Bending:
         arm = means_M3[:, None] - self.nodes_K3[self.of_M]
         move = torch.linalg.cross(angle[self.of_M], arm) + shift[self.of_M]
         half = (self.weight_M[..., None] * angle[self.of_M]).sum(1) / 2
-        return means_M3 + (self.weight_M[..., None] * move).sum(1), quaternion_product(torch.cat([torch.ones_like(half[:, :1]), half], 1), quats_M4)
+        own = self.parameters["own"] * (self.weight_M * self.pixel_K[self.of_M]).sum(1, keepdim=True)
+        return means_M3 + (self.weight_M[..., None] * move).sum(1) + own, quaternion_product(torch.cat([torch.ones_like(half[:, :1]), half], 1), quats_M4)
 
-    def strain(self, trust: float = 0.02): # weight of the shift itself: how far the flow is believed
+    def strain(self, trust: float = 0.02,  # weight of the shifts themselves: how far the flow is believed
+               own: float = 0.3):          # weight of what each Gaussian does for itself
         "Mean square of what nodes say of their neighbours' places against what these say themselves, pixels^2."
         angle, shift = self.angles(), self.parameters["shift"]
         arm = self.nodes_K3[self.beside_K] - self.nodes_K3[:, None]
         said = torch.linalg.cross(angle[:, None].expand_as(arm), arm) / self.pixel_K[:, None, None] + shift[:, None]
-        return (said - shift[self.beside_K]).square().sum(-1).mean() + trust * shift.square().sum(-1).mean()
+        alone = self.parameters["own"].square().sum(-1).mean() if len(self.parameters["own"]) else 0.
+        return (said - shift[self.beside_K]).square().sum(-1).mean() + trust * shift.square().sum(-1).mean() + own * alone
 
     def keep(self, which_M: Tensor): # bool
         "For fewer Gaussians."
         self.of_M, self.weight_M = self.of_M[which_M], self.weight_M[which_M]
+        self.parameters["own"] = self.parameters["own"].detach()[which_M].requires_grad_()
 
 
 def bending(means_M3: Tensor, depth_M: Tensor, focal: float, # z in the camera; pixels
@@ -222,5 +226,5 @@ def bending(means_M3: Tensor, depth_M: Tensor, focal: float, # z in the camera; 
     pixel = depth_M[pick].clamp_min(1e-6) / focal
     reach = torch.maximum(far[:, -1].median().float().expand(count), pixel)
     weight = torch.exp(-(distance.float() / (0.7 * reach[0])) ** 2 / 2) + 1e-8
-    zero = lambda: torch.zeros(count, 3, requires_grad=True)
-    return Bending(nodes, of, weight / weight.sum(1, keepdim=True), beside, reach, pixel, {"turn": zero(), "shift": zero()})
+    zero = lambda rows: torch.zeros(rows, 3, requires_grad=True)
+    return Bending(nodes, of, weight / weight.sum(1, keepdim=True), beside, reach, pixel, {"turn": zero(count), "shift": zero(count), "own": zero(M)})

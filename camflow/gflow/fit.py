@@ -30,7 +30,7 @@ from .timeline import Timeline
 
 # Shapes: T frames, H W rows and columns, N Gaussians.
 
-# %% ../../nbs/gflow/27_fit.ipynb #88311dd4
+# %% ../../nbs/gflow/27_fit.ipynb #27e45958
 @dataclass
 class FitConfig:
     "Settings of the fast fit; names that the original has mean the same as there."
@@ -39,6 +39,7 @@ class FitConfig:
     iterations_first: int = 150         # steps on the first frame
     iterations_after: int = 20          # steps for each later frame
     iterations_global: int = 10         # steps per frame at the end, over all frames; 0: none
+    iterations_polish: int = 10         # last steps for each frame alone, on sizes, opacities and colours as they are in that frame; 0: none
     window: int = 6                     # frames before that are drawn again in between
     replay: int = 4                     # every so-manyth step is one of these
     lr: float = 1.0                     # factor of all rates below
@@ -69,7 +70,7 @@ BACKGROUNDS = {"black": (0., 0., 0.), "white": (1., 1., 1.), "cyan": (0., 0.33, 
 def check_config(config, size, frames: int):
     "The settings with their defaults filled in for that size; InputError for those that cannot be."
     filled = replace(config, num_points=config.num_points or max(64, round(0.11 * size[0] * size[1])), budget=config.budget or max(96, round((0.15 + 0.0035 * frames) * size[0] * size[1])))
-    for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_after", 0), ("iterations_global", 0), ("window", 1), ("replay", 2), ("lr", 0)):
+    for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_after", 0), ("iterations_global", 0), ("iterations_polish", 0), ("window", 1), ("replay", 2), ("lr", 0)):
         if getattr(filled, name) < least: raise InputError(f"{name}={getattr(filled, name)}; FitConfig; at least {least} is needed")
     if filled.budget < filled.num_points: raise InputError(f"budget={filled.budget} Gaussians for num_points={filled.num_points} in the first frame; FitConfig; raise the budget")
     if filled.background not in BACKGROUNDS: raise InputError(f"background {filled.background!r}; FitConfig; choose from {', '.join(BACKGROUNDS)}")
@@ -120,7 +121,7 @@ class Known:
         "Frames that no later frame will ask."
         for memory in (self._grey, self._texture): [memory.pop(k) for k in list(memory) if k < t - 4]
 
-# %% ../../nbs/gflow/27_fit.ipynb #aa040050
+# %% ../../nbs/gflow/27_fit.ipynb #58008b7d
 class Fit:
     "The state of a fit, and its steps."
     def __init__(self, known: Known, config: FitConfig):
@@ -129,7 +130,7 @@ class Fit:
         self.poses = {"pose": torch.zeros(known.T, 6, requires_grad=True)}    # turn and shift after the path's, in pixels
         self.pose_optimiser = RowAdam({"pose": config.lr * config.lr_camera})
         self.background = BACKGROUNDS[config.background]
-        self.steps = 0
+        self.steps, self.polished = 0, {}
 
     def w2c(self, t: int) -> Tensor:
         "float32 [4,4]; the first frame's is held."
@@ -137,15 +138,20 @@ class Fit:
         pixel = torch.tensor([1.] * 3 + [self.known.middle] * 3, dtype=torch.float64) / self.known.focal
         return (se3_exp(self.poses["pose"][t].double() * pixel) @ self.known.w2c[t]).float()
 
-    def draw(self, t: int):
+    def at(self, t: int): # Gaussians of frame t and their rows
         g, rows = self.scene.at(t)
+        if t in self.polished: g = replace(g, **self.polished[t])
+        return g, rows
+
+    def draw(self, t: int):
+        g, rows = self.at(t)
         return rasterise(g, self.w2c(t), self.known.K, self.known.size, self.background), g, rows
 
-    def loss(self, t: int, r, g) -> Tensor:
-        c, target = self.config, self.known.targets[t]
+    def loss(self, t, r, g, target, depth_HW) -> Tensor: # frame whose bending counts, or None; of a Rendering; its Gaussians; what it should be
+        c = self.config
         total = c.lambda_rgb * (r.colour_3HW - target.image).square().mean()
         if c.lambda_ssim: total = total + c.lambda_ssim * (1 - losses.similarity(r.colour_3HW, target))
-        if c.lambda_depth: total = total + c.lambda_depth * losses.depth_error(r.depth_HW, r.alpha_HW, self.known.depth[t])
+        if c.lambda_depth: total = total + c.lambda_depth * losses.depth_error(r.depth_HW, r.alpha_HW, depth_HW)
         if c.lambda_needle: total = total + c.lambda_needle * losses.needle_error(g.scales)
         m = self.scene.moments.get(t)
         return total + c.lambda_bend * m.bend.strain(own=c.lambda_own) if c.lambda_bend and m is not None and m.bend is not None else total
@@ -155,7 +161,7 @@ class Fit:
         for n, t in enumerate(frames):
             r, g, rows = self.draw(t)
             if not r.colour_3HW.requires_grad: continue                      # nothing is in view
-            self.loss(t, r, g).backward()
+            self.loss(t, r, g, self.known.targets[t], self.known.depth[t]).backward()
             factor = first * (last / first) ** (n / max(len(frames) - 1, 1))
             pixel = torch.full((len(self.scene),), self.known.middle)
             pixel[rows] = r.projected.depth_N.detach().clamp_min(1e-3 * self.known.middle)
@@ -252,6 +258,21 @@ class Fit:
         self.advance(order, *((0.8, 0.5) if part == 0 else (0.6, 0.1)))
         if part == 1: self.prune(range(T))
 
+    def polish(self, t: int):
+        "Sizes, turns, opacities and colours of what frame t shows, for that frame alone; places stay."
+        c, (g, _) = self.config, self.scene.snapshot(t)
+        p = dict(scales=g.scales.log(), quats=g.quats, opacities=torch.logit(g.opacities.clamp(1e-3, 1 - 1e-3)), colours=g.colours)
+        p, optimiser, w2c = {name: x.requires_grad_() for name, x in p.items()}, RowAdam(c.rates()), self.w2c(t).detach()
+        now = lambda: dict(scales=p["scales"].exp(), quats=p["quats"], opacities=p["opacities"].sigmoid(), colours=p["colours"].clamp(0, 1))
+        for n in range(c.iterations_polish):
+            drawn = replace(g, **now())
+            r = rasterise(drawn, w2c, self.known.K, self.known.size, self.background)
+            if not r.colour_3HW.requires_grad: break
+            self.loss(None, r, drawn, self.known.targets[t], self.known.depth[t]).backward()
+            optimiser.step(p, 0.1 ** (n / max(c.iterations_polish - 1, 1)))
+            self.steps += 1
+        self.polished[t] = {name: x.detach().clone() for name, x in now().items()}
+
     def quality(self, t: int) -> float:
         "Peak signal-to-noise ratio of a fitted frame, dB."
         with torch.no_grad(): return -10 * math.log10(max(float((self.draw(t)[0].colour_3HW.clamp(0, 1) - self.known.images[t]).square().mean()), 1e-10))
@@ -260,22 +281,32 @@ class Fit:
         "What has been fitted so far."
         done = sorted(self.scene.moments)
         frames, ids = zip(*(self.scene.snapshot(t) for t in done))
+        frames = [replace(g, **self.polished.get(t, {})) for t, g in zip(done, frames)]
         with torch.no_grad(): c2w = torch.stack([torch.linalg.inv(self.w2c(t).double()) for t in done])
         return Timeline(list(frames), list(ids), c2w, self.known.K.double(), self.known.size, [self.known.numbers[t] for t in done], self.known.fps, self.known.moving[:len(done)], "fast")
 
     def state(self) -> dict:
         "name -> tensor: all that the next step depends on."
         poses = {f"pose.{n}": x for n, x in enumerate([self.poses["pose"].detach(), *self.pose_optimiser.memory.get("pose", [])])}
-        return scene_state(self.scene) | {name: x.clone() for name, x in poses.items()} | {"steps": torch.tensor([self.steps])}
+        return scene_state(self.scene) | {name: x.clone() for name, x in poses.items()} | {"steps": torch.tensor([self.steps])} \
+            | {f"polish.{t}.{name}": x for t, values in self.polished.items() for name, x in values.items()}
 
     def restore(self, state: dict): # of `state`
         "Goes on where that was."
         self.scene, self.steps = scene_from_state(state, self.config.rates(), self.config.settle), int(state["steps"])
         self.poses["pose"].data.copy_(state["pose.0"])
+        self.polished = {}
+        for key in (key for key in state if key.startswith("polish.")):
+            _, t, name = key.split(".")
+            self.polished.setdefault(int(t), {})[name] = state[key].clone()
         if "pose.1" in state: self.pose_optimiser.memory["pose"] = [state[f"pose.{n}"].clone() for n in (1, 2, 3)]
 
     def stages(self) -> list:
         "Names of what has to be done, in order: frames, then the rounds over all."
-        return [*range(self.known.T), *(["global 0", "global 1"] if self.config.iterations_global and self.known.T > 1 else [])]
+        c, T = self.config, self.known.T
+        return [*range(T), *(["global 0", "global 1"] if c.iterations_global and T > 1 else []), *([f"polish {t}" for t in range(T)] if c.iterations_polish else [])]
 
-    def do(self, stage): self.last_round(int(stage.split()[1])) if isinstance(stage, str) else self.frame(stage)
+    def do(self, stage):
+        "One of `stages`."
+        what, number = stage.split() if isinstance(stage, str) else ("frame", stage)
+        dict(frame=self.frame, **{"global": self.last_round}, polish=self.polish)[what](int(number))

@@ -27,7 +27,7 @@ from .timeline import Timeline, load_timeline, save_timeline
 
 # Shapes: T frames, H W rows and columns.
 
-# %% ../../nbs/gflow/29_fit_video.ipynb #f1380bd7
+# %% ../../nbs/gflow/29_fit_video.ipynb #81218a5f
 PRESETS = {"fast": FitConfig, "paper": PaperConfig}
 
 
@@ -47,7 +47,7 @@ def needed_memory(frames: int, size, config) -> int: # (H, W); FitConfig or Pape
     H, W = size
     count = check_config(config, size, frames).budget if isinstance(config, FitConfig) else round(1.5 * config.num_points)
     pictures = frames * H * W * (3 + 3 * 12 + 4 + 4 * 4 + 4 + 4)       # bytes, target's three, depth, flows, masks, odds
-    kept = count * 14 * 4 * (4 + 2) + frames * count * 14 * 4 * (1.5 if isinstance(config, FitConfig) else 1.)
+    kept = count * 14 * 4 * (4 + 2) + frames * count * 14 * 4 * (2.5 if isinstance(config, FitConfig) else 1.)
     return int(300e6 + pictures + kept + H * W * 4 * 60 + count * 4 * 300)
 
 
@@ -57,7 +57,7 @@ def check_memory(frames: int, size, config, room: int | None = None): # bytes; N
     if need > room: raise InputError(f"about {need / 2**30:.1f} GiB for {frames} frames of {size[0]} x {size[1]}, there are {room / 2**30:.1f}; fit_video; resize the video or take fewer frames")
     return need
 
-# %% ../../nbs/gflow/29_fit_video.ipynb #f84bf7bf
+# %% ../../nbs/gflow/29_fit_video.ipynb #ff297b5e
 def priors_hash(priors: Priors, *more) -> str:
     "Of everything that a fit reads."
     arrays = [priors.frames.data, priors.depth.data, *(torch.as_tensor(x) for x in (priors.K_33, priors.flow_forward, priors.flow_backward, priors.hidden_forward, priors.hidden_backward)),
@@ -123,7 +123,7 @@ def _fit(priors, out, preset, config, path, window, focal, progress, key):
         done = about["done"]
     stages, frame = fit.stages(), 0
     for n, stage in enumerate(stages):
-        frame = stage if isinstance(stage, int) else frame
+        frame = stage if isinstance(stage, int) else int(stage.split()[1]) if stage.startswith("polish") else frame
         if n < done: continue
         start = time.process_time()
         fit.do(stage)

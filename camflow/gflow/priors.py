@@ -339,11 +339,12 @@ def _named(prior) -> str:
     if prior is None or isinstance(prior, str): return prior or "none"
     return "given" if isinstance(prior, (Depth, np.ndarray, tuple, list)) else getattr(prior, "__name__", type(prior).__name__) if callable(prior) else str(prior)
 
-# %% ../../nbs/gflow/10_priors.ipynb #e81a61f4
+# %% ../../nbs/gflow/10_priors.ipynb #e93fbfa4
 def write_priors(seq, priors: Priors, stems=None, key: str = ""): # SEQ; names of the frames without ending, None: of the files there, or 00000, ...
     "Writes SEQ_depth_..., SEQ_camera_..., SEQ_flow_..., SEQ_epipolar and the note; the frames too, where SEQ has none."
     seq = layout.Path(seq)
     if not seq.is_dir() or not any(seq.iterdir()): stems = layout.write_frames(seq, priors.frames, stems)
+    if (size := layout.image_size(layout.frame_files(seq)[0])) != priors.size: raise InputError(f"{seq} holds frames of {size} pixels, the priors have {priors.size}; write_priors; choose another folder, or the frames' own size")
     stems = stems or [layout.frame_files(seq)[n].stem for n in priors.numbers]
     layout.write_folders(seq, stems, priors.depth.data[:, 0].numpy(), priors.K_33, priors.c2w_T44, priors.flow_forward, priors.flow_backward, priors.hidden_forward,
                          priors.hidden_backward, priors.moving, priors.prompt, key, {"kind": priors.depth.kind, "names": priors.names, "moving": priors.moving is not None})

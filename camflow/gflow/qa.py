@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'WORDS', 'HEADS', 'depth_error', 'measure', 'Verdict', 'judge', 'ordered', 'guarded', 'rows', 'annotations',
            'pictures']
 
-# %% ../../nbs/gflow/11_qa.ipynb #70c1e733
+# %% ../../nbs/gflow/11_qa.ipynb #f8327d2f
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 import camflow.gflow.layout as layout
 from ..files import InputError
-from ..flow.colour import flow_picture
+from ..flow.colour import fixed_scale, flow_picture
 from ..flow.consistency import consistency_error, warp_error
 from .find_path import find_path
 from .masks import jaccard, own_motion
@@ -25,7 +25,7 @@ from ..media.frames import Flow, Frames
 
 # Shapes: T frames, H W rows and columns.
 
-# %% ../../nbs/gflow/11_qa.ipynb #8e570980
+# %% ../../nbs/gflow/11_qa.ipynb #3cea776a
 def depth_error(priors: Priors, path, t: int): # Path of `find_path`; frame
     "Relative difference [H,W] of frame t's depth, moved, and frame t+1's at the place where it lands; NaN where either is unknown or out of the picture."
     depth, (H, W) = priors.depth.data[:, 0].cpu().numpy() * path.scale_T[:, None, None], priors.size
@@ -53,7 +53,7 @@ def measure(priors: Priors, path) -> dict: # Path of `find_path`, with its masks
     for t in range(T - 1):
         rest = ~hidden[t] & ~moving[t]
         motion = np.linalg.inv(path.c2w_T44[t + 1]) @ path.c2w_T44[t]
-        out["cycle"].append(middle(back[t], ~moving[t] | True))
+        out["cycle"].append(middle(back[t], np.isfinite(back[t])))
         out["hidden"].append(float(hidden[t].mean()))
         out["rigid"].append(middle(own_motion(priors.flow_forward[t], depth[t] * path.scale_T[t], motion, path.K_33), rest))
         out["depth"].append(middle(depth_error(priors, path, t), rest))
@@ -117,7 +117,7 @@ def judge(priors: Priors, name: str = "", # of the sequence
     found.sort(key=lambda f: -f[0])
     return Verdict(name, numbers, per, [words for _, words in found], found[0][0] if found else max((float(np.nanmax(v) / LIMITS[k]) for k, v in values.items() if np.isfinite(v).any()), default=0.))
 
-# %% ../../nbs/gflow/11_qa.ipynb #fd0ba7cd
+# %% ../../nbs/gflow/11_qa.ipynb #3a134a71
 def ordered(verdicts) -> list: # of Verdict
     "Failed ones first, then the suspicious ones."
     return sorted(verdicts, key=lambda v: (v.status == "ok", -v.suspicion, v.name))
@@ -150,10 +150,12 @@ def annotations(folder, stems, size) -> np.ndarray: # of DAVIS (Annotations/480p
     return layout.scaled_maps(np.stack(out), size)
 
 
-def pictures(priors: Priors, path, limit=None) -> dict: # Path; pixels at full colour
+def pictures(priors: Priors, path, limit=None) -> dict: # Path; pixels at full colour, None: by the clip
     "{what: Frames} for a video beside the frames: depth, flow, mask."
     mask = torch.from_numpy(path.moving_THW if priors.moving is None else priors.moving)[:, None]
     tint = torch.where(mask, priors.frames.data // 2 + torch.tensor([110, 20, 110], dtype=torch.uint8)[:, None, None], priors.frames.data)
     out = {"frames": priors.frames, "depth": priors.depth.picture(), "moving": Frames(tint, "byte", priors.frames.fps)}
-    if len(priors) > 1: out["flow"] = flow_picture(Flow(torch.from_numpy(np.concatenate([priors.flow_forward, priors.flow_forward[-1:]])), "forward"), limit)
+    if len(priors) > 1:
+        flow = Flow(torch.from_numpy(np.concatenate([priors.flow_forward, priors.flow_forward[-1:]])), "forward") # the last frame repeats the one before
+        out["flow"] = flow_picture(flow, limit or fixed_scale(flow))
     return out

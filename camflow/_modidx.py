@@ -2166,6 +2166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'camflow.gflow.tracks._moved': ('gflow/tracks.html#_moved', 'camflow/gflow/tracks.py'),
                                       'camflow.gflow.tracks.between': ('gflow/tracks.html#between', 'camflow/gflow/tracks.py'),
                                       'camflow.gflow.tracks.follow': ('gflow/tracks.html#follow', 'camflow/gflow/tracks.py'),
+                                      'camflow.gflow.tracks.front_depth': ('gflow/tracks.html#front_depth', 'camflow/gflow/tracks.py'),
                                       'camflow.gflow.tracks.grid_queries': ('gflow/tracks.html#grid_queries', 'camflow/gflow/tracks.py'),
                                       'camflow.gflow.tracks.shares_at': ('gflow/tracks.html#shares_at', 'camflow/gflow/tracks.py')},
             'camflow.gflow.truth': { 'camflow.gflow.truth.TruthClip': ('gflow/truth.html#truthclip', 'camflow/gflow/truth.py'),

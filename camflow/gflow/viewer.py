@@ -103,13 +103,13 @@ def unpack_timeline(facts: dict, data: bytes) -> dict:
     return dict(positions=positions, quats=both(part("quat_still", S, 4), part("quat_move", T, N - S, 4)) / 127, scales=np.exp(part("scale", N, 3) / 255 * (high - low) + low),
                 rgba=part("rgba", N, 4) / 255, label=part("label", N) / 255, life=part("life", N, 2))
 
-# %% ../../nbs/gflow/22_viewer.ipynb #61d65e73
+# %% ../../nbs/gflow/22_viewer.ipynb #e3f071c1
 SHADERS = """
 const VERTEX=`#version 300 es
 precision highp float;precision highp int;
 uniform highp sampler2D geo;uniform highp sampler2D paint;uniform mat4 view;uniform vec4 lens;uniform vec2 size;uniform float glow;uniform float near;
 layout(location=0) in vec2 corner;layout(location=1) in uint who;out vec2 at;out vec4 ink;
-void main(){int i=int(who);ivec2 g=ivec2(3*(i&1023),i>>10);
+void main(){int i=int(who);ivec2 g=ivec2(3*(i&511),i>>9);
 vec4 a=texelFetch(geo,g,0),b=texelFetch(geo,g+ivec2(1,0),0),c=texelFetch(geo,g+ivec2(2,0),0);
 vec3 p=(view*vec4(a.xyz,1.)).xyz;gl_Position=vec4(2.,2.,2.,1.);at=vec2(0.);ink=vec4(0.);if(p.z<near)return;
 mat3 V=mat3(b.x,b.y,b.z,b.y,b.w,c.x,b.z,c.x,c.y),W=mat3(view);
@@ -117,7 +117,7 @@ vec2 q=clamp(p.xy/p.z,-(lens.zw+.15*size)/lens.xy,(1.15*size-lens.zw)/lens.xy);
 vec3 u=vec3(lens.x/p.z,0.,-lens.x*q.x/p.z)*W,v=vec3(0.,lens.y/p.z,-lens.y*q.y/p.z)*W,Vu=V*u,Vv=V*v;
 float A=dot(u,Vu)+.3,B=dot(u,Vv),C=dot(v,Vv)+.3,m=.5*(A+C),d=length(vec2(.5*(A-C),B)),l1=m+d,l2=max(m-d,.05);
 vec2 e=abs(B)>1e-6?normalize(vec2(B,l1-A)):(A>=C?vec2(1.,0.):vec2(0.,1.));
-ink=texelFetch(paint,ivec2(i&1023,i>>10),0);ink.rgb=mix(ink.rgb,vec3(1.,.45,.05),.65*glow*c.z);
+ink=texelFetch(paint,ivec2(i&511,i>>9),0);ink.rgb=mix(ink.rgb,vec3(1.,.45,.05),.65*glow*c.z);
 float k=sqrt(max(2.*log(255.*max(ink.a,.004)),.01));at=corner*k;
 vec2 s=lens.xy*p.xy/p.z+lens.zw+e*sqrt(l1)*at.x+vec2(-e.y,e.x)*sqrt(l2)*at.y;
 gl_Position=vec4(2.*s.x/size.x-1.,1.-2.*s.y/size.y,0.,1.);}`;
@@ -126,14 +126,14 @@ precision mediump float;in vec2 at;in vec4 ink;out vec4 colour;
 void main(){float a=min(.99,ink.a*exp(-.5*dot(at,at)));if(a<1./255.)discard;colour=vec4(ink.rgb*a,a);}`;
 """
 
-# %% ../../nbs/gflow/22_viewer.ipynb #146b4e6b
+# %% ../../nbs/gflow/22_viewer.ipynb #ae2f77ab
 DECODE = """
 const raw=Uint8Array.from(atob(document.getElementById('data').textContent.trim()),c=>c.charCodeAt(0));
 const KIND={u1:Uint8Array,i1:Int8Array,u2:Uint16Array,i2:Int16Array};
 const part=n=>{const p=meta.parts[n];return new KIND[p.kind](raw.buffer,p.offset,p.count)};
-const T=meta.frames,N=meta.count,S=meta.still,M=N-S,rows=Math.max(1,Math.ceil(N/1024));
+const T=meta.frames,N=meta.count,S=meta.still,M=N-S,rows=Math.max(1,Math.ceil(N/512));
 const posS=part('pos_still'),posM=part('pos_move'),quatS=part('quat_still'),quatM=part('quat_move'),scale=part('scale'),rgba=part('rgba'),label=part('label'),life=part('life');
-const geo=new Float32Array(12*1024*rows),paint=new Uint8Array(4*1024*rows);paint.set(rgba);
+const geo=new Float32Array(12*512*rows),paint=new Uint8Array(4*512*rows);paint.set(rgba);
 const size=scale.length?Float32Array.from(scale,s=>Math.exp(s/255*(meta.scale[1]-meta.scale[0])+meta.scale[0])):new Float32Array(0);
 function place(i,pos,k,quat,j){
  const x=pos[k]/32767,y=pos[k+1]/32767,z=pos[k+2]/32767,f=meta.radius/(1-Math.min(Math.hypot(x,y,z),.9999)),o=12*i;
@@ -155,7 +155,7 @@ function sorted(v,t){ // v: third row of the view; the furthest first
  for(let k=0;k<n;k++)order[bins[key(k)]++]=alive[k];return n}
 """
 
-# %% ../../nbs/gflow/22_viewer.ipynb #17e7a606
+# %% ../../nbs/gflow/22_viewer.ipynb #a3331989
 VIEW = """
 const near=1e-3*meta.radius,add=(a,b,s=1)=>a.map((x,i)=>x+s*b[i]),dot=(a,b)=>a[0]*b[0]+a[1]*b[1]+a[2]*b[2],unit=a=>{const n=Math.hypot(...a)||1;return a.map(x=>x/n)};
 const cross=(a,b)=>[a[1]*b[2]-a[2]*b[1],a[2]*b[0]-a[0]*b[2],a[0]*b[1]-a[1]*b[0]],axis=(m,k)=>[m[k],m[4+k],m[8+k]],turn=(p,k,a)=>{const c=Math.cos(a),s=Math.sin(a);return add(add(p.map(x=>x*c),cross(k,p),s),k,dot(k,p)*(1-c))};
@@ -165,8 +165,8 @@ function home(){adopt(start);setFollow(false);dirty=true}
 function setFollow(on){follow=on;button('follow').setAttribute('aria-pressed',on);dirty=true}
 function free(){if(follow){adopt(meta.c2w[time]);setFollow(false)}}
 function orbit(dx,dy){free();const spin=(a,k)=>{for(const n of ['x','y','z'])cam[n]=turn(cam[n],k,a);cam.eye=add(cam.target,turn(add(cam.eye,cam.target,-1),k,a))};
- spin(-dx,unit(down));const tilt=Math.asin(Math.max(-1,Math.min(1,dot(cam.z,unit(down)))));spin(Math.max(-1.5-tilt,Math.min(1.5-tilt,-dy))*-1,cam.x);dirty=true}
-function zoom(f){free();cam.eye=add(cam.target,add(cam.eye,cam.target,-1),f-1).map((v,i)=>v+(cam.eye[i]-cam.target[i]));dirty=true}
+ spin(dx,unit(down));const tilt=Math.asin(Math.max(-1,Math.min(1,dot(cam.z,unit(down)))));spin(-Math.max(-1.5-tilt,Math.min(1.5-tilt,dy)),cam.x);dirty=true}
+function zoom(f){free();cam.eye=add(cam.target,add(cam.eye,cam.target,-1),f);dirty=true}
 function pan(dx,dy){free();const d=Math.hypot(...add(cam.eye,cam.target,-1)),m=add(cam.x.map(v=>-v*dx*d),cam.y,-dy*d);cam.eye=add(cam.eye,m);cam.target=add(cam.target,m);dirty=true}
 function pose(){return follow?{eye:axis(meta.c2w[time],3),x:axis(meta.c2w[time],0),y:axis(meta.c2w[time],1),z:axis(meta.c2w[time],2)}:cam}
 function view(){const p=pose();return [p.x,p.y,p.z].map(r=>[...r,-dot(r,p.eye)])}
@@ -194,7 +194,7 @@ const KEYS={ArrowLeft:()=>orbit(.08,0),ArrowRight:()=>orbit(-.08,0),ArrowUp:()=>
 document.addEventListener('keydown',e=>{if(e.target===slider||e.ctrlKey||e.metaKey||e.altKey||(e.key===' '&&e.target.tagName==='BUTTON'))return;const act=KEYS[e.key];if(act){e.preventDefault();act()}});
 """
 
-# %% ../../nbs/gflow/22_viewer.ipynb #14ddd63e
+# %% ../../nbs/gflow/22_viewer.ipynb #a35bd8ab
 LOOP = """
 const gl=canvas.getContext('webgl2',{alpha:false,antialias:false});
 function fallback(why){document.body.classList.add('plain');$('message').textContent='This browser cannot draw the scene ('+why+'). Below are frames as the fit renders them.'}
@@ -205,13 +205,13 @@ let program,at={},instances,last=0,ticks=[],carry=0;
 function prepare(){program=gl.createProgram();gl.attachShader(program,shader(gl.VERTEX_SHADER,VERTEX));gl.attachShader(program,shader(gl.FRAGMENT_SHADER,FRAGMENT));gl.linkProgram(program);
  if(!gl.getProgramParameter(program,gl.LINK_STATUS))throw new Error(gl.getProgramInfoLog(program));gl.useProgram(program);
  for(const n of ['geo','paint','view','lens','size','glow','near'])at[n]=gl.getUniformLocation(program,n);
- moveTo(0);moved=0;texture(0,gl.RGBA,gl.FLOAT,gl.RGBA32F,geo,3072);texture(1,gl.RGBA,gl.UNSIGNED_BYTE,gl.RGBA8,paint,1024);gl.uniform1i(at.geo,0);gl.uniform1i(at.paint,1);gl.uniform1f(at.near,near);
+ moveTo(0);moved=0;texture(0,gl.RGBA,gl.FLOAT,gl.RGBA32F,geo,1536);texture(1,gl.RGBA,gl.UNSIGNED_BYTE,gl.RGBA8,paint,512);gl.uniform1i(at.geo,0);gl.uniform1i(at.paint,1);gl.uniform1f(at.near,near);
  gl.bindBuffer(gl.ARRAY_BUFFER,gl.createBuffer());gl.bufferData(gl.ARRAY_BUFFER,new Float32Array([-1,-1,1,-1,-1,1,1,1]),gl.STATIC_DRAW);gl.enableVertexAttribArray(0);gl.vertexAttribPointer(0,2,gl.FLOAT,false,0,0);
  instances=gl.createBuffer();gl.bindBuffer(gl.ARRAY_BUFFER,instances);gl.bufferData(gl.ARRAY_BUFFER,order.byteLength||4,gl.DYNAMIC_DRAW);gl.enableVertexAttribArray(1);gl.vertexAttribIPointer(1,1,gl.UNSIGNED_INT,0,0);gl.vertexAttribDivisor(1,1);
  gl.enable(gl.BLEND);gl.blendFunc(gl.ONE,gl.ONE_MINUS_SRC_ALPHA);gl.disable(gl.DEPTH_TEST)}
 function draw(){const ratio=Math.min(window.devicePixelRatio||1,2),w=Math.max(1,Math.round(canvas.clientWidth*ratio)),h=Math.max(1,Math.round(canvas.clientHeight*ratio));
  if(canvas.width!==w||canvas.height!==h){canvas.width=w;canvas.height=h}
- if(moved!==time){if(M){moveTo(time);gl.activeTexture(gl.TEXTURE0);gl.texSubImage2D(gl.TEXTURE_2D,0,0,0,3072,rows,gl.RGBA,gl.FLOAT,geo)}moved=time}
+ if(moved!==time){if(M){moveTo(time);gl.activeTexture(gl.TEXTURE0);gl.texSubImage2D(gl.TEXTURE_2D,0,0,0,1536,rows,gl.RGBA,gl.FLOAT,geo)}moved=time}
  const v=view(),[H,W]=meta.size,k=Math.min(w/W,h/H),K=meta.K;count=sorted(v[2],time);
  gl.bufferSubData(gl.ARRAY_BUFFER,0,order);gl.viewport(0,0,w,h);gl.clearColor(0,0,0,1);gl.clear(gl.COLOR_BUFFER_BIT);
  gl.uniformMatrix4fv(at.view,false,[v[0][0],v[1][0],v[2][0],0,v[0][1],v[1][1],v[2][1],0,v[0][2],v[1][2],v[2][2],0,v[0][3],v[1][3],v[2][3],1]);

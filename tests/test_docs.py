@@ -60,7 +60,7 @@ def test_links_follow_their_targets(book):
     assert go("https://example.org/a.html") == "[words](https://example.org/a.html)" and go("../../servers") == "words"
     assert go("../../servers/one/README.md") == "[words](/servers/one.md)" and site.problems == []
     assert go("../gone.md") == "words" and "docs/howto/data.md: the link ../gone.md" in site.problems[0]
-    assert site.prose("![a < b](../../reports/gallery/run.html)", "docs/x.md", "x").startswith('<img src="gallery/run.html" alt="a &lt; b"')
+    assert site.prose("![a < b](../reports/gallery/run.html)", "docs/x.md", "x").startswith('<img src="gallery/run.html" alt="a &lt; b"')
 
 
 def test_code_and_formulas_are_left_alone(book):

@@ -3132,6 +3132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'camflow/lab/doc_pages.py'),
                                        'camflow.lab.doc_pages._default': ('lab/doc_pages.html#_default', 'camflow/lab/doc_pages.py'),
                                        'camflow.lab.doc_pages._is_module': ('lab/doc_pages.html#_is_module', 'camflow/lab/doc_pages.py'),
+                                       'camflow.lab.doc_pages._notes': ('lab/doc_pages.html#_notes', 'camflow/lab/doc_pages.py'),
                                        'camflow.lab.doc_pages._output': ('lab/doc_pages.html#_output', 'camflow/lab/doc_pages.py'),
                                        'camflow.lab.doc_pages._profiles': ('lab/doc_pages.html#_profiles', 'camflow/lab/doc_pages.py'),
                                        'camflow.lab.doc_pages._type': ('lab/doc_pages.html#_type', 'camflow/lab/doc_pages.py'),

@@ -135,6 +135,16 @@ def _default(value) -> str:
     return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else "..."
 
 
+def _notes(obj) -> dict:
+    "Comment behind each parameter; fastcore's own reader stops at a default that is an array, then only names whose comment is on their line have one."
+    try: return dict(docments(obj))
+    except (OSError, TypeError, SyntaxError): return {}  # made at run time, no source
+    except ValueError:
+        lines = inspect.getsource(obj).splitlines()
+        found = {name: next((m[1] for line in lines if (m := re.match(rf"(?:.*[(\s]){name}\b.*?#\s*(.*)$", line))), None) for name in inspect.signature(obj).parameters}
+        return {name: note for name, note in found.items() if note}
+
+
 def reference(obj,                    # function, class or property
               name: str) -> str:      # as it is shown
     "Signature, docstring and parameter table in Markdown."
@@ -147,8 +157,7 @@ def reference(obj,                    # function, class or property
     except (ValueError, TypeError): signature = None
     if signature is None: return text
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    try: notes = {k: v.get("docment") for k, v in docments(obj, full=True).items()}
-    except (OSError, TypeError, SyntaxError): notes = {}  # classes made at run time have no source
+    notes = _notes(obj)
     returns = notes.pop("return", None)
     if returns and parameters and not notes.get(parameters[-1].name): notes[parameters[-1].name], returns = returns, None
     star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}

@@ -106,6 +106,7 @@ def names_index(site: Site) -> str:
 def mathml(latex: str, display: bool = False) -> str:
     "MathML of a formula; InputError when a command is not understood."
     from latex2mathml.converter import convert as to_mathml
+    latex = re.sub(r"\\(arg)(?![A-Za-z])", r"\\operatorname{\1}", latex)  # the one operator of ours that the converter lacks
     text = to_mathml(latex, display="block" if display else "inline")
     unknown = re.findall(r"\\[A-Za-z]+", re.sub(r"<[^>]*>", " ", text))
     if unknown: raise InputError(f"formula command {unknown[0]} is not understood; in ${latex}$; write it with a common LaTeX command")

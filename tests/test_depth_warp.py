@@ -5,7 +5,7 @@ import torch
 from camflow.depth.mono import MonoNet, depth_errors, level_loss, load_mono, main, picture, save_mono
 from camflow.files import InputError
 from camflow.geometry.trajectory import orbit, pan, static
-from camflow.wan.depth_warp import fill_far, pixel_rays, splat_depth, warp_frame, warp_latents
+from camflow.wan.depth_warp import fill_far, pixel_rays, restore_detail, splat_depth, warp_frame, warp_latents
 from camflow.wan.omnicam import camera_rays, tiny_omnicam, with_warp
 from camflow.wan.omnicam_clips import lens
 from camflow.wan.omnicam_train import open_camera, sample
@@ -108,6 +108,26 @@ def test_start_one_is_noise_and_a_start_near_zero_is_the_warp():
         with pytest.raises(InputError, match="no noise level"): run(bad)
     plain = tiny_omnicam(0, num_layers=1, image_dim=None, added_kv_proj_dim=None).eval()
     with pytest.raises(InputError, match="camera_warp=False"): sample(plain, image, path, text, None, 2, 3.0, warp_start=0.5)
+
+
+def test_detail_comes_back_only_where_the_video_agrees_and_the_first_frame_shows():
+    from camflow.wan.vae import decode_latents, encode_video
+    vae, g, path = tiny_vae(0).eval(), torch.Generator().manual_seed(4), torch.as_tensor(pan(20, 5))[None]
+    image, depth = (smooth() + 0.3 * torch.randn(1, 3, 48, 80, generator=g)).clamp(-1, 1), torch.full((1, 48, 80), 5.0)
+    warp, shown = warp_frame(image, depth, path, K)
+    with torch.no_grad(): seen = decode_latents(vae, encode_video(vae, warp))
+    put = lambda video, detail=0.16: restore_detail(vae, video, image, depth, path, K, detail)
+    inside = torch.nn.functional.avg_pool2d(shown.float(), 3, 1, 1) == 1                                # with all neighbours shown; the frame's border counts as unseen
+    assert inside.any() and not shown[:, -1].all() and (warp - seen).abs().mean() > 0.02
+    where = inside[:, None].expand_as(seen)
+    torch.testing.assert_close(put(seen)[where], warp[where], atol=1e-5, rtol=0)                       # the VAE's picture of the warp becomes the warp
+    hidden = (torch.nn.functional.max_pool2d(shown.float(), 3, 1, 1) == 0)[:, None].expand_as(seen)
+    assert hidden.any() and torch.equal(put(seen)[hidden], seen[hidden])                               # nothing is added where the first frame shows nothing
+    other = seen.clone()
+    other[:, :, :, 10:30, 20:50] += 1.5                                                                # something else is there
+    assert (put(other) - other)[:, :, :, 12:28, 22:48].abs().max() < 1e-6
+    assert torch.equal(put(other, 0.0), other)
+    with pytest.raises(InputError, match="detail=-1"): put(seen, -1)
 
 
 def test_directions_are_those_of_the_intrinsics():

@@ -395,6 +395,14 @@ def test_refusals(make, says):
     with pytest.raises(InputError, match=says): make()
 
 
+def test_weights_of_another_rank_are_refused():
+    mine, state = JointAdapter(sd(), rank=4), JointAdapter(sd(), rank=3).state_dict()
+    before = {name: p.clone() for name, p in mine.state_dict().items()}
+    with pytest.raises(InputError, match="another rank"): mine.load_state_dict(state)
+    with pytest.raises(InputError, match=f"1 parameters are only in .* first '{next(iter(before))}'"): mine.load_state_dict({name: p for name, p in before.items() if name != next(iter(before))})
+    assert all(torch.equal(p, before[name]) for name, p in mine.state_dict().items())
+
+
 def test_a_batch_that_is_not_the_layouts_is_refused():
     adapter = JointAdapter(sd())
     with adapter.use(grouped(2)), pytest.raises(InputError, match="3 rows, the layout in use has 4"): adapter.model(*image_batch(3))

@@ -1,12 +1,15 @@
 "Tables, folders, crops and codecs of joint diffusion; bad input is an InputError that names it."
 import json
 import math
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from camflow.assets import tiny_path
 from camflow.device import generator
 from camflow.files import InputError
 from camflow.joint.codecs import FLOW_KINDS, DepthCodec, FlowCodec, codec_from_dict, load_coded, round_trip, save_coded
@@ -153,6 +156,20 @@ def test_webvid_takes_what_is_on_disk(tmp_path):
 def test_world_items_are_pairs():
     item = world_items([0], (16, 24), frames=3)[0]
     assert item["flow"].data.shape == (2, 2, 16, 24) and item["video"].data.shape == (3, 3, 16, 24) and item["caption"]
+
+
+def test_what_does_not_load_is_listed(tmp_path):
+    "Stock from_pretrained warns and draws what is missing at random."
+    shutil.copytree(tiny_path("joint")/"image_depth", tmp_path/"sd")
+    file = next((tmp_path/"sd"/"unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if name != "conv_in.bias"}, file)
+    with pytest.raises(InputError, match=r"1 missing \(first: conv_in.bias\)"): load_sd(tmp_path/"sd")
+    save_file(tensors | {"conv_new.bias": torch.zeros(4)}, file)
+    with pytest.raises(InputError, match=r"1 unexpected \(first: conv_new.bias\)"): load_sd(tmp_path/"sd")
+    save_file(tensors | {"conv_in.bias": torch.zeros(3)}, file)
+    with pytest.raises(InputError, match="conv_in.bias"): load_sd(tmp_path/"sd")
+    with pytest.raises(InputError, match="an? UNetSpatioTemporalConditionModel is needed"): load_svd(tmp_path/"sd")
 
 
 def test_model_folders_are_refused_when_incomplete(tmp_path):

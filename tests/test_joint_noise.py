@@ -296,6 +296,28 @@ def test_modes_and_compat(picture_pipe):
     with pytest.raises(InputError, match="another network"): JointImagePipeline(**tiny_sd(1), adapter=picture_pipe.adapter)
 
 
+def test_pictures_that_do_not_fit(picture_pipe):
+    picture, depth = Frames(torch.rand(1, 3, 16, 16, generator=generator(0)), "unit"), lambda *size: Depth(torch.linspace(1, 3, size[-1]).expand(1, 1, *size), "metric")
+    bad = [(dict(conditions={"image": Frames(torch.zeros(1, 3, 15, 16), "unit")}), "multiples of"), (dict(conditions={"image": picture}, height=15), "multiples of"),
+           (dict(conditions={"image": picture, "depth": depth(8, 8)}, strength={"image": 0.5, "depth": 0.5}), "the others 16 x 16"), (dict(conditions={"depth": depth(16, 16)}, prompt=["a", "b"]), "1 pictures of depth for 2 prompts"),
+           (dict(conditions={"edge": picture}), "its modalities are image, depth"), (dict(conditions={"depth": depth(16, 16)}, strength={"depth": 1.5}), r"0 \(exact\)"), (dict(mode="given"), "say 'joint'")]
+    for options, message in bad:
+        with pytest.raises(InputError, match=message): picture_pipe(**dict(prompt="a", num_inference_steps=2) | options)
+    wall = picture_pipe("a", {"depth": Depth(torch.full((1, 1, 16, 16), 4.0), "metric")}, num_inference_steps=1).modalities   # constant depth is a picture like any other
+    assert torch.isfinite(wall["image"].data).all() and (wall["depth"].data == 4).all()
+
+
+def test_clips_that_do_not_fit():
+    parts = tiny_svd()
+    pipe = JointVideoPipeline(**parts, adapter=JointAdapter(parts["unet"], attention="temporal"))
+    clip, flow = Frames(torch.rand(4, 3, 16, 16, generator=generator(0)), "unit"), lambda n, size=(16, 16): Flow(torch.zeros(n, 2, *size), "forward")
+    bad = [(dict(conditions={"video": clip[:1]}), "at least two"), (dict(conditions={"video": clip, "flow": flow(4)}, strength={"video": 0.5}), "flow has 5 frames, asked for are 4"), (dict(image=clip), "4 pictures"),
+           (dict(conditions={"video": clip, "flow": flow(3, (8, 8))}, strength={"video": 0.5}), "the others 16 x 16"), (dict(), "starts from a picture"),
+           (dict(image=clip[:1], conditions={"flow": Flow(torch.zeros(3, 2, 16, 16), "backward")}), "backward")]
+    for options, message in bad:
+        with pytest.raises(InputError, match=message): pipe(num_inference_steps=2, **options)
+
+
 def test_video_masks_and_folder(tmp_path):
     parts = tiny_svd()
     pipe = JointVideoPipeline(**parts, adapter=JointAdapter(parts["unet"], attention="temporal"))

@@ -180,7 +180,7 @@ def generator_of(layers=1):
     ({"images": []}, "no images"), ({"images": ["none.png"]}, "no image at"), ({"cameras": []}, "no cameras"), ({"cameras": ["<starttime>0</starttime>"]},
     "segment 1"), ({"cameras": ["jump about"]}, "clause|sentence"),
     ({"output": "gif"}, "video, latent or both"), ({"solver": "ddim"}, "one of unipc"), ({"texts": {"x.png": "a"}}, "not among the images"),
-    ({"frames": 10}, r"4k \+ 1"), ({"fov": 190}, "between 0 and 180"), ({"guidence": 1}, "guidence"),
+    ({"frames": 10}, r"4k \+ 1"), ({"fov": 190}, "between 0 and 180"), ({"guidence": 1}, "guidence"), ({"detail": -0.1}, "detail=-0.1"), ({"detail": 0.1}, "detail comes from"), ({"warp_start": 0.0}, "no noise level"),
     ({"guidance": 1.0, "slg_layers": [0]}, "need guidance"), ({"guidance": 3.0, "slg_layers": [9]}, "no block 9")])
 def test_bad_requests(tmp_path, change, words):
     from PIL import Image
@@ -222,6 +222,20 @@ def test_the_shipped_camera_steers_in_eval_mode():
     camera = lambda d: model_camera(model, vae, omnicam_train.depth_net(config, model), first, torch.as_tensor(pan(d, 9))[None], lens((48, 80))[None])
     right, left, off = (sample(model, image_condition(vae, first, 9)[:, 4:], None if d is None else camera(d), context, steps=2) for d in (20, -20, None))
     assert (right - left).abs().mean() > 0.1 and (right - off).abs().mean() > 0.05
+
+
+def test_the_world_that_explains_more_is_read():
+    "Of two readings the better one counts, and none when both explain as much with different paths."
+    from types import SimpleNamespace
+    import numpy as np
+    from camflow.wan.omnicam_evaluate import chosen
+    at = lambda x, score: SimpleNamespace(score=score, c2w=np.stack([np.eye(4), np.block([[np.eye(3), np.array([[x], [0], [0]])], [np.zeros((1, 3)), 1]])]))
+    clips = SimpleNamespace(scenes=[SimpleNamespace(start=np.eye(4))])
+    read = lambda moving, standing, figures="either": chosen([(moving, standing)], clips, figures)[0, 1, 0, 3]
+    assert read(at(1., -5.), at(2., -9.)) == 2 and read(at(1., -9.), at(2., -5.)) == 1 and read(at(1., -5.), at(2., -9.), "move") == 1
+    assert np.isnan(read(at(1., -5.), at(2., -5.5))) and read(at(1., -5.), at(1.2, -5.5)) == 1.2       # unclear, but for paths that hardly differ
+    assert read(at(1., -5.), at(np.nan, np.nan)) == 1 and np.isnan(read(at(np.nan, -5.), at(2., -3.)))  # a failed reading counts as it is
+    with pytest.raises(InputError, match="either"): read(at(1., 0.), at(1., 0.), "all")
 
 
 @pytest.mark.slow

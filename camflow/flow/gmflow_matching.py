@@ -8,13 +8,13 @@ __all__ = ['PAIRS', 'cell_grid', 'window_offsets', 'sample', 'warp', 'upsample_f
            'local_matching', 'FlowPropagation']
 
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #a3761045
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gmflow_features import table
+from ..world.cast import jit
 
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #ce2da11e
 @table
@@ -88,13 +88,7 @@ def blend(product_Bhwn: Tensor, fraction_B2hw: Tensor, r: int) -> Tensor: # [B,R
     return torch.lerp(v[..., :-1, :], v[..., 1:, :], fy).flatten(-2).permute(0, 3, 1, 2)
 
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #fbe29fbd
-def _jit(function):
-    options = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-    try: return numba.njit(cache=True, **options)(function)
-    except RuntimeError: return numba.njit(**options)(function) # no writable folder for the cache
-
-
-@_jit
+@jit(fastmath={"reassoc", "contract"})
 def products_blended(f0, f1, x, y, fx, fy, r, scale, out):
     "Maps [B,h,w,C], corners and fractions [B,h,w], to correlations [B,h,w,R]."
     B, h, w, C = f0.shape

@@ -29,10 +29,13 @@ def own_motion(flow_2HW, depth_HW, motion_44, K_33): # flow measured from frame 
     return np.linalg.norm(np.asarray(flow_2HW, np.float64) - rigid_flow(np.asarray(depth_HW, np.float64), motion_44, K_33), axis=0)
 
 
-def threshold(residual_HW, rest_HW=None, least: float = 1., factor: float = 4.): # bool: what is believed to rest; pixels
-    "tau of the frame, pixels."
+def threshold(residual_HW, rest_HW=None, least: float = 1., factor: float = 4., # bool: what is believed to rest; pixels
+              near: float = 0.02): # share of the shorter side: what is farther off than that is no error of something at rest
+    "tau of the frame, pixels; where movers fill most of the picture their residuals have no say."
     known = np.isfinite(residual_HW) & (True if rest_HW is None else rest_HW)
-    return max(least, factor * float(np.median(residual_HW[known]))) if known.any() else least
+    if not known.any(): return least
+    likely = known & (residual_HW < max(2., near * min(np.shape(residual_HW))))
+    return max(least, factor * float(np.median(residual_HW[likely if likely.sum() > 0.1 * known.sum() else known])))
 
 
 def log_odds(residual_HW, tau: float, # pixels

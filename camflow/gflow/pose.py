@@ -165,6 +165,8 @@ class Path:
     scale_T: np.ndarray                        # factors of the depth priors
     status: list = field(default_factory=list) # per frame: "ok", or why its pose is only carried on from the frame before
     residual: float = float("nan")             # weighted median of the distances, pixels
+    moving_THW: np.ndarray | None = None       # bool: what moves by itself, where it was looked for
+    odds_THW: np.ndarray | None = None         # and the log-odds of it
 
     def cameras(self, size: tuple) -> Cameras: return Cameras(torch.from_numpy(self.c2w_T44), torch.from_numpy(self.K_33), size)
 
@@ -219,6 +221,7 @@ def bundle(path: Path,                       # start
            depth_pixels: float = 20.) -> Path: # what a factor e of depth weighs, in pixels; 0: scales stay
     "Poses, scales and focal length that explain all pairs best."
     w2c, sigma, K = np.linalg.inv(path.c2w_T44), np.log(path.scale_T), path.K_33.copy()
+    pairs = [m for m in pairs if len(m)]
     T, touched = len(w2c), sorted({k for m in pairs for k in (m.i, m.j)} - set(fixed))
     free = (7 * np.array(touched, int)[:, None] + np.arange(7 if depth_pixels else 6)).ravel()
     if focal: free = np.append(free, 7 * T)

@@ -21,7 +21,6 @@ from torch import nn
 from ..files import InputError, atomic_write, read_json, sha256_file, write_json
 from .adapter import TARGETS, JointAdapter
 from .layout import adapter_name
-from ..wan.lora import read_lora
 
 KINDS = ("xy", "yx", "y")
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -95,6 +94,7 @@ def lora_folder(folder: Path, kind: str) -> tuple: # ({layer: Pair}, keys that a
     plain = lambda key: key.removeprefix("unet.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
     state = load_file(file)
     keys = {plain(key): key for key in state}
+    from camflow.wan.lora import read_lora
     pairs, _, left = read_lora({name: state[key] for name, key in keys.items()})
     for pair in pairs.values(): pair.keys = [f"{kind}_lora: {keys[k]}" for k in pair.keys]
     return pairs, [f"{kind}_lora: {keys[k]}" for k in left]

@@ -114,10 +114,20 @@ def _watch(nb_man, on_cell):
     nb_man.cell_start = cell_start
 
 
+def _import_papermill():
+    "papermill, without the checker of URIs that jsonschema would load: it spends seconds on a grammar that notebooks do not need."
+    fresh = "rfc3987_syntax" not in sys.modules
+    if fresh: sys.modules["rfc3987_syntax"] = None # an import of it fails, which jsonschema allows
+    try: import papermill
+    finally:
+        if fresh: del sys.modules["rfc3987_syntax"]
+    return papermill
+
+
 def _papermill(notebook: Path, run_dir: Path, parameters: dict, env: dict, stop: Stop, on_cell):
     "Executes the notebook into run.ipynb; raises what went wrong."
     import logging
-    import papermill
+    papermill = _import_papermill()
     from papermill.engines import Engine, papermill_engines
     class CamflowEngine(Engine):
         @classmethod

@@ -345,13 +345,13 @@ def _own_blur(shot, frame, pose):
 
 
 def align_clip(frames, scene: Scene, times, asked, lens, source=None, bend=BEND, # [T,3,H,W] in 0..1; seconds; poses [T,4,4]; lens of each frame; (c2w [S,4,4], times [S]) or None
-               scales=SCALES, even=EVEN):                                           # starts
+               scales=SCALES, even=EVEN, moments=None):                             # starts; seconds [T] whose figures and things the frames show, None: times
     "Best paths, best first: a list of (score, list of Look, own blurs, Level); one, or two that differ."
     size, base, bends = frames.shape[2:], np.linalg.inv(asked[0]), velocity_changes(times)
     small = size[0] // 2, size[1] // 2
     scaled = [(l[0] * small[1] / size[1], l[1] * small[0] / size[0], l[2] * small[1] / size[1], l[3] * small[0] / size[0]) for l in lens]
     seen = [None] * len(times) if source is None else source_shots(scene, *source, lens[0], size, times)
-    shots, minis = ([Shot(scene, t, l, s, k) for t, l, k in zip(times, ls, seen)] for ls, s in ((lens, size), (scaled, small)))
+    shots, minis = ([Shot(scene, t, l, s, k) for t, l, k in zip(times if moments is None else moments, ls, seen)] for ls, s in ((lens, size), (scaled, small)))
     half = frames[:, :, :small[0] * 2, :small[1] * 2].reshape(len(frames), 3, small[0], 2, small[1], 2).mean((3, 5))
     none, results = [0.] * len(times), []
     coarse, middle = Level(minis, half, 3., WIDE / 2, none, base, bends, bend), Level(shots, frames, 3., WIDE, none, base, bends, bend)
@@ -377,6 +377,7 @@ class PhotometricPose:
     error: np.ndarray    # [T,6] standard errors of the pose in the camera's axes, degrees and metres
     cover: np.ndarray    # [T] share of the frame that the source showed
     rival: float         # nats by which the best different path explains the clip worse; inf: none found
+    score: float = np.nan # nats, less explains better; compares readings of the same frames
 
     def __iter__(self): return iter((self.c2w, self.status, self.residual))
 
@@ -422,7 +423,8 @@ def photometric_pose(frames,              # Frames of T frames, or floats in 0..
                      width: int = 80,     # working width in pixels; larger frames are scaled down
                      source=None,         # (camera-to-world [S,4,4], times [S]) of the source video: only what it showed counts; None: everything
                      bend=BEND,           # usual change of velocity between frames [6], radians and metres per second; inf: frames on their own
-                     scales=SCALES, even=EVEN): # starts: sizes of the asked path, even motions
+                     scales=SCALES, even=EVEN, # starts: sizes of the asked path, even motions
+                     moments=None):       # [T] seconds whose figures and things the frames show; None: times
     "Camera-to-world pose of every frame of a clip, found by rendering the known scene."
     times = np.atleast_1d(np.asarray(times, np.float64))
     if K is None and not hasattr(init, "K"): raise InputError("no intrinsics; photometric_pose; pass K, or Cameras as init")
@@ -431,14 +433,14 @@ def photometric_pose(frames,              # Frames of T frames, or floats in 0..
     if len(data) != len(times): raise InputError(f"{len(data)} frames for {len(times)} times; photometric_pose; give one time per frame")
     if source is not None:
         source = camera_arrays((getattr(source[0], "c2w", source[0]), K[0]), len(source[1]))[0], np.asarray(source[1], np.float64)
-    T = len(times)
+    T, moments = len(times), times if moments is None else np.asarray(moments, np.float64)
     reasons = ["the frame has NaN or infinite pixels" if not np.isfinite(f).all() else "the frame is flat, nothing to align" if f.std((1, 2)).max() < .01 else "" for f in data]
     result = PhotometricPose(np.full((T, 4, 4), np.nan), ["failed"] * T, np.full(T, np.nan), np.full(T, np.nan), reasons, np.full((T, 6), np.nan), np.full(T, np.nan), np.inf)
     rows = [t for t in range(T) if not reasons[t]]
     if not rows: return result
-    (score, looks, own, level), *others = align_clip(data[rows], scene, times[rows], asked[rows], [tuple(map(float, lens[t])) for t in rows], source, np.asarray(bend), scales, even)
+    (score, looks, own, level), *others = align_clip(data[rows], scene, times[rows], asked[rows], [tuple(map(float, lens[t])) for t in rows], source, np.asarray(bend), scales, even, moments[rows])
     different = [s - score for s, other, *_ in others if _apart([k.c2w for k in other], [k.c2w for k in looks], 3., .4)]
-    result.rival, result.blur[rows], result.error[rows] = min(different, default=np.inf), own, standard_errors(level, looks)
+    result.score, result.rival, result.blur[rows], result.error[rows] = score, min(different, default=np.inf), own, standard_errors(level, looks)
     result.residual[rows], result.cover[rows] = [math.sqrt(k.plain / v) for k, v in zip(looks, level.variance)], [k.cover for k in looks]
     for t, look in zip(rows, looks):
         reasons[t] = _failure(look, result.residual[t], result.residual[rows].mean(), look.cover, result.error[t], result.rival, asked[t], max_residual)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'MODES', 'DEFAULTS', 'fitted_size', 'prompt_parts', 'lens_K', 'asked_camera', 'Generator', 'load_generator',
-           'make_solver', 'make_guider', 'guided', 'film', 'named_cameras', 'checked', 'read_latents', 'decode_files',
-           'main']
+           'make_solver', 'make_guider', 'guided', 'shares', 'developed', 'film', 'named_cameras', 'checked',
+           'read_latents', 'decode_files', 'main']
 
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #f514f6ee
 import functools
@@ -32,7 +32,7 @@ from ..media.video import write_video
 from ..training.checkpoint import from_folder
 from ..training.loop import at_least, run_main
 from .lora import load_lora
-from .depth_warp import model_camera
+from .depth_warp import model_camera, restore_detail
 from .omnicam import OmniCamBlock
 from .i2v_condition import ImageEncoder, image_condition
 from .omnicam_train import started_warp, starting_model
@@ -198,6 +198,22 @@ def guided(run,            # (context) -> velocity
     return guider(branches).pred
 
 
+def shares(camera: Cameras) -> torch.Tensor: # of one lens
+    "fx/W, fy/H, cx/W, cy/H."
+    K, (H, W) = camera.K[0], camera.size
+    return torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H])
+
+
+@torch.no_grad()
+def developed(parts: Generator, latents_Cfhw, image_3HW, camera: Cameras, detail: float = 0.0): # of `film`; uint8 picture; as for `restore_detail`
+    "The signed video [3,T,H,W] of latents, on the host."
+    video = decode_latents(parts.vae, latents_Cfhw[None].to(parts.vae.dtype)).float().cpu()
+    if detail:
+        image = (image_3HW.float() / 127.5 - 1)[None]
+        video = restore_detail(parts.vae, video, image, parts.depth.depth(image).float().cpu(), camera.c2w[None], shares(camera)[None], detail)
+    return video[0].clamp(-1, 1)
+
+
 @torch.no_grad()
 def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
     name: str = ""): # uint8 picture of the video's size; Cameras of that size; description; steps, shift, guidance, ...; names the noise
@@ -207,7 +223,7 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
     signed = (image_3HW.float() / 127.5 - 1)[None].to(where)
     image = image_condition(parts.vae, signed, frames).float().expand(B, -1, -1, -1, -1)
     clip = parts.image_encoder.encode(Frames(signed, "signed")).expand(B, -1, -1) if model.config.image_dim else None
-    K = torch.stack([torch.stack([c.K[0, 0, 0] / size[1], c.K[0, 1, 1] / size[0], c.K[0, 0, 2] / size[1], c.K[0, 1, 2] / size[0]]) for c in cameras])
+    K = torch.stack([shares(c) for c in cameras])
     grid = (image.shape[2], *(n // p for n, p in zip(image.shape[3:], model.config.patch_size[1:])))
     camera = model_camera(model, parts.vae, parts.depth, signed.expand(B, -1, -1, -1), torch.stack([c.c2w for c in cameras]), K)
     memory = model.remember(camera, grid, B)
@@ -232,7 +248,7 @@ def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #0d3b8c37
 DEFAULTS = dict(images=[], latents=[], texts={}, cameras=[], weights="", loras=[], lora_multiplier=1.0, size=[480, 832], keep_aspect=True, frames=81, fps=16.0,
     unit=SUBJECT, fov=0.0, source_fps=0.0, focal_estimator="", steps=20, shift=5.0, guidance=5.0,
-                camera_guidance=1.0, warp_start=1.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
+                camera_guidance=1.0, warp_start=1.0, detail=0.0, negative="", seed=0, solver="unipc", slg_layers=[], slg_scale=3.0, slg_start=0.0, slg_end=0.3, slg_mode="original", output="video", batch=1)
 
 
 def named_cameras(cameras): # list of asked cameras, or {name: asked camera}
@@ -245,7 +261,7 @@ def named_cameras(cameras): # list of asked cameras, or {name: asked camera}
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is loaded."
-    at_least(config, frames=5, steps=1, batch=1, seed=0, slg_scale=0)
+    at_least(config, frames=5, steps=1, batch=1, seed=0, slg_scale=0, detail=0)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     if config["output"] not in ("video", "latent", "both"): raise InputError(f"output {config['output']!r}; video, latent or both")
     if not 0 < config["warp_start"] <= 1: raise InputError(f"warp_start={config['warp_start']} is no noise level; give a number above 0, at most 1")
@@ -308,6 +324,7 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
     paths = {image: {name: asked_camera(text, tuple(picture.shape[1:]), config["frames"], config["fps"], config["unit"], config["fov"], config["source_fps"],
         K[image]) for name, text in asked.items()} for image, picture in pictures.items()}
     if parts is None: parts = load_generator(config["weights"], config["loras"], config["lora_multiplier"])
+    if config["detail"] and parts.depth is None: raise InputError("detail comes from the first frame warped by its depth; give weights with depth/, a network of camflow.depth.mono, or detail=0")
     written, record = 0, {}
     for image, picture in pictures.items():
         size = fitted_size(picture.shape[1:], config["size"], parts.step) if config["keep_aspect"] else tuple(config["size"])
@@ -327,7 +344,7 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
                 if ".safetensors" in wanted:
                     with atomic_write(folder/f"{name}.safetensors") as file: file.write(save({"latents": z.cpu().contiguous()}))
                 if ".mp4" in wanted:
-                    video = decode_latents(parts.vae, z[None].to(parts.vae.dtype))[0].float().cpu().transpose(0, 1).clamp(-1, 1)
+                    video = developed(parts, z, small.data[0], cameras[name], config["detail"]).transpose(0, 1)
                     write_video(folder/f"{name}.mp4", Frames(video, "signed", config["fps"]).byte(), fps=config["fps"])
                 written += 1
     write_json(results/"cameras.json", record)

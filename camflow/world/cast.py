@@ -13,9 +13,11 @@ import numba
 import numpy as np
 
 # %% ../../nbs/world/01_cast.ipynb #6b7efa1d
-def jit(function): # a function of scalars and arrays
+def jit(function=None, # of scalars and arrays; None: a decorator with these options
+        **options):    # of numba.njit
     "Compiles in nopython mode, cached on disk where a writable folder exists."
-    options = dict(nogil=True, error_model="numpy")
+    if function is None: return lambda f: jit(f, **options)
+    options = dict(nogil=True, error_model="numpy") | options
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)
 

@@ -1980,6 +1980,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'camflow.gflow.pose.PairPose': ('gflow/pose.html#pairpose', 'camflow/gflow/pose.py'),
                                     'camflow.gflow.pose.Path': ('gflow/pose.html#path', 'camflow/gflow/pose.py'),
                                     'camflow.gflow.pose.Path.cameras': ('gflow/pose.html#path.cameras', 'camflow/gflow/pose.py'),
+                                    'camflow.gflow.pose._cross': ('gflow/pose.html#_cross', 'camflow/gflow/pose.py'),
                                     'camflow.gflow.pose._lookup': ('gflow/pose.html#_lookup', 'camflow/gflow/pose.py'),
                                     'camflow.gflow.pose._normal_equations': ('gflow/pose.html#_normal_equations', 'camflow/gflow/pose.py'),
                                     'camflow.gflow.pose._reach': ('gflow/pose.html#_reach', 'camflow/gflow/pose.py'),

@@ -63,7 +63,7 @@ def scaled_points(num_points: int, size) -> int: # meant for 480 x 854; (H, W)
     "The same number per pixel at another size."
     return max(64, round(num_points * size[0] * size[1] / (480 * 854)))
 
-# %% ../../nbs/gflow/28_paper.ipynb #9847a84c
+# %% ../../nbs/gflow/28_paper.ipynb #5c46ffba
 class PaperFit:
     "State and stages; the same interface as `fit.Fit`."
     NAMES = dict(means=3, scales=3, quats=4, opacities=0, colours=3)
@@ -81,6 +81,7 @@ class PaperFit:
         if config.load_extr: self.poses = inverse(torch.from_numpy(np.asarray(priors.c2w_T44))).float()
         self.p = {name: torch.zeros(0, *([n] if n else []), requires_grad=True) for name, n in self.NAMES.items()}
         self.still, self.history, self.steps = torch.zeros(0, dtype=torch.bool), [], 0
+        self.watch = None                                                    # watch(steps, Rendering, Gaussians) sees every step on the Gaussians
         self.seconds = dict(first=0., camera=0., gaussians=0.)               # CPU
 
     def gaussians(self):
@@ -117,7 +118,7 @@ class PaperFit:
 
     def _before(self, N): return torch.cat([self.uv, torch.full((N - len(self.uv), 2), torch.nan)])
 
-# %% ../../nbs/gflow/28_paper.ipynb #5d96a765
+# %% ../../nbs/gflow/28_paper.ipynb #1034acb5
 def camera_stage(self: PaperFit, t: int):
     "The pose of frame t by descent; what moves is black in both pictures."
     c, w2c = self.config, self.poses[t] if self.config.load_extr else self.poses[t - 1]
@@ -170,6 +171,7 @@ def gaussian_stage(self: PaperFit, t: int, rng):
             optimiser = torch.optim.Adam([*self.p.values(), self.affine], lr=rate)
         for group in optimiser.param_groups: group["lr"] = rate * (1 - 0.9 * n / max(its, 1))
         r = self.draw(t)
+        if self.watch: self.watch(self.steps, r, self.gaussians())
         loss = self.loss(t, r) + c.lambda_var * losses.roundness_error(self.p["scales"].abs())
         if t and c.lambda_flow: loss = loss + self.flow_loss(t, r, ~self.still)
         if t and c.lambda_still: loss = loss + c.lambda_still * (self.p["means"][:len(start)] - start)[self.still[:len(start)]].norm(dim=1).mean().nan_to_num(0)

@@ -8,7 +8,7 @@ export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check lab clean
+.PHONY: demo test test-all check docs lab clean
 
 demo: $(STAMP)  ## GRPO post-training of the tiny camera model, with its HTML report
 	$(BIN)/camflow run recam_grpo -f demo
@@ -28,13 +28,16 @@ check: $(STAMP)  ## before a commit: export, clean, lint
 	$(BIN)/python -m tools.checks readme --write
 	$(BIN)/ruff check .
 
+docs: $(STAMP)  ## the site in _docs, from notebooks, docs/ and the gallery; DOCS=--execute runs the notebooks first
+	OMP_NUM_THREADS=1 $(BIN)/python -m camflow.lab.docs --out _docs $(DOCS)
+
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
 $(STAMP): settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$$(grep ^torch== constraints.txt)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 clean:

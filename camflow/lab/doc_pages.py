@@ -10,6 +10,7 @@ __all__ = ['CHAPTERS', 'OTHER', 'LOOSE', 'PIECES', 'page_name', 'sources', 'cell
 import ast
 import html
 import importlib
+import importlib.util
 import inspect
 import json
 import posixpath
@@ -172,6 +173,11 @@ def reference(obj,                    # function, class or property
 PIECES = re.compile(r"(?P<math>\$\$.*?\$\$|\$[^$\n`]+\$)|(?P<image>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)|(?P<ticks>`+)(?P<name>[^`\n]+)(?P=ticks)", re.S)
 
 
+def _is_module(name: str) -> bool:
+    try: return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError: return False  # its parent is no package
+
+
 @dataclass
 class Site:
     "What a page needs to know of the others."
@@ -208,9 +214,7 @@ class Site:
 
         def piece(m):
             if m["math"]: return m[0]
-            if m["name"] is not None:
-                label = self.symbols.find(m["name"], module) if m["ticks"] == "`" else None
-                return f"[{m[0]}](#{label})" if label else m[0]
+            if m["name"] is not None: return self.named(m[0], m["name"], source, module) if m["ticks"] == "`" else m[0]
             link, words = m["target"], m["words"]
             if re.match(r"[a-z]+:|#", link): return m[0]
             kind, path = self.target(link, source)
@@ -222,6 +226,21 @@ class Site:
 
         parts = re.split(r"(^ *```.*?^ *```[^\n]*$)", text, flags=re.S | re.M)
         return "".join(part if i % 2 else PIECES.sub(piece, part) for i, part in enumerate(parts))
+
+    def named(self, shown: str, name: str, source: str, module: str | None) -> str:
+        "A name in back-ticks, linked when it is ours; a full name that does not exist is a problem."
+        if label := self.symbols.find(name, module): return f"[{shown}](#{label})"
+        if not re.fullmatch(r"camflow(\.\w+)+(\(\))?", name): return shown
+        parts = name.removesuffix("()").split(".")
+        home = next((h for n in range(len(parts), 0, -1) if _is_module(h := ".".join(parts[:n]))), "")
+        obj, rest = importlib.import_module(home), parts[home.count(".") + 1:]
+        for part in rest:
+            if not hasattr(obj, part) and part not in getattr(obj, "__annotations__", {}):
+                self.problems.append(f"{source}: there is no {name}")
+                return shown
+            obj = getattr(obj, part, None)
+        page = self.symbols.modules.get(home)
+        return f"[{shown}](/{page}.ipynb)" if page else shown
 
     def suffix(self, page: str) -> str:
         "Of the page's file in the Sphinx source."

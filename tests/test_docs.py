@@ -1,0 +1,150 @@
+"""The documentation site: pages from notebooks, links that lead somewhere, nothing fetched from elsewhere."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from camflow.assets import repo_root
+from camflow.files import InputError
+from camflow.lab.doc_pages import Site, Symbols, convert, escape, page_name, reference, sources
+from camflow.lab.docs import external, main, mathml, names_index
+
+ROOT = repo_root()
+
+
+def cell(source, kind="code", **more):
+    return {"cell_type": kind, "source": source, "metadata": {}, **({"outputs": [], "execution_count": None} if kind == "code" else {}), **more}
+
+
+@pytest.fixture
+def book(tmp_path):
+    "A checkout with one notebook of a real module, one prose page and one report."
+    for name in ("nbs/media", "docs/howto", "reports/gallery", "servers/one"): (tmp_path / name).mkdir(parents=True)
+    picture = {"output_type": "display_data", "data": {"image/png": "aGk=", "application/vnd.jupyter.widget-view+json": {}}, "metadata": {}}
+    cells = [cell("# files\n\n> Files\n\nSee `write_json` and `nothing_here`.", "markdown"), cell("#| default_exp files"), cell("#| hide\nsecret = 1"),
+             cell("#| export\ndef write_json(path, obj):\n    return 1\n\ndef _inner(): ..."), cell("write_json", outputs=[picture])]
+    (tmp_path / "nbs/00_files.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    (tmp_path / "nbs/index.ipynb").write_text(json.dumps({"cells": [cell("# camflow", "markdown")], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    (tmp_path / "docs/howto/data.md").write_text("# Your data\n\nRead [files](../../nbs/00_files.ipynb), `camflow.files.write_json`, $x_t$.\n")
+    (tmp_path / "reports/gallery/run.html").write_text("<title>A run</title>")
+    (tmp_path / "servers/one/README.md").write_text("# One\n")
+    return tmp_path
+
+
+def page_of(book, source="nbs/00_files.ipynb"):
+    site = Site(book, sources(book))
+    notebook = json.loads((book / source).read_text())
+    site.symbols.add(notebook, site.pages[source])
+    return convert(notebook, source, site.pages[source], site), site
+
+
+def test_a_notebook_becomes_a_page(book):
+    page, site = page_of(book)
+    texts = [c["source"] for c in page["cells"]]
+    assert "[`write_json`](#camflow.files.write_json)" in texts[0] and "`nothing_here`." in texts[0]
+    assert texts[1].startswith("(camflow.files.write_json)=\n## write\\_json") and "| `path` |" in texts[1]
+    assert not any("secret" in t or "default_exp" in t or "#|" in t for t in texts)
+    assert page["cells"][2]["metadata"]["tags"] == ["hide-input"] and "_inner" in texts[2]
+    assert list(page["cells"][3]["outputs"][0]["data"]) == ["image/png"], "a widget without a kernel is dead, its picture stays"
+    assert site.problems == []
+
+
+def test_links_follow_their_targets(book):
+    _, site = page_of(book)
+    def go(link): return site.prose(f"[words]({link})", "docs/howto/data.md", "howto/data")
+    assert go("../../nbs/00_files.ipynb") == "[words](/book/base/files.ipynb)" == go("../../camflow/files.py")
+    assert go("../../reports/gallery/run.html#top") == '<a href="../gallery/run.html#top">words</a>' and site.files["reports/gallery/run.html"] == "gallery/run.html"
+    assert go("https://example.org/a.html") == "[words](https://example.org/a.html)" and go("../../servers") == "words"
+    assert go("../../servers/one/README.md") == "[words](/servers/one.md)" and site.problems == []
+    assert go("../gone.md") == "words" and "docs/howto/data.md: the link ../gone.md" in site.problems[0]
+    assert site.prose("![a < b](../reports/gallery/run.html)", "docs/x.md", "x").startswith('<img src="gallery/run.html" alt="a &lt; b"')
+
+
+def test_code_and_formulas_are_left_alone(book):
+    _, site = page_of(book)
+    text = "```python\n[a](b) `camflow.files.gone`\n```\n$[a](b)$ ``[a](b)``"
+    assert site.prose(text, "docs/x.md", "x") == text and site.problems == []
+
+
+def test_a_full_name_that_is_gone_is_a_problem(book):
+    _, site = page_of(book)
+    assert site.prose("`camflow.files.InputError` `camflow.files`", "docs/x.md", "x").count("](/book/base/files.ipynb)") == 2
+    site.prose("`camflow.files.no_such_name` `camflow.no_module`", "docs/x.md", "x")
+    assert [p.split()[-1] for p in site.problems] == ["camflow.files.no_such_name", "camflow.no_module"]
+
+
+def test_names_that_differ_in_case_keep_their_own_labels():
+    symbols = Symbols()
+    symbols.add({"cells": [cell("#| default_exp toy"), cell("#| export\nclass Tiles:\n    def grow(self): ...\ndef tiles(): ...")]}, "toy")
+    labels = [symbols.find(n, "camflow.toy") for n in ("Tiles", "tiles")]
+    assert len({label.lower() for label in labels}) == 2 and symbols.find("Tiles.grow") == labels[0]
+
+
+def test_reference_takes_text_literally():
+    def sample(a: "int | None" = None,  # a < b, [T,3] and a|b
+               *, path=Path("x")) -> dict: # where to
+        "Uses *stars*, $money$ and `code|here`."
+    text = reference(sample, "sample")
+    assert "sample(a=None, *, path=" in text and r"\*stars\*, \$money\$ and `code|here`" in text
+    assert r"| `a` | `int \| None` | `None` | a \< b, \[T,3\] and a\|b |" in text and "| where to |" in text
+    assert escape("`a|b` <x>") == r"`a|b` \<x\>"
+
+
+def test_two_sources_of_one_page_are_refused(book):
+    (book / "nbs/01_files.ipynb").write_text((book / "nbs/00_files.ipynb").read_text())
+    with pytest.raises(InputError, match="both become the page book/base/files"): sources(book)
+
+
+def test_every_source_of_the_repository_has_its_own_page():
+    pages = sources(ROOT)
+    assert len(pages) == len(set(pages.values())) > 300 and pages["nbs/index.ipynb"] in ("index", "overview")
+    assert all(page_name(s) == p for s, p in pages.items() if s != "nbs/index.ipynb")
+
+
+def test_what_would_be_fetched_is_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="https://x.org">no</a> <script src="/local.js"></script> <link rel="stylesheet" href="https://cdn.org/a.css">')
+    (tmp_path / "b.css").write_text("@import url(//fonts.org/f.css); a {background: url(https://x.org/p.png)} b {background: url(data:image/png;base64,aa)}")
+    assert [a for _, a in external(tmp_path)] == ["//cdn.org/a.css", "//fonts.org/f.css", "//x.org/p.png"]
+    assert external(ROOT / "reports/gallery") == []
+
+
+def test_index_of_names(book):
+    _, site = page_of(book)
+    assert "- [`write_json`](#camflow.files.write_json):" in names_index(site)
+
+
+def test_formulas_are_mathml():
+    pytest.importorskip("latex2mathml", reason="the extra docs is not installed")
+    assert mathml(r"\frac{a}{b}").startswith("<math") and "<mfrac>" in mathml(r"\frac{a}{b}")
+    with pytest.raises(InputError, match="nosuchcommand"): mathml(r"\nosuchcommand{x}")
+
+
+@pytest.mark.slow
+def test_site(tmp_path):
+    "The whole site: no warning, every symbol a heading, every local link a file, nothing fetched."
+    pytest.importorskip("myst_nb", reason="the extra docs is not installed")
+    pytest.importorskip("pydata_sphinx_theme", reason="the extra docs is not installed")
+    done = subprocess.run([sys.executable, "-m", "camflow.lab.docs", "--out", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " 0 problems" in done.stdout, (done.stdout + done.stderr)[-4000:]
+    dead = []
+    for path in (tmp_path / "site").rglob("*.html"):
+        if "gallery" in path.parts or "files" in path.parts: continue
+        for link in re.findall(r'(?:href|src)="([^"#?]+)[^"]*"', path.read_text("utf-8")):
+            if not re.match(r"[a-z]+:", link) and not (path.parent / link).exists(): dead.append((path.name, link))
+    assert dead == []
+    assert external(tmp_path / "site") == []
+    assert "<math" in (tmp_path / "site/book/geometry/camera.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_broken_page_fails_the_build(book, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("myst_nb", reason="the extra docs is not installed")
+    monkeypatch.setattr("camflow.lab.docs.repo_root", lambda: book)
+    assert main(["--out", str(tmp_path / "good")]) == 0, capsys.readouterr()
+    (book / "docs/howto/bad.md").write_text("# Bad\n\n[gone](nowhere.md) and $\\nosuchcommand$\n")
+    assert main(["--out", str(tmp_path / "bad")]) == 1
+    said = capsys.readouterr()
+    assert "nowhere.md" in said.out and "nosuchcommand" in said.err and " 2 problems" in said.out

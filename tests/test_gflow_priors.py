@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import camflow.gflow.layout as layout
 from camflow.data.stereo_files import write_image
 from camflow.files import InputError
 from camflow.gflow.bootstrap import bootstrap_depth
 from camflow.gflow.find_path import find_path
+from camflow.gflow.fit_video import priors_hash
 from camflow.gflow.masks import jaccard
 from camflow.gflow.priors import Answer, depth_of_disparity, gather_priors, kept_priors, known_depth, read_priors, write_priors
 from camflow.gflow.qa import annotations, guarded, judge, rows
@@ -161,6 +163,23 @@ def test_a_users_mask_is_found(seq, true):
     layout.write_mask(layout.beside(seq, layout.MASK)/"00000.png", drawn)
     frames, numbers, _ = layout.read_frames(seq, short=68)
     assert np.array_equal(read_priors(seq, frames, numbers).prompt, drawn[0].numpy()[::2, ::2])
+    mask, at = layout.read_prompt(seq, [0, 2])
+    assert at == 0 and np.array_equal(mask, drawn[0].numpy()) and layout.read_prompt(seq, [1, 2]) is None and read_priors(seq, *layout.read_frames(seq, first=1)[:2]).prompt is None
+    layout.beside(seq, layout.MASK).joinpath("00000.png").rename(seq.with_name("00002.png"))   # a mask of the last frame, elsewhere
+    assert layout.read_prompt(seq) is None and layout.read_prompt(seq, [0, 2], seq.with_name("00002.png"))[1] == 1
+    with pytest.raises(InputError, match="marks frame 2, which is not taken"): layout.read_prompt(seq, [0, 1], seq.with_name("00002.png"))
+    with pytest.raises(InputError, match="does not exist; the user's mask"): layout.read_prompt(seq, None, seq.with_name("none.png"))
+
+
+def test_a_users_mask_with_a_palette_and_an_empty_one(tmp_path):
+    indexed = Image.new("P", (30, 20))
+    indexed.putpalette([0, 0, 0, 128, 0, 0])   # DAVIS' dark red is darker than half
+    indexed.paste(1, (5, 5, 15, 12))
+    indexed.save(tmp_path/"davis.png")
+    assert layout.user_mask(tmp_path/"davis.png", (20, 30)).sum() == 70
+    Image.new("L", (30, 20)).save(tmp_path/"black.png")
+    with pytest.raises(InputError, match="marks nothing"): layout.user_mask(tmp_path/"black.png", (20, 30))
+    with pytest.raises(InputError, match=r"\(20, 30\) pixels"): layout.user_mask(tmp_path/"davis.png", (30, 20))
 
 
 def test_kept_ones_are_found_and_others_made_anew(tmp_path, clip):
@@ -170,6 +189,8 @@ def test_kept_ones_are_found_and_others_made_anew(tmp_path, clip):
     again = kept_priors(home, clip.frames, **how)
     assert layout.beside(home, "priors.json").stat().st_mtime_ns == stamp and np.array_equal(first.depth.data, again.depth.data) and again.moving is None and again.c2w_T44 is None
     assert again.names == first.names
+    poses = [priors_hash(kept_priors(tmp_path/"moved"/"moved", clip.frames, fov=53)) for _ in range(2)]
+    assert poses[0] == poses[1]   # poses are written as their inverse: what comes back must be what the first call gave, or a killed fit is refused
     other = kept_priors(home, clip.frames, **{**how, "flow": "dis-fast"})
     assert layout.beside(home, "priors.json").stat().st_mtime_ns != stamp and not np.array_equal(other.flow_forward, first.flow_forward)
     note = json.loads(layout.beside(home, "priors.json").read_text())

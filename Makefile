@@ -8,7 +8,7 @@ export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check docs lab clean
+.PHONY: demo test test-all browser check docs lab clean
 
 demo: $(STAMP)  ## GRPO post-training of the tiny camera model, with its HTML report
 	$(BIN)/camflow run recam_grpo -f demo
@@ -19,8 +19,11 @@ test: $(STAMP)  ## everything that must hold before a commit lands
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
 
-test-all: test  ## also the long faults and browser tests; what is skipped prints its reason
+test-all: test browser  ## also the long faults and browser tests; what is skipped prints its reason
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+browser:  ## what the browser tests need beside node and Debian's chromium; without npm they are skipped and say so
+	@if command -v npm > /dev/null; then cd tests/browser && { PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --no-audit --no-fund || echo "browser: npm ci failed, the browser tests are skipped"; }; else echo "browser: npm is not installed, the browser tests are skipped"; fi
 
 check: $(STAMP)  ## before a commit: export, clean, lint
 	$(BIN)/nbdev-export

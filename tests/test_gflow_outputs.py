@@ -254,3 +254,56 @@ def test_viser_is_asked_for_or_used(monkeypatch):
     server.slider.value = 2
     server.slider.function()
     assert [s.visible for s in server.made] == [False, False, True]
+
+
+# ---- edits
+
+@pytest.fixture(scope="module")
+def thing(clip): return clip.ids == 2, ideal_timeline(clip)
+
+
+def test_shares_under_a_mask_are_those_of_the_blending(tl):
+    from camflow.gflow.edit import mask_shares
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[10:30, 20:50] = True
+    inside, total = mask_shares(tl, 1, mask)
+    for i in (3, 200, 500):
+        one = torch.zeros(len(tl.frames[1]), 1)
+        one[i] = 1
+        seen = tl.render(1, channels=one).channels_DHW[0]
+        assert float(inside[i]) == pytest.approx(float(seen[mask].sum()), abs=1e-5) and float(total[i]) == pytest.approx(float(seen.sum()), abs=1e-5)
+    with pytest.raises(InputError, match="resize the mask"): mask_shares(tl, 1, mask[:-1])
+
+
+def test_a_mask_of_one_frame_is_followed_through_all(thing):
+    from camflow.gflow.edit import movers, propagate, select
+    truth, tl = thing
+    masks, numbers = propagate(tl, truth[0])
+    overlap = [float((masks[t] & truth[t]).sum() / (masks[t] | truth[t]).sum()) for t in range(T)]
+    assert min(overlap) > 0.7 and torch.isin(numbers, movers(tl)).float().mean() > 0.95
+    assert len(select(tl, torch.zeros(SIZE))) == 0
+    everything = select(tl, torch.ones(SIZE))
+    assert len(everything) == len(torch.unique(torch.cat(tl.ids)))
+    with pytest.raises(InputError, match="0 to 4"): select(tl, truth[0], 5)
+
+
+def test_edits_change_what_they_name_and_nothing_else(thing, tmp_path):
+    from camflow.gflow.edit import keep_only, move, movers, recolour, remove, save_plys, shares_of
+    _, tl = thing
+    numbers = movers(tl)
+    gone, alone = remove(tl, numbers), keep_only(tl, numbers)
+    for t in range(T):
+        assert not torch.isin(gone.ids[t], numbers).any() and torch.isin(alone.ids[t], numbers).all() and len(gone.ids[t]) + len(alone.ids[t]) == len(tl.ids[t])
+    assert float(shares_of(gone, numbers).max()) == 0 and remove(tl, torch.unique(torch.cat(tl.ids))).render(0).alpha_HW.max() == 0
+    there = move(move(tl, numbers, (0.3, 0, 0.1), (0, 0, 40)), numbers, (-0.3, 0, -0.1))
+    back = move(there, numbers, turn=(0, 0, -40))
+    for t in (0, T - 1):
+        assert torch.allclose(back.frames[t].means, tl.frames[t].means, atol=1e-5) and not torch.allclose(there.frames[t].means, tl.frames[t].means, atol=1e-2)
+        rest = ~torch.isin(tl.ids[t], numbers)
+        assert torch.equal(there.frames[t].means[rest], tl.frames[t].means[rest])
+        unit = lambda q: q / q.norm(dim=1, keepdim=True)
+        assert ((unit(back.frames[t].quats) * unit(tl.frames[t].quats)).sum(1).abs() > 1 - 1e-5).all()
+    red = recolour(tl, numbers, (1, 0, 0), 1.)
+    assert torch.equal(red.frames[2].colours[torch.isin(tl.ids[2], numbers)].unique(dim=0), torch.tensor([[1., 0, 0]]))
+    assert torch.equal(remove(tl, numbers[:0]).frames[0].means, tl.frames[0].means)
+    assert [p.name for p in save_plys(tmp_path, tl)] == [f"{n:05d}.ply" for n in tl.numbers]

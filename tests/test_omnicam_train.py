@@ -240,16 +240,17 @@ def test_the_world_that_explains_more_is_read():
 
 @pytest.mark.slow
 def test_the_shipped_weights_follow_scripts():
-    "Nearer to the truth than without camera and than with the wrong one; most instructions go the asked way."
-    from camflow.wan.omnicam_evaluate import film, judge, script_cases, scripted
+    "With the settings of omnicam_generate: nearer to the truth than without camera and than with the wrong one; instructions go the asked way; errors of the camera are a part."
+    from camflow.wan.omnicam_evaluate import compare_errors, film, judge, script_cases, scripted
     config = omnicam_train.configuration({"transformer": str(tiny_path("omnicam"))}, omnicam_train.DEFAULTS)
     model, vae, text, _ = omnicam_train.parts(config)
     clips = scripted(script_cases(12), first=1_002_000)
-    context = text.encode(clips.captions)
-    depth = omnicam_train.depth_net(config, model)
-    asked, wrong, off = (judge(film(model.eval(), vae, clips, context, camera, steps=8, depth=depth), clips)[0] for camera in ("asked", "wrong", "off"))
-    assert asked["psnr_db"] > off["psnr_db"] + 1.5 and asked["psnr_db"] > wrong["psnr_db"] + 1.5
-    assert asked["sign_agreement"] >= 0.6 and asked["rotation_deg"] < wrong["rotation_deg"]
+    context, depth = text.encode(clips.captions), omnicam_train.depth_net(config, model)
+    asked, wrong, off = (judge(film(model.eval(), vae, clips, context, camera, 12, 5.0, 1.5, depth=depth, warp_start=0.75, detail=0.16), clips)[0] for camera in ("asked", "wrong", "off"))
+    assert asked["psnr_db"] > off["psnr_db"] + 3 and asked["psnr_db"] > wrong["psnr_db"] + 3
+    assert asked["sign_agreement"] >= 0.85 and asked["rotation_deg"] < 0.5 * wrong["rotation_deg"]
+    ratios = compare_errors(asked, off)
+    assert ratios["rotation_ratio"] < 0.3 and ratios["translation_ratio"] < 0.45 and ratios["clips_compared"] >= 3   # 12 clips scatter, and a third is read without camera; the card has 40
 
 
 def test_export_and_compare(base, tmp_path):

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PARALLAX', 'all_flows', 'triangulate', 'filled', 'bootstrap_depth']
 
-# %% ../../nbs/gflow/16_bootstrap.ipynb #4e919c6f
+# %% ../../nbs/gflow/16_bootstrap.ipynb #06e22062
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .find_path import far_flow
+from .layout import scaled_K, scaled_flow, scaled_maps, short_side
 from .masks import guided, moving_masks
 from .pose import Path, chain, matches, refine, sharpen, texture_weight
 from ..media.frames import Depth, Frames
@@ -72,7 +74,7 @@ def filled(rho_HW, information_HW, weight_HW, image_HWC): # as `triangulate` giv
     rho = (info * rho + 2 * little * base) / (info + 2 * little)
     return np.clip(np.exp(guided(np.log(rho), image_HWC, 3)), middle / 8, middle * 8)
 
-# %% ../../nbs/gflow/16_bootstrap.ipynb #0d4a411d
+# %% ../../nbs/gflow/16_bootstrap.ipynb #69bc004e
 PARALLAX = 0.5 # pixels between frames that are furthest apart, below which there is no depth to be had
 
 
@@ -85,8 +87,14 @@ def _shrunk(c2w_T44, unit):
 def bootstrap_depth(frames: Frames, K_33, forward, backward, hidden_forward, hidden_backward, # bytes; pixels; as in Priors
                     rounds: int = 3,            # of poses and depth
                     gaps=(1, 2, 4),             # distances of the frames that are compared
-                    stride: int | None = None): # every so-manyth row and column is matched; None: about 3600 matches per pair
+                    stride: int | None = None,  # every so-manyth row and column is matched; None: about 3600 matches per pair
+                    short: int | None = 240):   # shorter side at which it is worked, pixels; None: the frames'
     "(relative Depth with median 1, camera-to-world poses [T,4,4], note): the poses are in the unit of the depth."
+    if short and min(frames.size) > short:   # the depth is smooth: nothing is lost but time
+        small = short_side(frames.size, short)
+        maps = (scaled_maps(hidden, small) for hidden in (hidden_forward, hidden_backward))
+        depth, c2w, note = bootstrap_depth(frames.resize(small), scaled_K(K_33, frames.size, small), scaled_flow(forward, small), scaled_flow(backward, small), *maps, rounds, gaps, stride, None)
+        return Depth(1 / F.interpolate(1 / depth.data, frames.size, mode="bilinear", align_corners=False), "relative"), c2w, note
     (H, W), T, images = frames.size, len(frames), frames.byte().data
     depth, note = np.ones((T, H, W)), "flat: no parallax"
     flat = lambda path: (Depth(torch.ones(T, 1, H, W), "relative"), path, note)

@@ -340,7 +340,7 @@ def nearest(times_T, of_N, within: float): # sorted, seconds
     best = np.where(np.abs(of_N[left] - times_T) <= np.abs(of_N[right] - times_T), left, right)
     return np.where(np.abs(of_N[best] - times_T) <= within, best, -1)
 
-# %% ../../nbs/gflow/24_datasets.ipynb #c5b323b7
+# %% ../../nbs/gflow/24_datasets.ipynb #c358d4c6
 def tum_poses(rows) -> torch.Tensor: # lists of tx ty tz qx qy qz qw
     "Camera-to-world [T,4,4] float64."
     numbers = torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
@@ -356,7 +356,8 @@ def read_tum(folder,                       # of one sequence
     "Frames with the poses and depths nearest in time; frames without a pose are not in `cameras`."
     folder, what, notes = Path(folder), "read_tum", []
     times, names = _stamped(folder/"rgb.txt", 1, what)
-    times, names = times[::stride][:limit], names[::stride][:limit]
+    numbers = np.arange(len(times))[::stride][:limit]
+    times, names = times[numbers], [names[n] for n in numbers]
     steps = np.diff(times)
     frames = read_pictures([folder/name for name, in names], float(1 / np.median(steps)) if len(steps) and np.median(steps) > 0 else None)
     lens = next((v for k, v in TUM_LENSES.items() if k in folder.resolve().name), None)
@@ -367,8 +368,8 @@ def read_tum(folder,                       # of one sequence
     pick = nearest(times, at, within)
     have = np.flatnonzero(pick >= 0)
     if len(have) < len(times): notes.append(f"{len(times) - len(have)} of {len(times)} frames have no pose within {within:g} s")
-    cameras = Cameras(tum_poses([poses[pick[i]] for i in have]), K, frames.size, have) if len(have) else None
-    return Annotated(folder.name, frames, list(range(len(times))), cameras, _tum_depth(folder, times, within, frames.size, notes), source="TUM", notes=notes)
+    cameras = Cameras(tum_poses([poses[pick[i]] for i in have]), K, frames.size, numbers[have]) if len(have) else None
+    return Annotated(folder.name, frames, numbers.tolist(), cameras, _tum_depth(folder, times, within, frames.size, notes), source="TUM", notes=notes)
 
 
 def _tum_depth(folder, times, within, size, notes):

@@ -121,7 +121,7 @@ class Known:
         "Frames that no later frame will ask."
         for memory in (self._grey, self._texture): [memory.pop(k) for k in list(memory) if k < t - 4]
 
-# %% ../../nbs/gflow/27_fit.ipynb #58008b7d
+# %% ../../nbs/gflow/27_fit.ipynb #e1850e2c
 class Fit:
     "The state of a fit, and its steps."
     def __init__(self, known: Known, config: FitConfig):
@@ -130,7 +130,7 @@ class Fit:
         self.poses = {"pose": torch.zeros(known.T, 6, requires_grad=True)}    # turn and shift after the path's, in pixels
         self.pose_optimiser = RowAdam({"pose": config.lr * config.lr_camera})
         self.background = BACKGROUNDS[config.background]
-        self.steps, self.polished = 0, {}
+        self.steps, self.polished, self.watch = 0, {}, None  # watch(steps, Rendering, Gaussians) sees every step
 
     def w2c(self, t: int) -> Tensor:
         "float32 [4,4]; the first frame's is held."
@@ -161,6 +161,7 @@ class Fit:
         for n, t in enumerate(frames):
             r, g, rows = self.draw(t)
             if not r.colour_3HW.requires_grad: continue                      # nothing is in view
+            if self.watch: self.watch(self.steps, r, g)
             self.loss(t, r, g, self.known.targets[t], self.known.depth[t]).backward()
             factor = first * (last / first) ** (n / max(len(frames) - 1, 1))
             pixel = torch.full((len(self.scene),), self.known.middle)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'preset_config', 'needed_memory', 'check_memory', 'priors_hash', 'save_state', 'load_state', 'preview',
-           'fit_video']
+           'shot', 'save_shots', 'load_shots', 'fit_video']
 
-# %% ../../nbs/gflow/29_fit_video.ipynb #59d3c53f
+# %% ../../nbs/gflow/29_fit_video.ipynb #65363c04
 import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -57,7 +58,7 @@ def check_memory(frames: int, size, config, room: int | None = None): # bytes; N
     if need > room: raise InputError(f"about {need / 2**30:.1f} GiB for {frames} frames of {size[0]} x {size[1]}, there are {room / 2**30:.1f}; fit_video; resize the video or take fewer frames")
     return need
 
-# %% ../../nbs/gflow/29_fit_video.ipynb #ff297b5e
+# %% ../../nbs/gflow/29_fit_video.ipynb #417725dd
 def priors_hash(priors: Priors, *more) -> str:
     "Of everything that a fit reads."
     arrays = [priors.frames.data, priors.depth.data, *(torch.as_tensor(x) for x in (priors.K_33, priors.flow_forward, priors.flow_backward, priors.hidden_forward, priors.hidden_backward)),
@@ -90,6 +91,33 @@ def preview(fit, t: int, path): # Fit or PaperFit
     with atomic_write(path) as file: Image.fromarray((row * 255).round().byte().permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
 
 
+def shot(r, g) -> dict: # Rendering; its Gaussians
+    "Bytes [3,H,W] of a drawing, float16 [H,W] of its depth (NaN: nothing there), and the centres as dots."
+    H, W = r.alpha_HW.shape
+    picture = lambda x: (x.detach().clamp(0, 1) * 255).round().byte()
+    p, dots = r.projected, torch.zeros(3, H, W, dtype=torch.uint8)
+    at = p.uv_N2.detach().floor().long()
+    seen = p.visible_N & (at >= 0).all(1) & (at[:, 0] < W) & (at[:, 1] < H)
+    order = p.depth_N.detach()[seen].argsort(descending=True)
+    column, row = at[seen][order].T
+    dots[:, row, column] = picture(g.colours)[seen][order].T
+    return {"rgb": picture(r.colour_3HW).numpy(), "depth": r.depth_HW.detach().half().numpy(), "center": dots.numpy()}
+
+
+def save_shots(path, taken: list): # of `shot`
+    "One file."
+    with atomic_write(path) as file: np.savez_compressed(file, **{name: np.stack([s[name] for s in taken]) for name in taken[0]})
+
+
+def load_shots(out, stages=None) -> dict: # folder of a fit; numbers of stages, None: all
+    "name -> array [S,...] of the drawings on the way, {} when none were kept."
+    parts = []
+    for path in sorted((Path(out) / "shots").glob("*.npz")):
+        if stages is None or int(path.stem) in stages:
+            with np.load(path, allow_pickle=False) as file: parts.append({name: file[name] for name in file.files})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
 def fit_video(priors: Priors,
               out,                             # folder, made if need be
               preset: str = "fast",            # or "paper"
@@ -97,6 +125,7 @@ def fit_video(priors: Priors,
               window: int | None = None,       # of `find_path`: frames adjusted together; None: all
               focal: bool = False,             # of `find_path`: also the focal length
               progress: Callable | None = None, # called with a dict after each stage
+              shots: int = 0,                  # keep every so-manyth drawing, for videos of the fit at work; 0: none
               **settings) -> Timeline:         # of FitConfig or PaperConfig; None: the preset's
     "Fits, or goes on where a fit in that folder stopped."
     config, out = preset_config(preset, settings), Path(out)
@@ -105,10 +134,10 @@ def fit_video(priors: Priors,
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(f"{out} cannot be made ({error.strerror}); fit_video; give a folder that can be written") from None
     key = priors_hash(priors, preset, asdict(config), window, focal, None if path is None else [path.c2w_T44.tolist(), path.K_33.tolist(), path.scale_T.tolist()])
-    with one_at_a_time(out / "fit"): return _fit(priors, out, preset, config, path, window, focal, progress, key)
+    with one_at_a_time(out / "fit"): return _fit(priors, out, preset, config, path, window, focal, progress, shots, key)
 
 
-def _fit(priors, out, preset, config, path, window, focal, progress, key):
+def _fit(priors, out, preset, config, path, window, focal, progress, shots, key):
     finished, kept, done = out / "timeline" / "timeline.json", out / "state.safetensors", 0
     mark = out / "key.txt"
     if mark.is_file() and mark.read_text(encoding="utf-8") != key and (kept.is_file() or finished.is_file()):
@@ -125,8 +154,10 @@ def _fit(priors, out, preset, config, path, window, focal, progress, key):
     for n, stage in enumerate(stages):
         frame = stage if isinstance(stage, int) else int(stage.split()[1]) if stage.startswith("polish") else frame
         if n < done: continue
-        start = time.process_time()
+        start, taken = time.process_time(), []
+        if shots: fit.watch = lambda step, r, g, taken=taken: taken.append(shot(r, g)) if step % shots == 0 else None
         fit.do(stage)
+        if taken: save_shots(out / "shots" / f"{n:05d}.npz", taken)
         save_state(kept, fit.state(), {"key": key, "done": n + 1})
         line = dict(stage=stage, step=n + 1, frame=frame, psnr=fit.quality(frame), gaussians=len(fit.scene) if isinstance(fit, Fit) else len(fit.still), cpu_seconds=time.process_time() - start)
         with (out / "progress.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps(line) + "\n")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'DEPTH', 'CAMERA', 'FLOW', 'EPIPOLAR', 'MASK', 'sequence', 'beside', 'frame_files', 'sequences',
            'short_side', 'scaled_K', 'scaled_maps', 'scaled_flow', 'read_frames', 'read_depth', 'read_cameras',
-           'read_flows', 'read_masks', 'read_moving', 'read_prompt', 'frames_key', 'note', 'write_folders',
+           'read_flows', 'read_masks', 'read_moving', 'user_mask', 'read_prompt', 'frames_key', 'note', 'write_folders',
            'write_frames', 'organise_davis']
 
 # %% ../../nbs/gflow/09_layout.ipynb #59370dce
@@ -177,10 +177,26 @@ def read_moving(seq, numbers=None) -> np.ndarray:
     return read_masks([_file(seq, EPIPOLAR, f"{stem}_open.png", "mask") for stem in stems], size)
 
 
-def read_prompt(seq):
-    "bool [H,W]: the user's mask, the first of SEQ_mask; None without one."
-    found = sorted(beside(sequence(seq), MASK).glob("*.png"))
-    return read_masks(found[:1], image_size(frame_files(seq)[0]))[0] if found else None
+def user_mask(path, size): # of a picture; (H, W)
+    "bool [H,W]: what is brighter than half; of a picture with a palette, as DAVIS' annotations, everything but the first colour."
+    from PIL import Image
+    with Image.open(path) as image: indexed = np.array(image) > 0 if image.mode == "P" else None
+    mask = read_masks([path], size)[0] if indexed is None else indexed
+    _fits(mask.shape, size, path)
+    if not mask.any(): raise InputError(f"{path} marks nothing; the user's mask; make the thing white and the rest black")
+    return mask
+
+
+def read_prompt(seq, numbers=None, path=None): # frames that are taken, None: all; another file than the first of SEQ_mask
+    "(the user's mask bool [H,W], which of the frames taken it marks); None without one. A file whose name is no frame's marks the first."
+    found = [Path(path)] if path else sorted(beside(sequence(seq), MASK).glob("*.png"))[:1]
+    if not found: return None
+    if not found[0].is_file(): raise InputError(f"{found[0]} does not exist; the user's mask; give a picture that is bright where the thing is")
+    stems, numbers = [file.stem for file in frame_files(seq)], list(range(len(frame_files(seq))) if numbers is None else numbers)
+    marked = stems.index(found[0].stem) if found[0].stem in stems else numbers[0]
+    if marked in numbers: return user_mask(found[0], image_size(frame_files(seq)[0])), numbers.index(marked)
+    if path: raise InputError(f"{path} marks frame {marked}, which is not taken; the user's mask; take that frame, or give the file a name that is no frame's")
+    return None
 
 # %% ../../nbs/gflow/09_layout.ipynb #47fc3e34
 def frames_key(frames: Frames, config: dict) -> str: # settings

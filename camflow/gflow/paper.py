@@ -63,13 +63,15 @@ def scaled_points(num_points: int, size) -> int: # meant for 480 x 854; (H, W)
     "The same number per pixel at another size."
     return max(64, round(num_points * size[0] * size[1] / (480 * 854)))
 
-# %% ../../nbs/gflow/28_paper.ipynb #9847a84c
+# %% ../../nbs/gflow/28_paper.ipynb #5c46ffba
 class PaperFit:
     "State and stages; the same interface as `fit.Fit`."
     NAMES = dict(means=3, scales=3, quats=4, opacities=0, colours=3)
 
     def __init__(self, priors: Priors, config: PaperConfig):
         if config.background not in BACKGROUNDS: raise InputError(f"background {config.background!r}; PaperConfig; choose from {', '.join(BACKGROUNDS)}")
+        for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_camera", 0), ("iterations_after", 0), ("densify_interval", 0), ("densify_interval_after", 0), ("lr", 0), ("lr_after", 0)):
+            if getattr(config, name) < least: raise InputError(f"{name}={getattr(config, name)}; PaperConfig; at least {least} is needed")
         if config.load_extr and priors.c2w_T44 is None: raise InputError("load_extr=True, but the depth prior brought no poses; PaperFit; leave it out")
         self.config, self.priors, self.T, self.size = config, priors, len(priors), priors.size
         self.images = [image.float() / 255 for image in priors.frames.data]
@@ -81,6 +83,7 @@ class PaperFit:
         if config.load_extr: self.poses = inverse(torch.from_numpy(np.asarray(priors.c2w_T44))).float()
         self.p = {name: torch.zeros(0, *([n] if n else []), requires_grad=True) for name, n in self.NAMES.items()}
         self.still, self.history, self.steps = torch.zeros(0, dtype=torch.bool), [], 0
+        self.watch = None                                                    # watch(steps, Rendering, Gaussians) sees every step on the Gaussians
         self.seconds = dict(first=0., camera=0., gaussians=0.)               # CPU
 
     def gaussians(self):
@@ -117,7 +120,13 @@ class PaperFit:
 
     def _before(self, N): return torch.cat([self.uv, torch.full((N - len(self.uv), 2), torch.nan)])
 
-# %% ../../nbs/gflow/28_paper.ipynb #5d96a765
+# %% ../../nbs/gflow/28_paper.ipynb #1034acb5
+def _free_pose(w2c):
+    "([quaternion, shift], function that makes the pose [4,4] of them)."
+    quat, shift = quaternion(w2c[:3, :3]).requires_grad_(), w2c[:3, 3].clone().requires_grad_()
+    return [quat, shift], lambda: torch.cat([torch.cat([rotation(quat), shift[:, None]], 1), torch.tensor([[0., 0, 0, 1]])])
+
+
 def camera_stage(self: PaperFit, t: int):
     "The pose of frame t by descent; what moves is black in both pictures."
     c, w2c = self.config, self.poses[t] if self.config.load_extr else self.poses[t - 1]
@@ -131,9 +140,8 @@ def camera_stage(self: PaperFit, t: int):
         return
     keep = (~(self.moving_mask[t] | shade)).float()
     self.masked, self.affine = self.targets[t].masked(keep), torch.tensor([1., 0.], requires_grad=True)
-    quat, shift = quaternion(w2c[:3, :3]).requires_grad_(), w2c[:3, 3].clone().requires_grad_()
-    optimiser = torch.optim.Adam([quat, shift, self.affine], lr=c.lr_camera_after)
-    pose = lambda: torch.cat([torch.cat([rotation(quat), shift[:, None]], 1), torch.tensor([[0., 0, 0, 1]])])
+    free, pose = _free_pose(w2c)
+    optimiser = torch.optim.Adam([*free, self.affine], lr=c.lr_camera_after)
     for _ in range(c.iterations_camera):
         r = self.draw(t, pose())
         (self.loss(t, r, keep) + self.flow_loss(t, r, self.still)).backward()
@@ -160,16 +168,19 @@ def gaussian_stage(self: PaperFit, t: int, rng):
     its, rate, every, times = (c.iterations_first, c.lr, c.densify_interval, c.densify_times) if t == 0 else (c.iterations_after, c.lr_after, c.densify_interval_after, c.densify_times_after)
     more = {every * (n + 1) for n in range(times)} if every else set()
     self.affine = torch.tensor([1., 0.], requires_grad=True)
-    start, optimiser = self.p["means"].detach().clone(), torch.optim.Adam([*self.p.values(), self.affine], lr=rate)
+    free, pose = _free_pose(self.poses[t]) if t == 0 and c.lr_camera else ([], None)
+    fresh = lambda: torch.optim.Adam([{"params": [*self.p.values(), self.affine]}, *([{"params": free, "full": c.lr_camera}] if free else [])], lr=rate)
+    start, optimiser = self.p["means"].detach().clone(), fresh()
     for n in range(its):
         if n in more:
             with torch.no_grad():
                 square = (self.draw(t).colour_3HW - self.images[t]).square().mean(0)
                 wrong = square > c.densify_err_thre
                 self.add(t, square * wrong, int(c.num_points * float(wrong.float().mean()) * c.densify_err_percent), self.small(t), rng)
-            optimiser = torch.optim.Adam([*self.p.values(), self.affine], lr=rate)
-        for group in optimiser.param_groups: group["lr"] = rate * (1 - 0.9 * n / max(its, 1))
-        r = self.draw(t)
+            optimiser = fresh()
+        for group in optimiser.param_groups: group["lr"] = group.get("full", rate) * (1 - 0.9 * n / max(its, 1))
+        r = self.draw(t, pose and pose())
+        if self.watch: self.watch(self.steps, r, self.gaussians())
         loss = self.loss(t, r) + c.lambda_var * losses.roundness_error(self.p["scales"].abs())
         if t and c.lambda_flow: loss = loss + self.flow_loss(t, r, ~self.still)
         if t and c.lambda_still: loss = loss + c.lambda_still * (self.p["means"][:len(start)] - start)[self.still[:len(start)]].norm(dim=1).mean().nan_to_num(0)
@@ -180,6 +191,7 @@ def gaussian_stage(self: PaperFit, t: int, rng):
             self.p["means"].grad[self.still] = 0
         optimiser.step()
         optimiser.zero_grad()
+        if free: self.poses[t] = pose().detach()
         self.steps += 1
 
 

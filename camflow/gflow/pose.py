@@ -174,42 +174,42 @@ class Path:
 def _robust(square, width): return 1 / (1 + square / width ** 2) ** 2 # weights of Geman and McClure
 
 
+def _cross(a_3N, b_3N): return np.stack([a_3N[1] * b_3N[2] - a_3N[2] * b_3N[1], a_3N[2] * b_3N[0] - a_3N[0] * b_3N[2], a_3N[0] * b_3N[1] - a_3N[1] * b_3N[0]])
+
+
 def _normal_equations(pairs, w2c, sigma, K, width, depth_pixels, A, g, offs):
     "Adds the pairs' part to A and g, and their distances to `offs`; 7 numbers per frame (turn, shift, scale), the logarithm of the focal length at the end."
     f = np.array([K[0, 0], K[1, 1]])
     for m in pairs:
-        X_i = lifted(m.pixels_N2, m.depth_N * np.exp(sigma[m.i]), K)
+        X_i = lifted(m.pixels_N2, m.depth_N * np.exp(sigma[m.i]), K).T
         T = w2c[m.j] @ np.linalg.inv(w2c[m.i])
         R = T[:3, :3]
-        turned = X_i @ R.T
-        X = turned + T[:3, 3]
-        ahead = X[:, 2] > 1e-3 * np.abs(X_i[:, 2])
-        z = np.where(ahead, X[:, 2], 1.)
-        xy = X[:, :2] / z[:, None]
-        off = xy * f + K[:2, 2] - m.landed_N2
-        # rows of d(pixel, log z) / dX, [N,3,3]
-        D = np.zeros((len(m), 3, 3))
-        D[:, 0, 0], D[:, 1, 1], D[:, :2, 2] = f[0] / z, f[1] / z, -xy * f / z[:, None]
-        D[:, 2, 2] = 1 / z
-        zero = np.zeros(len(m))
-        cross = lambda Y: np.stack([zero, Y[:, 2], -Y[:, 1], -Y[:, 2], zero, Y[:, 0], Y[:, 1], -Y[:, 0], zero], 1).reshape(-1, 3, 3)  # -[Y]x: d(w x Y)/dw
-        dj = np.concatenate([cross(X), np.broadcast_to(np.eye(3), (len(m), 3, 3))], 2)
-        di = np.concatenate([-R @ cross(X_i), np.broadcast_to(-R, (len(m), 3, 3)), turned[:, :, None]], 2)
-        flat = X_i * (-1., -1., 0.) @ R.T                                # a longer focal length makes the rays narrower
-        Jj, Ji, Jf = D @ dj, D @ di, D @ flat[:, :, None]
-        Jf[:, :2, 0] += xy * f
+        turned = R @ X_i
+        X = turned + T[:3, 3:]
+        ahead = X[2] > 1e-3 * np.abs(X_i[2])
+        z = np.where(ahead, X[2], 1.)
+        xy = X[:2] / z
+        off = xy * f[:, None] + K[:2, 2:] - m.landed_N2.T
         log = np.log(z / np.where(m.depth_j_N > 0, m.depth_j_N, np.nan)) - sigma[m.j]
         known = np.isfinite(log) & ahead
-        r = np.concatenate([off, np.where(known, log, 0.)[:, None]], 1)
-        square = (off ** 2).sum(1)
+        # derivatives of (column, row, log z) by the point in camera j, and with them by what is sought: D.(w x X) = w.(X x D)
+        zero, J = np.zeros(len(m)), np.zeros((15, 3, len(m)))
+        flat = R @ (X_i * [[-1.], [-1.], [0.]])                              # a longer focal length makes the rays narrower
+        for k, D in enumerate((np.stack([f[0] / z, zero, -xy[0] * f[0] / z]), np.stack([zero, f[1] / z, -xy[1] * f[1] / z]), np.stack([zero, zero, 1 / z]))):
+            back = R.T @ D
+            J[:3, k], J[3:6, k], J[6, k] = -_cross(X_i, back), -back, (D * turned).sum(0)
+            J[7:10, k], J[10:13, k], J[14, k] = _cross(X, D), D, (D * flat).sum(0)
+        J[13, 2] = -known.astype(float)
+        J[14, :2] += xy * f[:, None]
+        r = np.concatenate([off, np.where(known, log, 0.)[None]])
+        square = (off ** 2).sum(0)
         offs.append((np.sqrt(square), m.weight_N * ahead))
         vote = m.weight_N * ahead * _robust(square, width)
-        W = np.stack([vote, vote, vote * known * depth_pixels ** 2 * _robust((depth_pixels * r[:, 2]) ** 2, max(width, 1.))], 1)
-        J = np.concatenate([Ji, Jj, np.where(np.arange(3) == 2, -known[:, None].astype(float), 0.)[:, :, None], Jf], 2)
+        W = np.stack([vote, vote, vote * known * depth_pixels ** 2 * _robust((depth_pixels * r[2]) ** 2, max(width, 1.))])
         index = np.concatenate([7 * m.i + np.arange(7), 7 * m.j + np.arange(7), [A.shape[0] - 1]])
-        flatJ, flatW = J.reshape(-1, 15), W.reshape(-1)
-        A[np.ix_(index, index)] += (flatJ * flatW[:, None]).T @ flatJ
-        g[index] += (flatJ * flatW[:, None]).T @ r.reshape(-1)
+        weighted = (J * W).reshape(15, -1)
+        A[np.ix_(index, index)] += weighted @ J.reshape(15, -1).T
+        g[index] += weighted @ r.ravel()
 
 
 def bundle(path: Path,                       # start

@@ -327,7 +327,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
     K_33 = ask.K_33 if lens in ("given", "truth") or answer.K_33 is None else answer.K_33
     if K_33 is None: raise InputError(f"no focal length: neither K nor fov, and the depth prior {_named(depth)!r} tells none; gather_priors; give fov (60 degrees is a common view)")
     names = {"depth": _named(depth), "flow": _named(flow), "masks": _named(masks), "lens": lens, **({"note": answer.note} if answer.note else {})}
-    if prompt is None and folder is not None and (drawn := layout.read_prompt(folder)) is not None: prompt = layout.scaled_maps(drawn, frames.size)
+    if prompt is None and folder is not None and (drawn := layout.read_prompt(folder, ask.numbers)) is not None and drawn[1] == 0: prompt = layout.scaled_maps(drawn[0], frames.size)
     priors = Priors(frames, known_depth(answer.depth, frames, f"depth prior {_named(depth)!r}"), known_K(K_33), *ask.flows, None, answer.c2w_T44,
                     known_mask(prompt, frames.size, "the user's mask"), ask.numbers, names)
     if masks is None: return priors
@@ -363,6 +363,5 @@ def kept_priors(seq, frames: Frames, stems=None, **how) -> Priors: # SEQ of its 
     "As `gather_priors`, but read from SEQ's folders where they hold the same pictures and settings."
     key = layout.frames_key(frames, {name: value for name, value in how.items() if name != "truth"})
     if layout.note(seq).get("key") == key: return read_priors(seq, frames, list(range(len(frames))))
-    priors = replace(gather_priors(frames, **how), numbers=list(range(len(frames))))
-    write_priors(seq, priors, stems, key)
-    return priors
+    write_priors(seq, replace(gather_priors(frames, **how), numbers=list(range(len(frames)))), stems, key)
+    return read_priors(seq, frames, list(range(len(frames))))  # as a later call finds them, bit by bit: a fit that goes on must see the same

@@ -191,7 +191,7 @@ canvas.addEventListener('wheel',e=>{e.preventDefault();zoom(Math.exp(e.deltaY*.0
 const KEYS={ArrowLeft:()=>orbit(.08,0),ArrowRight:()=>orbit(-.08,0),ArrowUp:()=>orbit(0,.08),ArrowDown:()=>orbit(0,-.08),'+':()=>zoom(.9),'=':()=>zoom(.9),'-':()=>zoom(1.1),
  a:()=>pan(.05,0),d:()=>pan(-.05,0),w:()=>pan(0,.05),s:()=>pan(0,-.05),' ':()=>play(!playing),',':()=>{play(false);show(time-1)},'.':()=>{play(false);show(time+1)},
  h:home,f:()=>setFollow(!follow),m:()=>button('movers').onclick()};
-document.addEventListener('keydown',e=>{if(e.target===slider||e.ctrlKey||e.metaKey||e.altKey||(e.key===' '&&e.target.tagName==='BUTTON'))return;const act=KEYS[e.key];if(act){e.preventDefault();act()}});
+document.addEventListener('keydown',e=>{if(e.ctrlKey||e.metaKey||e.altKey||(e.target===slider&&e.key.startsWith('Arrow'))||(e.key===' '&&/^(BUTTON|SUMMARY)$/.test(e.target.tagName)))return;const act=KEYS[e.key];if(act){e.preventDefault();act()}});
 """
 
 # %% ../../nbs/gflow/22_viewer.ipynb #a35bd8ab

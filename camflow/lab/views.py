@@ -71,12 +71,12 @@ def video(clip,                    # Frames or uint8 [T,3,H,W]
           label: str = "",         # caption
           fps: float | None = None, # default: the clip's own, else 8
           width: int | None = None, # px on the page; default about 240
-          kind: str = "auto") -> Html: # "webp", "mp4", or "auto": mp4 above 400,000 pixels in all
+          kind: str = "auto") -> Html: # "webp", "mp4", or "auto": mp4 above 200,000 pixels in all
     "A clip that plays by itself, offline."
     data_THWC, own = clip_bytes(clip)
     T, H, W, _ = data_THWC.shape
     fps, width = fps or own or 8, width or (W*max(1, round(240/W)) if W < 240 else min(W, 480))
-    kind = kind if kind != "auto" else "mp4" if T*H*W > 400_000 and hasattr(clip, "signed") else "webp"
+    kind = kind if kind != "auto" else "mp4" if T*H*W > 200_000 and hasattr(clip, "signed") else "webp"
     style = f'style="width:{width}px;display:block;{"image-rendering:pixelated" if W < width else ""}"'
     if kind == "mp4":
         from camflow.media.video import to_data_uri

@@ -1,0 +1,87 @@
+// Opens pages in a headless chromium and prints what happened as JSON: `node drive.js TASK PAGE FOLDER [OPTIONS as JSON]`. Screenshots go to FOLDER; the test judges.
+// CAMFLOW_CHROMIUM: the browser's program; CAMFLOW_PLAYWRIGHT: a folder with node_modules/playwright-core, when it isn't beside this file.
+const path = require("path"), { pathToFileURL } = require("url"), { createHash } = require("crypto");
+const { chromium } = require(require.resolve("playwright-core", { paths: [process.env.CAMFLOW_PLAYWRIGHT, __dirname].filter(Boolean) }));
+const [task, file, folder, more] = process.argv.slice(2), options = JSON.parse(more || "{}");
+const FLAGS = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"];
+const sum = bytes => createHash("sha1").update(bytes).digest("hex").slice(0, 12);
+const wait = ms => new Promise(done => setTimeout(done, ms));
+
+// a page that remembers everything that a reader would not see: errors, warnings of the console, and requests that leave the disk
+async function open(browser, url, size = { width: 900, height: 600 }, extra = {}) {
+  const context = await browser.newContext({ viewport: size, deviceScaleFactor: 1, ...extra }), page = await context.newPage(), said = [], requests = [];
+  page.on("console", m => { if (["error", "warning"].includes(m.type())) said.push(m.type() + ": " + m.text()) });
+  page.on("pageerror", e => said.push("uncaught: " + e.message));
+  page.on("request", r => { if (!/^(file|data|blob):/.test(r.url())) requests.push(r.url()) });
+  page.on("requestfailed", r => said.push("failed request: " + r.url().slice(0, 200)));
+  await page.goto(url, { waitUntil: "load", timeout: 60000 });
+  return { page, said, requests, close: () => context.close() };
+}
+// how far the page is wider than the window, and what sticks out (boxes that scroll by themselves may be wide inside)
+const overflow = page => page.evaluate(() => {
+  const width = document.documentElement.clientWidth, scrolls = e => { for (; e && e !== document.body; e = e.parentElement) if (/auto|scroll|hidden/.test(getComputedStyle(e).overflowX)) return true; return false };
+  const out = [...document.body.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement)).map(e => `${e.tagName}.${e.className} ${Math.round(e.getBoundingClientRect().right)}: ${(e.textContent || "").trim().slice(0, 40)}`);
+  return { width, page: document.documentElement.scrollWidth, out: out.slice(0, 6) };
+});
+
+const TASKS = {
+  // the viewer of a GFlow timeline
+  async viewer(browser, url) {
+    const seen = { steps: {} }, { page, said, requests, close } = await open(browser, url, options.size), scene = page.locator("#scene");
+    await page.addStyleTag({ content: "#scene{outline:none!important}" });   // the ring of the keyboard's focus is no change of the picture
+    const settle = () => page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)))));
+    const shot = async name => { await settle(); const bytes = await scene.screenshot(name ? { path: path.join(folder, name + ".png") } : {}); return sum(bytes) };
+    const step = async (name, act) => { const before = await shot(); await act(); seen.steps[name] = await shot(options.keep ? name : "") !== before };
+    const key = k => () => page.keyboard.press(k), state = () => page.evaluate(() => ({ time: +document.getElementById("time").value, follow: document.getElementById("follow").getAttribute("aria-pressed"),
+      movers: document.getElementById("movers").getAttribute("aria-pressed"), playing: document.getElementById("play").getAttribute("aria-pressed"), said: document.getElementById("said").textContent }));
+    seen.renderer = await page.evaluate(() => { const gl = document.createElement("canvas").getContext("webgl2"), more = gl && gl.getExtension("WEBGL_debug_renderer_info"); return gl ? gl.getParameter(more ? more.UNMASKED_RENDERER_WEBGL : gl.RENDERER) : null });
+    seen.plain = await page.evaluate(() => document.body.classList.contains("plain")); seen.message = await page.textContent("#message");
+    if (seen.plain) { seen.said = said; return seen }
+    seen.canvas = await page.evaluate(() => { const c = document.getElementById("scene"); return { width: c.width, height: c.height, client: [c.clientWidth, c.clientHeight] } });
+    await shot("first"); seen.first = await state();
+    await page.locator("#time").focus(); await page.keyboard.press("End"); seen.last = await state(); await shot("last"); await page.keyboard.press("Home");
+    await page.keyboard.press("m"); seen.slider = await state(); await page.keyboard.press("m");   // keys work with the focus on the slider, too
+    await page.click("#home"); await page.locator("#scene").focus();
+    const home = await shot("home");
+    for (const k of ["ArrowLeft", "ArrowUp", "+", "-", "a", "w", "m"]) await step(k, key(k));
+    await key("m")(); await key("h")(); seen.home_again = await shot() === home;
+    const box = await scene.boundingBox(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+    const drag = button => async () => { await page.mouse.move(x, y); await page.mouse.down({ button }); await page.mouse.move(x + 30, y + 12, { steps: 2 }); await page.mouse.up({ button }) };
+    await step("drag", drag("left")); await step("right drag", drag("right")); await step("wheel", () => page.mouse.wheel(0, 240));
+    const after = await shot(); await page.mouse.move(x + 60, y - 30); seen.still_when_released = await shot() === after;
+    await key("f")(); seen.following = await state(); await shot("follow");
+    await key(".")(); seen.next = (await state()).time; await key(",")(); seen.back = (await state()).time;
+    await key(" ")(); seen.playing = (await state()).playing; const times = [];
+    for (let i = 0; i < 40 && new Set(times).size < 3; i++) { await wait(100); times.push((await state()).time) }
+    await key(" ")(); seen.times = times; seen.stopped = await state();
+    await page.click("#follow"); await step("follow button", () => page.click("#follow"));
+    await page.setViewportSize({ width: 700, height: 420 }); await shot("resized"); seen.resized = await page.evaluate(() => { const c = document.getElementById("scene"); return [c.width, c.height, c.clientWidth, c.clientHeight] });
+    await page.evaluate(() => { document.getElementById("scene").getContext("webgl2").getExtension("WEBGL_lose_context").loseContext() }); await wait(200);
+    seen.lost = await page.textContent("#message"); seen.poster = await page.locator("#poster").isVisible();
+    Object.assign(seen, { said, requests }); await close();
+    const phone = await open(browser, url, { width: 390, height: 780 }, { hasTouch: true, isMobile: true });
+    seen.phone = { overflow: await overflow(phone.page), said: phone.said, ...await phone.page.evaluate(() => { const c = document.getElementById("scene"); return { canvas: [c.clientWidth, c.clientHeight], tools: Math.round(document.querySelector(".tools").getBoundingClientRect().bottom), plain: document.body.classList.contains("plain") } }) };
+    await phone.page.screenshot({ path: path.join(folder, "phone.png") });
+    const area = phone.page.locator("#scene"), before = sum(await area.screenshot()), touch = await phone.page.context().newCDPSession(phone.page), at = await area.boundingBox();
+    const finger = (kind, ...points) => touch.send("Input.dispatchTouchEvent", { type: kind, touchPoints: points.map(([dx, dy], id) => ({ x: at.x + at.width / 2 + dx, y: at.y + at.height / 2 + dy, id })) });
+    await finger("touchStart", [0, 0]); await finger("touchMove", [40, 10]); await finger("touchEnd"); await wait(300); const turned = sum(await area.screenshot());
+    await finger("touchStart", [-20, 0], [20, 0]); await finger("touchMove", [-60, 0], [60, 0]); await finger("touchEnd"); await wait(300); const pinched = sum(await area.screenshot());
+    seen.phone.touch = turned !== before; seen.phone.pinch = pinched !== turned; await phone.close();
+    return seen;
+  },
+
+  // pages that only have to open: nothing said, nothing fetched
+  async silent(browser, url) {
+    const seen = {};
+    for (const one of options.pages) {
+      const { page, said, requests, close } = await open(browser, pathToFileURL(path.resolve(one)).href, options.size);
+      await wait(300); seen[path.basename(one)] = { said, requests, plain: await page.evaluate(() => document.body.classList.contains("plain")), text: await page.evaluate(() => document.body.innerText.slice(0, 2000)) }; await close();
+    }
+    return seen;
+  },
+};
+
+(async () => {
+  const browser = await chromium.launch({ executablePath: process.env.CAMFLOW_CHROMIUM || "chromium", args: FLAGS, timeout: 120000 });
+  try { console.log(JSON.stringify(await TASKS[task](browser, pathToFileURL(path.resolve(file)).href))) } finally { await browser.close() }
+})().catch(e => { console.error(e); process.exit(1) });

@@ -1,4 +1,5 @@
 "The pages of docs/ and the README say what is there: commands, links, names, files."
+import ast
 import importlib
 import re
 import shlex
@@ -107,6 +108,14 @@ def test_names_and_files(page):
     names = {s for s in spans if NAME.fullmatch(s)}
     gone = sorted(n for n in names if not imports(n)) + sorted(s for s in spans if FILE.fullmatch(s) and not (ROOT/s).exists() and not list(ROOT.glob(s + "*")))
     assert not gone, f"{page_id(page)}: {gone} do not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python(page):
+    blocks = [ast.parse(body) for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
+    asked = [f"{node.module}.{alias.name}" for block in blocks for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    gone = [name for name in asked if name.startswith("camflow.") and not imports(name)]
+    assert not gone, f"{page_id(page)}: {gone} cannot be imported"
 
 
 def test_the_check_sees_mistakes():

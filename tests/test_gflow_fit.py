@@ -122,11 +122,15 @@ def test_paper_flags_that_are_off_do_nothing(tmp_path):
     "lambda_still and lambda_scale change the result, their zero does not."
     _, priors = priors_of(frames=2, size=(48, 80))
     base = dict(num_points=150, iterations_first=4, iterations_camera=2, iterations_after=4)
-    run = lambda name, **more: fit_video(priors, tmp_path/name, "paper", **base, **more).frames[1]
+    run = lambda name, **more: fit_video(priors, tmp_path/name, "paper", **{**base, **more}).frames[1]
     plain, zero, scaled = run("a"), run("b", lambda_scale=0., lambda_still=0.), run("c", lambda_scale=5.)
     assert torch.equal(plain.scales, zero.scales) and not torch.equal(plain.scales, scaled.scales)
     held = run("d", camera_first=False)
     assert torch.equal(load_timeline(tmp_path/"d"/"timeline").c2w_T44[1], torch.eye(4).double()) and len(held) > 0
+    first = lambda name: load_timeline(tmp_path/name/"timeline").c2w_T44[0]
+    run("e", lr_camera=1e-3)
+    assert torch.equal(first("a"), torch.eye(4).double()) and 1e-5 < float((first("e") - first("a")).abs().max()) < 0.05
+    with pytest.raises(InputError, match="num_points=0"): run("f", num_points=0)
 
 
 def test_no_gaussian_beyond_the_budget():

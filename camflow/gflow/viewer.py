@@ -288,7 +288,7 @@ def serve_viser(tl: Timeline,
                 block: bool = True):     # wait until interrupted
     "Shows the timeline through viser; returns its server."
     try: import viser
-    except ImportError: raise InputError("viser is not installed; serve_viser; pip install viser, or use write_viewer, which needs nothing") from None
+    except ImportError: raise InputError("viser is not installed; serve_viser; pip install camflow[viewer], or use write_viewer, which needs nothing") from None
     server = viser.ViserServer(port=port)
     sets = [server.scene.add_gaussian_splats(f"/frames/{t}", centers=g.means.numpy(), covariances=covariances(g), rgbs=g.colours.clamp(0, 1).numpy(), opacities=g.opacities[:, None].numpy(), visible=t == 0)
             for t, g in enumerate(tl.frames)]

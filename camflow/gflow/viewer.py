@@ -152,7 +152,7 @@ function sorted(v,t){ // v: third row of the view; the furthest first
   const z=v[0]*geo[12*i]+v[1]*geo[12*i+1]+v[2]*geo[12*i+2]+v[3];if(z<near)continue;depth[n]=z;alive[n++]=i;if(z<lo)lo=z;if(z>hi)hi=z}
  bins.fill(0);const f=65535/Math.max(hi-lo,1e-9),key=k=>65535-((depth[k]-lo)*f|0);
  for(let k=0;k<n;k++)bins[key(k)+1]++;for(let b=0;b<65536;b++)bins[b+1]+=bins[b];
- for(let k=0;k<n;k++)order[bins[key(k)]++]=alive[k];return n}
+ for(let k=n-1;k>=0;k--)order[bins[key(k)]++]=alive[k];return n} // of one depth the first is in front, as for the rasteriser
 """
 
 # %% ../../nbs/gflow/22_viewer.ipynb #a3331989
@@ -221,7 +221,7 @@ function loop(now){const dt=Math.min(now-last,200);last=now;if(playing){carry+=d
  if(dirty||playing){draw();dirty=false;ticks.push(now);ticks=ticks.filter(t=>now-t<1000)}
  $('said').textContent='frame '+meta.numbers[time]+' · '+count.toLocaleString('en')+' Gaussians'+(ticks.length>2?' · '+Math.round(1000*(ticks.length-1)/Math.max(ticks[ticks.length-1]-ticks[0],1))+' fps':'');requestAnimationFrame(loop)}
 adopt(start);setFollow(true);
-if(!gl)fallback('it has no WebGL 2');else try{prepare();window.onresize=()=>{dirty=true};canvas.addEventListener('webglcontextlost',e=>{e.preventDefault();fallback('the graphics memory was lost: reload the page')});requestAnimationFrame(loop)}catch(e){fallback(e.message)}
+if(!gl)fallback('it has no WebGL 2');else try{prepare();window.onresize=()=>{dirty=true};if(window.ResizeObserver)new ResizeObserver(window.onresize).observe(canvas);canvas.addEventListener('webglcontextlost',e=>{e.preventDefault();fallback('the graphics memory was lost: reload the page')});requestAnimationFrame(loop)}catch(e){fallback(e.message)}
 """
 
 # %% ../../nbs/gflow/22_viewer.ipynb #ec7b4c79

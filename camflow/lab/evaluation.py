@@ -241,7 +241,7 @@ def compare_page(a: pd.DataFrame, b: pd.DataFrame, # long tables of two runs
              "each missing number is the worst of both runs. Detectable: the true difference that this many sources would find 80 times in 100.</p>",
              "<h2>Whole sets</h2>", paired_set_table(sets), *[f"<h2>Where {html.escape(m)} differs most</h2>{_differing(a, b, m, clips)}" for m in clear if clips],
              "<h2>What failed in A</h2>", failure_table(a), "<h2>What failed in B</h2>", failure_table(b)]
-    page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(" / ".join(names))}</title><style>{STYLE}</style></head><body>{"".join(map(str, parts))}</body></html>'
+    page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(" / ".join(names))}</title><style>{STYLE}table{{display:block;overflow-x:auto}}td,p{{overflow-wrap:anywhere}}</style></head><body>{"".join(map(str, parts))}</body></html>'
     with atomic_write(path, "w") as file: file.write(page)
     return found
 

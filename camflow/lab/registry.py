@@ -228,16 +228,18 @@ STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8881;--accent:#2563a8}
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;padding:1.2rem 1.5rem 4rem;max-width:1150px}
 table{border-collapse:collapse;font-size:14px}th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th{position:sticky;top:0;background:Canvas}th[data-sort]{cursor:pointer;user-select:none}tr:hover td{background:var(--soft)}
+th{position:sticky;top:0;background:Canvas}th[data-sort]{cursor:pointer;user-select:none}th[aria-sort=ascending]::after{content:' ▲'}th[aria-sort=descending]::after{content:' ▼'}tr:hover td{background:var(--soft)}
 a{color:var(--accent)}code,pre{font:13px/1.45 ui-monospace,monospace}.num{font-variant-numeric:tabular-nums;white-space:nowrap}
 .status{font-weight:600;white-space:nowrap}.ok{color:#1a7f37}.failed,.killed,.timeout{color:#c62828}.running{color:#b26a00}
 input[type=search]{font:inherit;padding:.3rem .6rem;width:20rem;max-width:100%}
 """
 SORT = """
-document.querySelectorAll('th[data-sort]').forEach((th,col)=>th.onclick=()=>{const body=th.closest('table').tBodies[0],up=th.dataset.sort!='up';
-const key=r=>r.cells[col].dataset.key??r.cells[col].textContent;const num=v=>v!==''&&!isNaN(v);
+document.querySelectorAll('th[data-sort]').forEach((th,col)=>{th.onclick=()=>{const body=th.closest('table').tBodies[0],up=th.dataset.sort!='up';
+const key=r=>r.cells[col]?.dataset.key??r.cells[col]?.textContent??'';const num=v=>v!==''&&!isNaN(v);
 [...body.rows].sort((a,b)=>{const x=key(a),y=key(b);return(num(x)&&num(y)?x-y:x.localeCompare(y))*(up?1:-1)}).forEach(r=>body.append(r));
-th.dataset.sort=up?'up':'down'});
+document.querySelectorAll('th[data-sort]').forEach(h=>{h.dataset.sort='';h.removeAttribute('aria-sort')});
+th.dataset.sort=up?'up':'down';th.setAttribute('aria-sort',up?'ascending':'descending')};
+th.tabIndex=0;th.onkeydown=e=>{if(e.key==='Enter'||e.key===' '){e.preventDefault();th.onclick()}}});
 document.querySelector('input').oninput=e=>document.querySelectorAll('tbody tr').forEach(r=>r.hidden=!r.textContent.toLowerCase().includes(e.target.value.toLowerCase()));
 """
 
@@ -277,8 +279,9 @@ def build_index(root=None) -> Path: # default `reports_root()`
             except (InputError, OSError, KeyError, AttributeError) as error:
                 rows.append(f'<tr><td>{html.escape(run.id)}</td><td class="status failed">unreadable</td><td colspan="8">{html.escape(str(error))}</td></tr>')
         heads = "".join(f'<th data-sort="">{h}</th>' for h in ("run", "status", "started", "took", "profile", "changed", "result", "loss", "code", "files"))
-        page = (f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>camflow runs</title><style>{STYLE}body{{max-width:none}}</style><h1>Runs</h1>'
+        page = (f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>camflow runs</title>'
+                f'<style>{STYLE}body{{max-width:none}}@media(max-width:1100px){{.wide{{overflow-x:auto}}}}</style><h1>Runs</h1>'
                 f'<p><input type="search" placeholder="filter" aria-label="filter"> {len(rows)} runs; click a heading to sort.</p>'
-                f'<table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table><script>{SORT}</script></html>')
+                f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div><script>{SORT}</script></html>')
         with atomic_write(root/"index.html", "w") as file: file.write(page)
     return root/"index.html"

@@ -74,7 +74,7 @@ REPORT_STYLE = STYLE + """
 body{max-width:1000px}header{border-bottom:2px solid var(--line);padding-bottom:1rem;margin-bottom:1rem}.crumb{font-size:13px;margin:0}h1{margin:.3rem 0}
 .numbers{display:flex;flex-wrap:wrap;gap:.8rem;margin:.6rem 0}.number{background:var(--soft);border-radius:8px;padding:.4rem .9rem}.number b{display:block;font-size:1.35rem}.number span{font-size:12.5px;opacity:.75}
 nav.contents{margin:.8rem 0}nav.contents a{margin-right:1rem;white-space:nowrap}details>summary{cursor:pointer;font-size:12.5px;opacity:.6}details>summary:hover{opacity:1}
-section.code{margin:.4rem 0}.highlight pre,.jp-RenderedText pre{overflow:auto;padding:.5rem .8rem;background:var(--soft);border-radius:6px;margin:.3rem 0}
+section.code{margin:.4rem 0}section,header,details{overflow-x:auto}td{overflow-wrap:anywhere;min-width:3.5rem}.highlight pre,.jp-RenderedText pre{overflow:auto;padding:.5rem .8rem;background:var(--soft);border-radius:6px;margin:.3rem 0}
 td pre{margin:0;white-space:pre-wrap}.failed-cell{border-left:3px solid #c62828;padding-left:.8rem}img,video,canvas{max-width:100%;height:auto}blockquote{margin:.5rem 0;padding-left:1rem;border-left:3px solid var(--line);opacity:.85}
 .anchor-link{display:none}table.dataframe{border:none}.ansi-bold{font-weight:600}.ansi-red-fg{color:#c62828}.ansi-green-fg{color:#1a7f37}.ansi-blue-fg,.ansi-cyan-fg{color:#2563a8}
 """

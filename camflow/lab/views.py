@@ -270,6 +270,8 @@ Object.values(paths).forEach((path,i)=>{const k=colours[i%colours.length];for(le
 const p=path[Math.round(t*(path.length-1))],o=at(p,[0,0,0]),corners=[[-1,-.6,1.4],[1,-.6,1.4],[1,.6,1.4],[-1,.6,1.4]].map(v=>at(p,v.map(a=>a*f)));
 corners.forEach((q,n)=>{line(o,q,k,2);line(q,corners[(n+1)%4],k,2)});line(corners[0],at(p,[0,-1.1*f,1.4*f]),k,2);line(corners[1],at(p,[0,-1.1*f,1.4*f]),k,2)})}
 c.onpointerdown=e=>{c.setPointerCapture(e.pointerId);c.onpointermove=m=>{yaw+=m.movementX*0.01;pitch+=m.movementY*0.01;draw()}};c.onpointerup=()=>c.onpointermove=null;
+const keys={ArrowLeft:()=>yaw-=.1,ArrowRight:()=>yaw+=.1,ArrowUp:()=>pitch-=.1,ArrowDown:()=>pitch+=.1,'+':()=>zoom*=1.1,'=':()=>zoom*=1.1,'-':()=>zoom/=1.1};
+c.onkeydown=e=>{if(keys[e.key]&&!e.ctrlKey&&!e.metaKey&&!e.altKey){e.preventDefault();keys[e.key]();draw()}};
 c.addEventListener('wheel',e=>{e.preventDefault();zoom*=Math.exp(-e.deltaY*0.001);draw()},{passive:false});slider.oninput=draw;draw()})(document.currentScript.parentElement)
 """
 
@@ -280,5 +282,5 @@ def camera_viewer(paths: dict,         # {name: Cameras or c2w [T,4,4]}, in one 
     poses = {name: _poses(path).reshape(-1, 12).tolist() for name, path in paths.items()}
     data = json.dumps(poses).replace("</", "<\\/")
     code = VIEWER.replace("PATHS", data, 1).replace("=COLOURS", "=" + json.dumps(COLOURS), 1)
-    return Html(f'<div class="cameras"><noscript>{camera_plot(paths)}</noscript><canvas width="{width}" height="{height}" style="border:1px solid #8884;touch-action:none"></canvas>'
-                f'<div><input type="range" min="0" max="1000" value="1000" style="width:{width}px" aria-label="frame"></div><div>{_legend(poses)}</div><script>{code}</script></div>')
+    return Html(f'<div class="cameras"><noscript>{camera_plot(paths)}</noscript><canvas width="{width}" height="{height}" tabindex="0" role="img" aria-label="camera paths; arrow keys or drag: turn, + and - or wheel: zoom" style="border:1px solid #8884;touch-action:none;max-width:100%"></canvas>'
+                f'<div><input type="range" min="0" max="1000" value="1000" style="width:{width}px;max-width:100%" aria-label="frame"></div><div>{_legend(poses)}</div><script>{code}</script></div>')

@@ -28,7 +28,8 @@ const TASKS = {
   // the viewer of a GFlow timeline
   async viewer(browser, url) {
     const seen = { steps: {} }, { page, said, requests, close } = await open(browser, url, options.size), scene = page.locator("#scene");
-    await page.addStyleTag({ content: "#scene{outline:none!important}" });   // the ring of the keyboard's focus is no change of the picture
+    // the ring of the keyboard's focus is no change of the picture, and a canvas on whole pixels is not resampled
+    await page.addStyleTag({ content: "#scene{outline:none!important}.bar{height:44px;box-sizing:border-box;flex-shrink:0}.tools{height:88px}" });
     const settle = () => page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)))));
     const shot = async name => { await settle(); const bytes = await scene.screenshot(name ? { path: path.join(folder, name + ".png") } : {}); return sum(bytes) };
     const step = async (name, act) => { const before = await shot(); await act(); seen.steps[name] = await shot(options.keep ? name : "") !== before };
@@ -55,7 +56,9 @@ const TASKS = {
     for (let i = 0; i < 40 && new Set(times).size < 3; i++) { await wait(100); times.push((await state()).time) }
     await key(" ")(); seen.times = times; seen.stopped = await state();
     await page.click("#follow"); await step("follow button", () => page.click("#follow"));
-    await page.setViewportSize({ width: 700, height: 420 }); await shot("resized"); seen.resized = await page.evaluate(() => { const c = document.getElementById("scene"); return [c.width, c.height, c.clientWidth, c.clientHeight] });
+    const fits = () => page.evaluate(() => { const c = document.getElementById("scene"); return [c.width, c.height, c.clientWidth, c.clientHeight] });
+    await page.addStyleTag({ content: ".tools{height:150px}" }); await settle(); seen.squeezed = await fits();   // as when the list of keys opens
+    await page.setViewportSize({ width: 700, height: 420 }); await shot("resized"); seen.resized = await fits();
     await page.evaluate(() => { document.getElementById("scene").getContext("webgl2").getExtension("WEBGL_lose_context").loseContext() }); await wait(200);
     seen.lost = await page.textContent("#message"); seen.poster = await page.locator("#poster").isVisible();
     Object.assign(seen, { said, requests }); await close();
@@ -67,6 +70,53 @@ const TASKS = {
     await finger("touchStart", [0, 0]); await finger("touchMove", [40, 10]); await finger("touchEnd"); await wait(300); const turned = sum(await area.screenshot());
     await finger("touchStart", [-20, 0], [20, 0]); await finger("touchMove", [-60, 0], [60, 0]); await finger("touchEnd"); await wait(300); const pinched = sum(await area.screenshot());
     seen.phone.touch = turned !== before; seen.phone.pinch = pinched !== turned; await phone.close();
+    return seen;
+  },
+
+  // a report: what it says, whether its clips play, how it fits on a telephone
+  async report(browser, url) {
+    const { page, said, requests, close } = await open(browser, url), seen = { said, requests };
+    seen.images = await page.evaluate(() => [...document.images].map(i => i.complete && i.naturalWidth > 0));
+    const clock = () => page.evaluate(() => [...document.querySelectorAll("video")].map(v => v.currentTime));
+    await page.evaluate(() => document.querySelectorAll("video").forEach(v => v.scrollIntoView() ?? v.play().catch(() => 0)));
+    const before = await clock(); seen.videos = before.map(() => false);
+    for (let i = 0; i < 30 && seen.videos.includes(false); i++) { await wait(200); (await clock()).forEach((t, k) => { seen.videos[k] ||= t !== before[k] }) }
+    await page.keyboard.press("Tab"); seen.focus = await page.evaluate(() => document.activeElement.tagName);
+    const details = page.locator("details > summary").first();
+    if (await details.count()) { await details.focus(); await page.keyboard.press("Enter"); seen.opened = await page.evaluate(() => document.querySelector("details").open) }
+    await page.evaluate(() => document.querySelectorAll("details").forEach(d => { d.open = true }));
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "report.png") }); await close();
+    return seen;
+  },
+
+  // the index of all runs
+  async index(browser, url) {
+    const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 600 }), seen = { said, requests, orders: {} };
+    const rows = () => page.evaluate(() => [...document.querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[0].querySelector("small").textContent));
+    const statuses = () => page.evaluate(() => [...document.querySelectorAll("tbody tr")].filter(r => !r.hidden).map(r => r.cells[1].textContent));
+    seen.first = await rows(); seen.statuses = await statuses();
+    const took = page.locator("th", { hasText: "took" }), started = page.locator("th", { hasText: "started" });
+    await took.click(); seen.orders.took = await rows(); await took.click(); seen.orders.took_down = await rows();
+    await started.focus(); await page.keyboard.press("Enter"); seen.orders.started = await rows(); await page.keyboard.press(" "); seen.orders.started_down = await rows(); seen.aria = await started.getAttribute("aria-sort"); seen.took_aria = await took.getAttribute("aria-sort");
+    await page.locator("input[type=search]").fill("RUNNING"); seen.filtered = await statuses(); await page.locator("input[type=search]").fill("");
+    await page.locator("body").click({ position: { x: 2, y: 2 } }); seen.tabs = [];
+    for (let i = 0; i < 4; i++) { await page.keyboard.press("Tab"); seen.tabs.push(await page.evaluate(() => document.activeElement.tagName)) }
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "index.png") });
+    await page.setViewportSize({ width: 1300, height: 600 }); await page.locator("tbody a", { hasText: options.follow }).first().click(); await page.waitForLoadState(); seen.followed = await page.textContent("h1"); seen.status = await page.textContent("header .status"); await close();
+    return seen;
+  },
+
+  // camera paths to turn
+  async cameras(browser, url) {
+    const { page, said, requests, close } = await open(browser, url), canvas = page.locator("canvas").first(), seen = { said, requests, steps: {} };
+    const now = () => page.evaluate(() => document.querySelector("canvas").toDataURL()), step = async (name, act) => { const before = await now(); await act(); seen.steps[name] = await now() !== before };
+    seen.drawn = await page.evaluate(() => { const c = document.querySelector("canvas"); return c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v > 0) });
+    await page.keyboard.press("Tab"); seen.focus = await page.evaluate(() => document.activeElement.tagName);
+    for (const k of ["ArrowLeft", "ArrowUp", "+", "-"]) await step(k, () => page.keyboard.press(k));
+    await page.keyboard.press("Tab"); await step("slider", () => page.keyboard.press("Home"));
+    const box = await canvas.boundingBox(); await step("drag", async () => { await page.mouse.move(box.x + 50, box.y + 50); await page.mouse.down(); await page.mouse.move(box.x + 90, box.y + 60); await page.mouse.up() });
+    await step("wheel", async () => { await page.mouse.wheel(0, 200); await wait(200) });
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await close();
     return seen;
   },
 

@@ -29,6 +29,7 @@ check: $(STAMP)  ## before a commit: export, clean, lint
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python -m tools.checks readme --write
+	$(BIN)/python -m camflow.lab.gallery
 	$(BIN)/ruff check .
 
 docs: $(STAMP)  ## the site in _docs, from notebooks, docs/ and the gallery; DOCS=--execute runs the notebooks first

@@ -18,6 +18,7 @@ from camflow.gflow.priors import Answer, depth_of_disparity, gather_priors, kept
 from camflow.gflow.qa import annotations, guarded, judge, rows
 from camflow.gflow.subsample import AlignConfig, AlignedScene, core_depth, normalised
 from camflow.gflow.truth import truth_clip
+from camflow.lab.registry import new_run
 from camflow.media.frames import Depth, Flow, Frames
 
 
@@ -197,6 +198,12 @@ def test_kept_ones_are_found_and_others_made_anew(tmp_path, clip):
     layout.beside(home, "priors.json").unlink()          # killed while writing: the note is missing, what lies there is ours
     layout.write_json(layout.beside(home, "priors.json.part"), {"key": note["key"]})
     assert np.array_equal(kept_priors(home, clip.frames, **how).depth.data, first.depth.data)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, true):
+    (tmp_path/"file").write_text("no folder")
+    with pytest.raises(InputError, match="cannot be made"): write_priors(tmp_path/"file"/"ball"/"ball", true)
+    with pytest.raises(InputError, match="CAMFLOW_REPORTS"): new_run("gflow_fit", root=tmp_path/"file"/"reports")
 
 
 def test_davis_is_organised_once(tmp_path, clip):

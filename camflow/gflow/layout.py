@@ -244,6 +244,8 @@ def write_folders(seq, stems,             # SEQ; names of the frames without end
 def write_frames(seq, frames: Frames, stems=None) -> list: # SEQ; None: 00000, 00001, ...
     "The frames as .png, which loses nothing; returns their names without ending."
     stems = stems or [f"{t:05d}" for t in range(len(frames))]
+    try: Path(seq).mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise InputError(f"{seq} cannot be made ({error.strerror}); GFlow layout; give a folder that can be written") from None
     for stem, image in zip(stems, frames.byte().data): write_image(Path(seq) / f"{stem}.png", image)
     return stems
 

@@ -74,7 +74,8 @@ def new_run(name: str = "scratch",  # name of the run notebook
     now, parameters = datetime.now().astimezone(), parameters or {}
     base = f"{now:%Y%m%d-%H%M%S}-{content_hash([name, parameters, time.time_ns(), os.getpid()], 6)}"
     run_dir = reports_root(root).resolve()/name/base
-    run_dir.mkdir(parents=True)
+    try: run_dir.mkdir(parents=True)
+    except OSError as error: raise InputError(f"{run_dir.parent} cannot be made ({error.strerror}); run {name}; set CAMFLOW_REPORTS to a folder that can be written") from None
     update(run_dir, name=name, id=base, status="running", started=now.isoformat(timespec="seconds"), started_at=time.time(),
            parameters=parameters, process=process_mark(), **info)
     return run_dir

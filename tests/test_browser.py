@@ -145,3 +145,11 @@ def test_camera_paths_turn_by_keyboard(tmp_path):
     page.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>cameras</title><body>{camera_viewer({"path": clip.cameras})}</body></html>')
     seen = drive("cameras", page, tmp_path)
     assert fits(seen) and seen["drawn"] and seen["focus"] == "CANVAS" and all(seen["steps"].values()), seen
+
+
+def test_a_comparison_fits_a_narrow_screen(tmp_path):
+    from camflow.lab.evaluation import compare_page
+    from tests.test_evaluation import long
+    a = long({"psnr": lambda s, g: 20. + s, "a metric with a long name": lambda s, g: 0.1 * s}, 6, 1)
+    compare_page(a, a.assign(value=a["value"] + 1), tmp_path/"c.html", ("first", "second"), n=100)
+    assert fits(drive("report", tmp_path/"c.html", tmp_path))

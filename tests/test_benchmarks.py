@@ -15,6 +15,8 @@ PROMISED = {"rl_cost": ["speedup_vs_flow_grpo", "speedup_vs_cameraflow", "trajec
             "da3_speed": ["cpu_ratio", "reward_ratio", "rays_ratio"], "evaluation_cost": ["cpu_ratio", "memory_ratio", "cache_ratio"],
             "gmflow_speed": ["cpu_ratio", "memory_ratio"],
             "joint_overhead": ["overhead", "inference_overhead", "train_overhead"],
+            "rasteriser_speed": ["ratio_500", "ratio_2k"],
+            "gflow_cost": ["cpu_ratio", "pose_ratio", *(f"{arm}_{name}" for name in ("train_psnr", "novel_psnr", "camera_ate", "mask_J_pooled", "track_delta_avg", "track_movers_delta_avg") for arm in ("fast", "paper"))],
             "cache_throughput": ["first_pass_ratio", "repeat_ratio", "attention_ratio", "memory_growth"]}
 
 

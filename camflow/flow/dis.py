@@ -6,8 +6,6 @@
 __all__ = ['PRESETS', 'SMALLEST', 'searcher', 'tuned_search', 'grey_frames', 'contrast', 'dis_flow']
 
 # %% ../../nbs/flow/12_dis.ipynb #99163d73
-from functools import lru_cache
-
 import numpy as np
 import torch
 
@@ -20,7 +18,7 @@ SMALLEST = 32  # rows and columns that the pyramid wants
 
 # %% ../../nbs/flow/12_dis.ipynb #8d122c36
 def searcher(preset: str = "medium"): # of PRESETS
-    "A dense inverse search on one thread; one object per thread of execution."
+    "A dense inverse search on one thread; a new object for every size of picture, since a small one changes its scales for good."
     import cv2
     if preset not in PRESETS: raise InputError(f"preset {preset!r}; DIS; choose {', '.join(PRESETS)}")
     cv2.setNumThreads(1)
@@ -36,8 +34,6 @@ def tuned_search():
     search.setGradientDescentIterations(20), search.setVariationalRefinementIterations(10)
     return search
 
-
-_searcher = lru_cache(maxsize=None)(searcher)
 
 # %% ../../nbs/flow/12_dis.ipynb #26a503bf
 def grey_frames(frames: Frames) -> np.ndarray: # uint8 [T,H,W]
@@ -64,7 +60,7 @@ def dis_flow(frames: Frames,              # T frames, any size and range
     "Flow of T-1 entries, frame t to t+1; with `bidirectional` (forward, backward), whose entry t leads from frame t+1 to t."
     if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; DIS; give Frames (they carry their value range)")
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; DIS; a flow needs at least two")
-    search, (H, W) = _searcher(preset), frames.size
+    search, (H, W) = searcher(preset), frames.size
     grey = np.pad(grey_frames(frames), ((0, 0), (0, max(0, SMALLEST - H)), (0, max(0, SMALLEST - W))), mode="edge")
     def run(pairs, direction):
         found = np.stack([search.calc(a, b, None)[:H, :W] for a, b in pairs])

@@ -12,7 +12,7 @@ from camflow.assets import list_profiles, list_runs, run_notebook
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = {"rl_cost": ["speedup_vs_flow_grpo", "speedup_vs_cameraflow", "trajectory_memory_ratio", "speedup_vs_flow_grpo_flash", "speedup_vs_cameraflow_flash"], "reward_per_second": ["time_to_reward_ratio", "status"],
             "stereo_speed": ["cpu_ratio", "streaming_ratio", "memory_ratio"], "server_throughput": ["ratio_vs_litserve", "ratio_vs_blocking", "health_p99_ms"],
-            "da3_speed": ["cpu_ratio", "reward_ratio", "rays_ratio"], "evaluation_cost": ["cpu_ratio", "memory_ratio", "cache_ratio"],
+            "da3_speed": ["cpu_ratio", "reward_ratio", "rays_ratio"], "evaluation_cost": ["cpu_ratio", "memory_ratio", "cache_ratio", "sfm_cpu_seconds"],
             "gmflow_speed": ["cpu_ratio", "memory_ratio"],
             "joint_overhead": ["overhead", "inference_overhead", "train_overhead"],
             "rasteriser_speed": ["ratio_500", "ratio_2k"],

@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'camflow.assets': { 'camflow.assets._found': ('assets.html#_found', 'camflow/assets.py'),
                                 'camflow.assets._home': ('assets.html#_home', 'camflow/assets.py'),
                                 'camflow.assets._tiny_homes': ('assets.html#_tiny_homes', 'camflow/assets.py'),
+                                'camflow.assets.licence_note': ('assets.html#licence_note', 'camflow/assets.py'),
                                 'camflow.assets.list_profiles': ('assets.html#list_profiles', 'camflow/assets.py'),
                                 'camflow.assets.list_runs': ('assets.html#list_runs', 'camflow/assets.py'),
                                 'camflow.assets.list_tiny': ('assets.html#list_tiny', 'camflow/assets.py'),

@@ -287,7 +287,7 @@ def hidden_of(config: dict): # full configuration
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
-    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError("tiles belong to data = multicam; clips of the world are encoded whole")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")

@@ -139,7 +139,7 @@ def load_vae(run_dir,    # folder of the run
     vae = starting_vae(start)
     weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
     wrong = vae.load_state_dict({name.removeprefix("vae."): value for name, value in weights.items()}, strict=not start).unexpected_keys
-    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]})")
+    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]}); give the run's own start, or a new run folder")
     return vae.eval(), ckpt
 
 # %% ../../nbs/wan/08_vae_train.ipynb #7b8542f4

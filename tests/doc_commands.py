@@ -6,7 +6,6 @@ the procedural world's writers fill beforehand. What cannot run here is listed w
 """
 import json
 import re
-import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ class How:
     status: int = 0                              # exit status
 
 
-TINY_SD, GMFLOW = (("FOLDER", "data/tiny/joint/image_depth"),), (("FOLDER", "data/tiny/flow"),)
+TINY_SD = (("FOLDER", "data/tiny/joint/image_depth"),)
 RULES = [
     # ---- cannot run here
     How(r"^make (demo|lab|test|docs|test-all)", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
@@ -57,11 +56,10 @@ RULES = [
     How(r"lab\.audit"),
     # ---- with little data, or a small profile behind it
     How(r"gflow_priors -p sequences=PARENT -p depth=da3", add="-p weights=random -p masks=none"), How(r"gflow_priors -p sequences=", add="-p masks=none"),
-    How(r"gflow_fit .*-p sequence=", add="-f smoke -p depth=bootstrap"),
+    How(r"gflow_fit -p sequence=FOLDER", add="-f smoke -p depth=bootstrap", link=(("FOLDER", "SEQ"),)), How(r"gflow_fit .*-p sequence=", add="-f smoke -p depth=bootstrap"),
     How(r"stereo_depth -p left=", add="-p weights=sgbm"),
     How(r"recam_grpo -f servers", add="-p steps=1"),
-    How(r"recam_evaluate -f cameraflow -p 'metrics=\[camera_sfm_global\]'", add="-p weights= -p samples=100"),
-    How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
+    How(r"recam_evaluate -f cameraflow$", "all metrics at once; they run below, one by one"), How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
     How(r"recam_evaluate -p folder=", add="-p 'metrics=[temporal_flickering]' -p samples=100"), How(r"recam_evaluate", add="-f smoke"),
     How(r"joint_sample -p folder=FOLDER", add="-f smoke", link=TINY_SD),
     How(r"joint_finetune -f tiny -p base=base", add="-f smoke -p size=[16,16]", link=(("base", "data/tiny/joint/image_depth"),)),
@@ -136,6 +134,7 @@ def user_folder(folder: Path):
     import torch
 
     from camflow.data.stereo_files import write_image
+    from camflow.data.webvid import write_presets
     from camflow.gflow.layout import write_frames
     from camflow.gflow.truth import truth_clip
     from camflow.media.frames import Frames
@@ -155,7 +154,7 @@ def user_folder(folder: Path):
     rows = [json.loads(line) for page in PAGES for _, body in FENCE.findall(page.read_text(encoding="utf-8")) for line in body.splitlines() if line.startswith('{"video"')]
     (folder/"mine/metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows if "camera" not in r) + "\n")
     musubi = [{"video_path": "clips/a.mp4", "caption": f"Object: {rows[0]['text']}. ; Camera: {rows[0]['script']}"}]
-    for place, name in ((".", "X"), (".", "mine"), (".", "OmniCam-Sep")):
+    for name in ("X", "mine", "OmniCam-Sep"):
         (folder/f"{name}.toml").write_text('[general]\nresolution = [48, 32]\n[[datasets]]\nvideo_jsonl_file = "musubi.jsonl"\ncache_directory = "CACHE_DIRECTORY"\ntarget_frames = [9]\n')
     (folder/"OmniCam").mkdir()
     for place in (folder, folder/"OmniCam"):
@@ -166,6 +165,9 @@ def user_folder(folder: Path):
     shutil.copy(folder/"data/MultiCamVideo-Dataset/metadata.csv", folder/"metadata.csv")
     true = truth_clip("plain", 4, (68, 120))
     for place in ("DAVIS/JPEGImages/480p/bear", "PARENT/bear", "SEQ"): write_frames(folder/place, true.frames)
+    for place in (".WebVID/videos/a.mp4", ".results/cam_type1/a.mp4", ".results/cam_type9/a.mp4"): write_video(folder/place, clip(int(place[1] == "r")))
+    (folder/".WebVID/metadata.csv").write_text("file_name,text\na.mp4,a red room\n")
+    write_presets(folder/".WebVID/cameras/camera_extrinsics.json", 9)
     write_folders(folder/"my_data", stereo_clip(3, frames=4, size=(64, 160)))
     for i in range(3):
         write_image(folder/f"pictures/{i}.png", clip(i).data[0])

@@ -29,7 +29,7 @@ def home(tmp_path_factory):
     for name, module in (("camflow", "-m camflow.lab.cli"), ("python", "")):
         (folder/"bin"/name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         (folder/"bin"/name).chmod(0o755)
-    for page, i, code in BLOCKS:
+    for _, _, code in BLOCKS:
         if "class KeepLight" in code: (folder/"my_rewards.py").write_text(code) # what the page tells the reader to do
         if "write_unreal_json(" in code:                                         # the page before the command that reads it
             (folder/"block.py").write_text(code)

@@ -25,8 +25,7 @@ class How:
     add: str = ""                                # behind the command
     put: tuple = ()                              # pairs (word, its place-taker)
     link: tuple = field(default=(), repr=False)  # pairs (name in the user's folder, what it points to, from the repository's root)
-    says: str = ""                               # must stand in its output
-    status: int = 0                              # exit status
+    why: str = ""                                # of `--dry-run`: why the command is only taken in and checked
 
 
 TINY_SD = (("FOLDER", "data/tiny/joint/image_depth"),)
@@ -51,15 +50,23 @@ RULES = [
     How(r"--dry-run|--parameters|^camflow (weights|doctor|list)", put=(("NAME", "recam_grpo"),)),
     How(r"^camflow serve up servers/cameraflow", "ports and servers of CameraFlow: tests/test_servers.py has its endpoints"),
     How(r"^camflow serve up"), How(r"^camflow serve status"), How(r"^camflow serve down"),
-    How(r"^camflow (resume|rerun) RUN$", put=(("RUN", "@recam_finetune"),)), How(r"^camflow resume (\w+)$", put=((r"resume (\w+)", r"resume @\1"),)),
+    How(r"^camflow (resume|rerun) RUN$", put=(("RUN", "@recam_finetune"),)), How(r"^camflow resume \w+$", "`camflow resume RUN` is executed"),
     How(r"^camflow compare", put=(("RUN_A", "@recam_evaluate"), ("RUN_B", "@recam_evaluate"))),
     How(r"lab\.audit"),
+    # ---- taken in and checked, not executed: another line here executes the same notebook in the same way with other numbers
+    *(How(pattern, add="--dry-run", why=f"{other} is executed") for pattern, other in (
+        (r"recam_grpo -f small -p loss=ppo|recam_grpo -p loss=ppo .*window=2|recam_grpo -p std=|recam_grpo -p k=8", "loss=ppo with kl=0.004"),
+        (r"recam_evaluate -f cameraflow( -p 'metrics=\[(vbench|camera_sfm_global|matched_pixels)\]')?$", "metrics=[text, synchrony, distribution]"),
+        (r"omnicam_generate -p output=both|omnicam_generate -p 'images=\[.room\.png.\]' -p 'cameras=\[.zoom_in", "a picture along a script"), (r"omnicam_finetune -p (timesteps|epochs)", "offload=block"),
+        (r"omnicam_cache .*-p (gc|overlay|take)=|omnicam_cache -p toml=mine", "export"), (r"joint_sample -p (mode=joint|mode=coarse|signal)|joint_sample -p folder=FOLDER -p mode=second", "the other ways of sampling"),
+        (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=FOLDER|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear and of SEQ"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
+        (r"gflow_priors -p sequences=PARENT", "gflow_priors of DAVIS"))),
     # ---- with little data, or a small profile behind it
-    How(r"gflow_priors -p sequences=PARENT -p depth=da3", add="-p weights=random -p masks=none"), How(r"gflow_priors -p sequences=", add="-p masks=none"),
-    How(r"gflow_fit -p sequence=FOLDER", add="-f smoke -p depth=bootstrap", link=(("FOLDER", "SEQ"),)), How(r"gflow_fit .*-p sequence=", add="-f smoke -p depth=bootstrap"),
+    How(r"gflow_priors -p sequences=", add="-p masks=none"),
+    How(r"gflow_fit .*-p sequence=", add="-f smoke -p depth=bootstrap"),
     How(r"stereo_depth -p left=", add="-p weights=sgbm"),
     How(r"recam_grpo -f servers", add="-p steps=1"),
-    How(r"recam_evaluate -f cameraflow$", "all metrics at once; they run below, one by one"), How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
+    How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
     How(r"recam_evaluate -p folder=", add="-p 'metrics=[temporal_flickering]' -p samples=100"), How(r"recam_evaluate", add="-f smoke"),
     How(r"joint_sample -p folder=FOLDER", add="-f smoke", link=TINY_SD),
     How(r"joint_finetune -f tiny -p base=base", add="-f smoke -p size=[16,16]", link=(("base", "data/tiny/joint/image_depth"),)),

@@ -75,9 +75,9 @@ def test_command(command, home, newest):
     begun = time.time()
     done, seconds = bash(line, home)
     for link in links: link.unlink()
-    print(f"{seconds:6.1f} s of CPU: {line}")
+    print(f"{seconds:6.1f} s of CPU: {line}" + (f"   # only checked: {command.how.why}" if command.how.why else ""))
     said = f"$ {line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    assert done.returncode == command.how.status and "Traceback (most recent call last)" not in done.stderr, said
+    assert done.returncode == 0 and "Traceback (most recent call last)" not in done.stderr, said
     if re.match(r"(PYTHONPATH=\. )?camflow (run|rerun|resume) ", line) and "--dry-run" not in line and "--parameters" not in line:
         folder = Path(done.stdout.strip().splitlines()[-1])
         run = Run(folder if folder.is_dir() else folder.parent)

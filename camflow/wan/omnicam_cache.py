@@ -104,7 +104,7 @@ def checked(config: dict): # overrides of DEFAULTS
     unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
     if unknown: raise InputError(f"omnicam_cache: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
     config = {**DEFAULTS, **config}
-    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form")
+    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form; -p toml=FILE")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1)
     tiling(config["tiles"])
     return config

@@ -74,7 +74,7 @@ def checked(config: dict): # overrides of DEFAULTS
     unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
     if unknown: raise InputError(f"multicam_prepare: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
     config = {**DEFAULTS, **config}
-    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set")
+    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1, frames=1, start=0, stride=1)
     tiling(config["tiles"])

@@ -114,7 +114,7 @@ def test_what_would_be_fetched_is_found(tmp_path):
 
 def test_index_of_names(book):
     _, site = page_of(book)
-    assert "- [`write_json`](#camflow.files.write_json):" in names_index(site)
+    assert "- [`write_json`](#camflow.files.write_json):" in names_index(site)["base"]
 
 
 def test_formulas_are_mathml():

@@ -284,17 +284,3 @@ def remove(self: JointAdapter):
     if not getattr(self.model, "peft_config", True): del self.model.peft_config
     del self.model.__dict__["joint_adapter"]
     return self.model
-
-
-@patch
-def save(self: JointAdapter, folder, dtype=None): # to write; of the tensors, None: as trained
-    "joint.json, post.safetensors and one PEFT folder per LoRA."
-    from camflow.joint.adapter_files import save_adapter
-    return save_adapter(self, folder, dtype)
-
-
-@patch(cls_method=True)
-def load(cls: JointAdapter, model: nn.Module, folder): # the network that it was trained on; written by `save`
-    "A saved adapter on its network."
-    from camflow.joint.adapter_files import load_adapter
-    return load_adapter(model, folder)

@@ -102,7 +102,7 @@ def lora_folder(folder: Path, kind: str) -> tuple: # ({layer: Pair}, keys that a
 
 def post_file(folder: Path) -> tuple: # ({block: weight}, other keys)
     "The post projections of model.pth; its LoRAs are in the LoRA files, as the release reads it."
-    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use JointAdapter.load for camflow's own folders")
+    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use load_adapter for camflow's own folders")
     state = torch.load(folder / "model.pth", map_location="cpu", weights_only=True)
     posts = {k.removesuffix(".conv1n.weight"): v for k, v in state.items() if k.endswith(".conv1n.weight")}
     return posts, [f"model.pth: {k}" for k in state if not k.endswith(".conv1n.weight") and "lora" not in k]

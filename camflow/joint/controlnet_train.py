@@ -19,6 +19,7 @@ from .controlnet_sd import control_images, control_loss, control_pipeline, sd_co
 from .controlnet_svd import ControlNetSpatioTemporal, controlled, steered
 from .coupling import coupling, decoded_flows, edge_agreement, motion_agreement, silhouette_agreement, warp_errors
 from .edm import draw_sigmas
+from .models import latent_factor
 from .svd_train import Clips, rate_checked, sample_videos, svd_conditions, svd_loss
 from .timesteps import drop_prompts, null_prompts
 from .tracks import draw_starts, follow, track_maps
@@ -92,7 +93,7 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     "A ControlNet beside its frozen base."
     unet, _, frozen = joint.build(joint_config(config))
     unet.requires_grad_(False).eval().to(device())
-    factor, start = 2 ** (len(frozen.vae.config.block_out_channels) - 1), config["start"]
+    factor, start = latent_factor(frozen.vae), config["start"]
     if config["family"] == "sd":
         from diffusers import ControlNetModel
         controlnet = from_folder(ControlNetModel, start) if start else sd_controlnet(unet, factor, seed=config.get("seed", 0))

@@ -24,7 +24,7 @@ from ..flow.consistency import warp
 from .adapter import joint_blocks
 from .coupling import warp_errors
 from .interpolate import SVDInterpolatePipeline
-from .models import load_sd
+from .models import load_sd, side_multiple
 from .sample import sample_joint, sd_model
 from .schedule import Levels, coarse_schedule
 from .shapes import COLOURS, WALL, overlap, silhouette
@@ -183,7 +183,7 @@ def _call(self, video: Frames,
     "The edited video, from its first keyframe to its last."
     if not isinstance(video, Frames): raise InputError(f"the video is a {type(video).__name__}; VideoEditPipeline; give Frames, whose range is known")
     numbers = keyframe_numbers(keyframes, len(video))
-    k = 2 ** (len(self.vae.config.block_out_channels) - 1 + len(self.unet.config.block_out_channels) - 1)
+    k = side_multiple(self.vae, self.unet)
     if any(n % k for n in video.size): raise InputError(f"{video.size[0]} x {video.size[1]} pixels; VideoEditPipeline; this model takes multiples of {k}")
     g, frozen, self.unet = generator or named_generator(0, "video edit"), Encoders(self.components, "sd"), self.unet.to(device())
     join = join or ("adapter" if self.adapter is not None else "all")

@@ -21,7 +21,7 @@ from .codecs import DepthCodec, FlowCodec, RGBCodec
 from .coupling import pair_scores
 from .data import Crop, Source, apply_crop, depth_estimator, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_depth, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
-from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
+from .models import load_sd, load_svd, save_parts, side_multiple, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
 from .schedule import Levels, coarse_schedule, given_schedule, joint_schedule
 from .timesteps import LossGrid, TimestepSampler, add_noise, drop_joint, drop_prompts, joint_loss, min_snr_weights, null_prompts, snr, target
@@ -300,7 +300,7 @@ def build(config: dict): # full configuration -> (model, adapter or None, Encode
     "Network with or without adapter, and everything frozen."
     parts = parts_of(config)
     model, adapter = parts["unet"], None
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1) * 2 ** (len(model.config.block_out_channels) - 1)
+    factor = side_multiple(parts["vae"], model)
     if any(n % factor for n in config["size"]): raise InputError(f"size={config['size']}; joint_finetune; sides must be multiples of {factor} for this model")
     if config["mode"] == "joint":
         if config["start"]: adapter = load_adapter(model, config["start"])

@@ -18,8 +18,8 @@ from fastapi import FastAPI, Request, Response
 
 from ..files import InputError
 from ..rewards.wire import Limits, decode_file, open_allowed
-from .app import Refused, expected, in_memory, parse, permitted, told
 from .batcher import QueueFull
+from .http import Refused, expected, in_memory, parse, permitted, told
 from .worker import Broken
 
 # %% ../../nbs/servers/04_cameraflow.ipynb #03b83ac6

@@ -281,10 +281,10 @@ def encode_clips(cache: LatentCache, jobs,   # of this process
     return done
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #53d9cdac
-def _open(folder, kind, identity, rank, wait, drop_bad=True):
+def _open(folder, kind, identity, rank, wait):
     "(cache of exactly this identity, damaged files that were removed)."
     where, dropped = Path(folder)/kind/content_hash(identity), []
-    if rank == 0: dropped = LatentCache(where, identity, drop_bad=drop_bad).dropped
+    if rank == 0: dropped = LatentCache(where, identity, drop_bad=True).dropped
     wait()
     return LatentCache(where, identity), dropped
 

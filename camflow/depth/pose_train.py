@@ -27,6 +27,7 @@ from ..device import generator, ranks_share
 from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
 from ..flow.dis import contrast, tuned_search
 from ..media.frames import Frames
+from ..training.checkpoint import save_folder
 
 # %% ../../nbs/depth/02_pose_train.ipynb #f37cd2fd
 _searcher = lru_cache(maxsize=1)(tuned_search)
@@ -348,9 +349,8 @@ def save_pose(model: PoseNet, folder, notes: str = "", numbers: dict | None = No
     "Writes config.json, model.safetensors (float16) and card.md."
     folder = Path(folder)
     c = model.da3.config
-    write_json(folder / "config.json", {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)})
-    state = {k: v.detach().to("cpu", torch.float16).contiguous().clone() for k, v in model.state_dict().items()}
-    with atomic_write(folder / "model.safetensors") as file: file.write(save(state))
+    about = {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)}
+    save_folder(folder, model.state_dict(), about)
     with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers))
     if numbers is not None: write_json(folder / "metrics.json", numbers)
 
@@ -431,7 +431,7 @@ def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True,
     config, ckpt = {**DEFAULTS, **config}, load_checkpoint(Path(run_dir) / "checkpoints")
     model = start(PoseNet(config["width"], config["depth"]), generator(config["seed"], "init")).eval()
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    load_state(model, {**frozen, **ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}")
+    load_state(model, {**frozen, **ckpt.weights}, f"checkpoint {ckpt.step}")
     more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
     save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
     return model

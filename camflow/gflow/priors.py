@@ -311,8 +311,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
                   weights=None,            # of the depth network: folder, or "random"
                   flow_weights=None,       # of flow="gmflow": path; None: the tiny one
                   prompt=None,             # bool [H,W]: user's mask in the first frame; None: SEQ_mask of `folder`, if there is one
-                  options=None,            # dict for the depth estimator
-                  mask_options=None) -> Priors: # dict for the mask prior
+                  options=None) -> Priors: # dict for the depth estimator
     "Everything that the fit needs, checked."
     if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; gather_priors; give Frames (one size for all, and a known value range)")
     frames, T = Frames(frames.byte().data.cpu().expand(-1, 3, -1, -1).contiguous(), "byte", frames.fps), len(frames)
@@ -331,7 +330,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
     priors = Priors(frames, known_depth(answer.depth, frames, f"depth prior {_named(depth)!r}"), known_K(K_33), *ask.flows, None, answer.c2w_T44,
                     known_mask(prompt, frames.size, "the user's mask"), ask.numbers, names)
     if masks is None: return priors
-    moving = masks if isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")(priors, truth, folder, **(mask_options or {}))
+    moving = masks if isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")(priors, truth, folder)
     return replace(priors, moving=known_mask(moving, (T, *frames.size), "the moving mask"))
 
 

@@ -210,7 +210,7 @@ def trained_controlnet(run_dir, config=None): # folder of a run; None: its confi
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     controlnet, unet, frozen = build(config)
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
-    load_strict(controlnet.state_dict(), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.path}")
+    load_strict(controlnet.state_dict(), ckpt.weights, f"checkpoint {ckpt.path}")
     return controlnet.eval().to(device()), unet, frozen, codecs_of(config), config
 
 

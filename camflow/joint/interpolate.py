@@ -111,7 +111,7 @@ def sample_between(model,                    # of `single_model`, `fusion_model`
                    repeats: int = 1,         # times a step is taken
                    repeat_until: float = 0.5, # share of the steps that are repeated
                    renoise=None,             # (step, repeat, shape) -> unit noise; None: drawn from a fixed seed
-                   callback=None):           # (step, latents)
+                   ):
     "Video latents between two pictures."
     if repeats < 1 or not 0 <= repeat_until <= 1: raise InputError(f"repeats={repeats}, repeat_until={repeat_until}; sample_between; at least 1, and a share of the steps")
     if noise_BFCHW.shape[1] < 2: raise InputError(f"{noise_BFCHW.shape[1]} frame; sample_between; an interpolation has at least two")
@@ -131,7 +131,6 @@ def sample_between(model,                    # of `single_model`, `fusion_model`
                 spread = (levels.sigma(step) ** 2 - levels.sigma(step + 1) ** 2) ** 0.5
                 x = held(x_next + spread * renoise(step, repeat, x.shape).to(x), step)
         x = x_next
-        if callback is not None: callback(step, x)
     return x
 
 # %% ../../nbs/joint/40_interpolate.ipynb #8b8f2f61

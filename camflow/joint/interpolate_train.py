@@ -146,13 +146,11 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
 # %% ../../nbs/joint/43_interpolate_train.ipynb #c00d8bb7
 def interpolator(run_dir, config=None): # folder of a run; None: its config.json -> (network, base or None, Encoders, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     run_dir = Path(run_dir)
     config = configuration(config or read_json(run_dir/"config.json"), DEFAULTS)
     model, base, frozen = build(config)
-    ckpt, own = load_checkpoint(run_dir/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval().to(device()), base, frozen, config
 
 

@@ -50,8 +50,9 @@ def _covered(shape, t: float, size, oversample: int): # bool [H * oversample, W 
     return dx.square() + dy.square() < radius**2 if kind == "disc" else torch.maximum(dx.abs(), dy.abs()) < 0.89 * radius
 
 
-def _draw(shapes, wall, t: float, size, oversample: int = 3):
+def _draw(shapes, wall, t: float, size):
     "(image [3,H,W], inverse depth [1,H,W], flow [2,H,W])."
+    oversample = 3
     big = [n * oversample for n in size]
     colour = lambda name, d: torch.tensor(colorsys.hsv_to_rgb(COLOURS[name], 0.75, 0.25 + 0.75 * d))[:, None, None]
     image, inverse, flow = colour(wall, WALL + 0.2).expand(3, *big).clone(), torch.full((1, *big), WALL), torch.zeros(2, *big)

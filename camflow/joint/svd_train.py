@@ -234,13 +234,11 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
 # %% ../../nbs/joint/31_svd_train.ipynb #2930fee5
 def finetuned(run_dir, config=None): # folder of a run; None: its config.json -> (network, Encoders, codecs, mapping, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     run_dir = Path(run_dir)
     config = configuration({k: v for k, v in (config or read_json(run_dir/"config.json")).items()}, DEFAULTS)
     model, frozen, codecs = build(config)
-    ckpt, own = load_checkpoint(run_dir/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval().to(device()), frozen, codecs, load_map(run_dir/"motion_map.json"), config
 
 

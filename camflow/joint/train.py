@@ -348,12 +348,10 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 # %% ../../nbs/joint/24_train.ipynb #f1134d98
 def trained_joint(run_dir, config=None): # folder of a run; None: its config.json -> (model, adapter, Encoders, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     model, adapter, frozen = build(config)
-    ckpt, own = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval(), adapter, frozen, config
 
 

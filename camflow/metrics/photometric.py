@@ -329,11 +329,11 @@ def _apart(a, b, degrees, metres): # two paths
     return any(d > degrees or m > metres for d, m in (pose_difference(p, q) for p, q in zip(a, b)))
 
 
-def _best(level, paths, steps, keep, degrees=2., metres=.2):
+def _best(level, paths, steps, keep): # paths are another if 2 degrees or 0.2 m apart
     "The `keep` best of the paths after some steps, each different from the better ones."
     found, kept = sorted(((level.score(looks), [k.c2w for k in looks]) for looks in (solve(level, p, steps) for p in paths)), key=lambda item: item[0]), []
     for _, path in found:
-        if len(kept) < keep and all(_apart(path, other, degrees, metres) for other in kept): kept.append(path)
+        if len(kept) < keep and all(_apart(path, other, 2., .2) for other in kept): kept.append(path)
     return kept
 
 # %% ../../nbs/metrics/03_photometric.ipynb #f201090a

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # %% ../../nbs/rewards/02_appearance.ipynb #51181adc
 def statistics(frames  # Frames or uint8 [T,3,H,W]
@@ -51,9 +51,7 @@ class AppearanceReward:
     floor: float = 1e-3   # a property counts at least this much
     name: str = "appearance"
 
-    def __call__(self, samples: list) -> Scores:
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
     def one(self, sample):
         "(value, status, details) of one sample."

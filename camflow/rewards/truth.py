@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..files import InputError
 from ..metrics.perceptual import psnr, ssim
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # %% ../../nbs/rewards/11_truth.ipynb #c3fe769d
 MEASURES = ("psnr", "ssim", "error")
@@ -29,9 +29,7 @@ class TruthReward:
         if self.measure not in MEASURES: raise InputError(f"measure {self.measure!r}; TruthReward; one of {', '.join(MEASURES)}")
         if self.skip < 0 or not self.limit > 0: raise InputError(f"skip={self.skip}, limit={self.limit}; TruthReward; skip at least 0, limit above 0")
 
-    def __call__(self, samples: list) -> Scores:
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
     def one(self, sample):
         "(value, status, details) of one sample."

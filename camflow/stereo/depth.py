@@ -39,9 +39,9 @@ MATCHING = ("left", "right", "layout", "squeezed", "swap", "calibration", "unit"
 
 def checked(config: dict) -> dict: # any of DEFAULTS
     "All settings, refused early when they make no sense."
-    unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
-    if unknown: raise InputError(f"stereo depth: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    from camflow.training.loop import settings
+    given = settings(config, DEFAULTS, "stereo depth")
+    config = {name: given[name] for name in DEFAULTS}
     wrong = [f"{k}={config[k]} must be at least {low}" for k, low in dict(window=1, overlap=0, iters=1, max_size=0, min_disparity=-1, start=0, limit=0, ply=0, max_depth=0, fps=0).items() if not config[k] >= low]
     if config["overlap"] >= config["window"] and not config["compat"]: wrong.append(f"overlap={config['overlap']} must be smaller than window={config['window']}")
     if config["precision"] not in ("float32", "float16"): wrong.append(f"precision={config['precision']!r} must be float32 or float16")

@@ -50,8 +50,9 @@ DEFAULTS = dict(protocol="world", root="", weights="", methods=["network", "per_
 
 def settled(config: dict): # any of DEFAULTS
     "The configuration with defaults and the protocol's numbers filled in; contradictions are errors."
-    if unknown := sorted(set(config) - set(DEFAULTS) - {"resume", "module"}): raise InputError(f"stereo evaluation: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    from camflow.training.loop import settings
+    given = settings(config, DEFAULTS, "stereo evaluation")
+    config = {name: given[name] for name in DEFAULTS}
     if config["protocol"] not in PROTOCOLS: raise InputError(f"protocol {config['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[config["protocol"]]
     changed = sorted(k for k in protocol if config.get(k) is not None and config[k] != protocol[k])

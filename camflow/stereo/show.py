@@ -70,15 +70,15 @@ def colours(map_HW,           # values, NaN where unknown
     return torch.from_numpy(np.where(known[..., None], picture, hatch[..., None])).permute(2, 0, 1).contiguous()
 
 
-def coloured(maps, scale: Scale, fps=None, name: str = "turbo") -> Frames: # [T,1,H,W]; of the clip; frames per second
+def coloured(maps, scale: Scale, fps=None) -> Frames: # [T,1,H,W]; of the clip; frames per second
     "A short clip in colours."
-    return Frames(torch.stack([colours(m, scale, name) for m in maps]), "byte", fps)
+    return Frames(torch.stack([colours(m, scale) for m in maps]), "byte", fps)
 
 # %% ../../nbs/stereo/10_show.ipynb #00149dfb
-def colour_bar(scale: Scale, width: int = 320, name: str = "turbo"): # px
+def colour_bar(scale: Scale, width: int = 320): # px
     "uint8 [3,34,width]: the colours with their numbers."
     from PIL import Image, ImageDraw, ImageFont
-    bar = colours(np.linspace(scale.low, scale.high, width)[None].repeat(16, 0), scale, name)
+    bar = colours(np.linspace(scale.low, scale.high, width)[None].repeat(16, 0), scale)
     strip = Image.new("RGB", (width, 18), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(11)
     for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):

@@ -28,8 +28,8 @@ from .conditions import Hidden, hide
 from .recam import ReCamTransformer3DModel, from_wan, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
-from .vae import decode_latents, encode_as, tiling, tiny_vae
-from .vae_train import WorldBank, signed
+from .vae import decode_latents, encode_as, signed, tiling, tiny_vae
+from .vae_train import WorldBank
 from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, S scenes, N cameras, C channels, f latent frames, h w latent rows and columns, L tokens, D width
@@ -365,7 +365,7 @@ def load_trained(run_dir, model, trained="all", lora_rank=16): # folder of the r
     "Fills in the newest checkpoint's averaged (else live) weights; returns the checkpoint."
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
     chosen = prepare_trained(model, trained, lora_rank)
-    weights, own = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, model.state_dict()
+    weights, own = ckpt.weights, model.state_dict()
     trained_names = {name for name, _ in model.named_parameters() if chosen(name)} | (weights.keys() & own.keys())
     load_strict({name: own[name] for name in own if name in trained_names}, weights, f"checkpoint {ckpt.path}")
     if trained == "lora": model.fuse_lora(); model.unload_lora()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATES', 'random_segment', 'random_script', 'training_paths', 'ImageClips', 'with_mask', 'lens', 'vae_identity',
-           'depth_identity', 'signed', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem',
-           'read_items', 'file_latents']
+           'depth_identity', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem', 'read_items',
+           'file_latents']
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #fe358db8
 import json
@@ -31,7 +31,7 @@ from .i2v_condition import given_mask, image_condition
 from .depth_warp import warp_latents
 from .omnicam import camera_rays, with_warp
 from .text import TextEncoder
-from .vae import encode_video
+from .vae import encode_video, signed
 from ..world.clips import DETAIL, FPS, random_move, scene_clips
 from ..world.render import default_K
 from ..world.scene import random_scene
@@ -144,11 +144,6 @@ def vae_identity(vae):
 def depth_identity(depth): # MonoNet or None
     "What warped first frames depend on."
     return {} if depth is None else {"depth": fingerprint(depth.state_dict())}
-
-
-def signed(frames_NT3HW): # uint8 array
-    "Float video [N,3,T,H,W] in -1..1."
-    return torch.from_numpy(frames_NT3HW).float().div_(127.5).sub_(1).transpose(1, 2)
 
 
 def world_clips(seed: int, cameras: int = 4, frames: int = 9, size=(48, 80)): # of the scene; (H, W)

@@ -22,12 +22,12 @@ from ..training.loop import configuration
 from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
-from .evaluate import camera_error, frame_psnr, signed, to_bytes
+from .evaluate import camera_error, frame_psnr
 from .depth_warp import model_camera, restore_detail
 from .i2v_condition import image_condition
 from .omnicam_clips import lens
 from .omnicam_train import DEFAULTS, depth_net, parts, sample
-from .vae import decode_latents
+from .vae import decode_latents, signed, to_bytes
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
 

@@ -30,7 +30,7 @@ from ..media.frames import Frames
 from ..media.images import picture_facts, read_first_frame
 from ..media.video import write_video
 from ..training.checkpoint import from_folder
-from ..training.loop import at_least, run_main
+from ..training.loop import at_least, run_main, settings
 from .lora import load_lora
 from .depth_warp import model_camera, restore_detail
 from .omnicam import OmniCamBlock
@@ -312,9 +312,7 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
          parts=None):           # a Generator; None: of `weights`
     "Films every image with every camera; what is there already is kept. Returns counts."
     from safetensors.torch import save
-    unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
-    if unknown: raise InputError(f"omnicam_generate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
-    config, results = checked({**DEFAULTS, **config}), Path(run_dir)/"results"
+    config, results = checked(settings(config, DEFAULTS, "omnicam_generate")), Path(run_dir)/"results"
     if config["latents"]: return decode_files(config, results, parts)
     pictures = {Path(p): read_first_frame(p).data[0] for p in config["images"]}        # all input is read before the first network runs
     asked = named_cameras(config["cameras"])

@@ -112,12 +112,12 @@ def _poses(scene, times):
 HUES = {"red": 0.0, "orange": 0.075, "yellow": 0.15, "green": 0.35, "turquoise": 0.48, "blue": 0.6, "purple": 0.76, "pink": 0.9}
 
 
-def _palette(rng, name, strength=1.0):
+def _palette(rng, name):
     "Three RGB colours [3,3]: two of the named hue, one far from it."
     hue = HUES[name] + rng.uniform(-0.02, 0.02)
-    first = colorsys.hsv_to_rgb(hue % 1, strength * rng.uniform(.75, .95), rng.uniform(.75, .95))
-    second = colorsys.hsv_to_rgb((hue + rng.uniform(-.03, .03)) % 1, strength * rng.uniform(.8, 1.), rng.uniform(.3, .5))
-    third = colorsys.hsv_to_rgb((hue + rng.uniform(.25, .75)) % 1, strength * rng.uniform(.3, .9), rng.uniform(.5, 1.))
+    first = colorsys.hsv_to_rgb(hue % 1, rng.uniform(.75, .95), rng.uniform(.75, .95))
+    second = colorsys.hsv_to_rgb((hue + rng.uniform(-.03, .03)) % 1, rng.uniform(.8, 1.), rng.uniform(.3, .5))
+    third = colorsys.hsv_to_rgb((hue + rng.uniform(.25, .75)) % 1, rng.uniform(.3, .9), rng.uniform(.5, 1.))
     return np.array([first, second, third])
 
 # %% ../../nbs/world/00_scene.ipynb #f9ef96c9

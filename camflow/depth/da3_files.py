@@ -68,7 +68,7 @@ def published_names(raw: dict  # tensors of a raw training checkpoint
     return found
 
 # %% ../../nbs/depth/06_da3_files.ipynb #ca75f8be
-def load_state(model: nn.Module, state: dict, where: str = "the state dict") -> nn.Module:
+def load_state(model: nn.Module, state: dict, where: str = "the state dict") -> nn.Module:  # filled in place; {name: tensor}; for the message
     "Strict load of tensors with or without the published prefix; Gaussian-head tensors of the giant model are left aside."
     state = {k.removeprefix("model."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if "gs_head" not in k.split(".")[:2]}
@@ -112,7 +112,7 @@ def load_da3(folder  # config.json and model.safetensors: of `save_da3`, or a pu
     return load_state(model, read_tensors(folder/"model.safetensors"), str(folder)).eval()
 
 # %% ../../nbs/depth/06_da3_files.ipynb #87c67738
-def save_da3(model: nn.Module, folder, dtype=torch.float16):
+def save_da3(model: nn.Module, folder, dtype=torch.float16):  # a DepthAnything3 or NestedDA3; to write; of what is stored
     "Writes config.json and model.safetensors (published names)."
     parts = {"config": model.da3.config, "metric": model.da3_metric.config} if isinstance(model, NestedDA3) else {"config": model.config}
     state = {f"model.{k}": v for k, v in model.state_dict().items()}

@@ -60,7 +60,7 @@ def robust_pose(pixels_N2,          # where the points are seen
                 weight_N,           # 0..1
                 lens,               # (fx, fy, cx, cy) in pixels
                 w2c_44,             # start
-                iterations=15):
+                iterations=15):     # of Gauss-Newton
     "(world-to-camera [4,4] that projects the points to their pixels; share of the weight that kept its vote)."
     fx, fy, cx, cy = lens
     T, total, zero = w2c_44, weight_N.sum(), np.zeros(len(points_N3))

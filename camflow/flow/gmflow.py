@@ -28,10 +28,10 @@ from ..media.frames import Flow, Frames
 @dataclass(frozen=True)
 class GMFlowConfig:
     "What fixes the network; the reference's names where it has one."
-    feature_channels: int = 128
+    feature_channels: int = 128               # width of the features
     num_scales: int = 2                       # 1: 1/8; 2: 1/8 and 1/4
-    num_transformer_layers: int = 6
-    ffn_dim_expansion: int = 4
+    num_transformer_layers: int = 6           # pairs of self- and cross-attention
+    ffn_dim_expansion: int = 4                # of the feed-forward part
     reg_refine: bool = True                   # refinement steps; without: a convex upsampler
     num_reg_refine: int = 6                   # how many
     attn_splits: tuple | None = None          # windows per axis, per scale; None: (2,) or (2, 8)
@@ -211,7 +211,7 @@ def load_gmflow(path # published .pth, .safetensors, or our folder
     return load_whole(GMFlow(config), state, str(path)).eval()
 
 
-def save_gmflow(model: GMFlow,
+def save_gmflow(model: GMFlow,        # the network
                 folder,               # gets config.json and model.safetensors
                 half: bool = True):   # store in float16
     "Writes a folder that `load_gmflow` reads."
@@ -220,7 +220,7 @@ def save_gmflow(model: GMFlow,
 # %% ../../nbs/flow/04_gmflow.ipynb #e64ed0bf
 def working_size(size: tuple,     # (H, W) of the frames
                  wanted,          # (H, W) asked for, landscape; None: as they are
-                 multiple: int = 32) -> tuple:
+                 multiple: int = 32) -> tuple:  # of both sides
     "(rows, columns) the network sees, after turning portrait frames."
     H, W = (min(size), max(size)) if wanted is None else tuple(int(n) for n in wanted)
     if min(H, W) < 1: raise InputError(f"size {wanted}; gmflow_flow; give (H, W) of at least one pixel")

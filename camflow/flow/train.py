@@ -153,7 +153,12 @@ Held-out clips ({held_out} + {held_out_scenes}), mean end-point error in pixels 
 """
 
 
-def write_model(model, folder, config: dict, numbers: dict, steps: int, minutes: float):
+def write_model(model,          # the trained network
+                folder,         # to write
+                config: dict,   # of the run
+                numbers: dict,  # held-out, for the card
+                steps: int,     # that were trained
+                minutes: float):  # of CPU; NaN: not known
     "Writes config.json, model.safetensors (float16) and card.md."
     save_gmflow(model, folder)
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items() if isinstance(value, float))

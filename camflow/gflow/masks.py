@@ -121,7 +121,7 @@ def jaccard(mask_THW, truth_THW): # bool
 def epipolar_error(flow_2HW,              # pixels
                    compat: bool = False,  # GFlow's estimator, from all pixels, and its measure: squared, in half pictures, divided by the largest
                    sample: int = 3000,    # pixels used otherwise
-                   seed: int = 0):
+                   seed: int = 0):        # of the sample
     "Sampson distance of every pixel, pixels [H,W]; NaN everywhere if no matrix was found."
     import cv2
     flow = np.asarray(flow_2HW, np.float64)

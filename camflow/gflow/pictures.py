@@ -150,7 +150,7 @@ def _mask_video(masks_THW, fps): return Frames(torch.as_tensor(np.asarray(masks_
 
 
 
-def write_pictures(folder, tl: Timeline,
+def write_pictures(folder, tl: Timeline,      # to write; the timeline
                    frames: Frames = None,     # the source clip, for trajectories upon it; None: upon the rendering
                    fps: float = 5,            # of the videos; the original's
                    images: bool = True,       # single pictures too

@@ -134,7 +134,7 @@ class Answer:
     "What is known of the depth of a clip."
     depth: Depth            # of the frames' length, any size
     K_33: Any = None        # pixels of the frames
-    c2w_T44: Any = None
+    c2w_T44: Any = None     # poses, if the depth prior knows them
     note: str = ""          # what a reader should know
 
 
@@ -250,7 +250,7 @@ def _two_way(flow, ask: Ask):
     return *estimate_flow(flow if callable(flow) else load_flow(flow), frames, bidirectional=True), None, None
 
 
-def both_flows(flow, ask: Ask):
+def both_flows(flow, ask: Ask):  # name, path, arrays or estimator; the clip
     "(forward, backward, hidden forward, hidden backward), checked; hidden where the way there and back misses the start by a pixel and more."
     found = _two_way(flow, ask)
     if len(found) != 4: raise InputError(f"{len(found)} arrays as flow; gather_priors; give (forward, backward) or (forward, backward, hidden forward, hidden backward)")

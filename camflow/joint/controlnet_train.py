@@ -101,7 +101,7 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     return controlnet.requires_grad_(True), unet, frozen
 
 
-def sd_step(unet, frozen, config: dict):
+def sd_step(unet, frozen, config: dict):  # the network; of `Encoders`; the full configuration
     "(controlnet, batch, generator) -> (loss, numbers), depth to image."
     scheduler, null = frozen.parts["scheduler"], frozen.text([""])
     def step(controlnet, batch, g):
@@ -126,7 +126,7 @@ def steering_pictures(config: dict, codecs: dict, coded_BF3HW, g) -> torch.Tenso
     return torch.stack(maps).to(coded_BF3HW)
 
 
-def svd_step(unet, frozen, codecs: dict, config: dict):
+def svd_step(unet, frozen, codecs: dict, config: dict):  # the network; of `Encoders`; {modality: codec}; the full configuration
     "(controlnet, batch, generator) -> (loss, numbers), to video."
     def step(controlnet, batch, g):
         video, coded = batch[0].to(device()).chunk(2)

@@ -126,7 +126,7 @@ def cycle(x, make,       # first halves; (name of the given half, its samples) -
 
 
 def plot_curves(records: list,  # dicts with "step" and, per direction, a `coupling`
-                ax=None):
+                ax=None):       # matplotlib axes; None: new ones
     "Paired (solid) and shuffled (dotted) agreement over training."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]

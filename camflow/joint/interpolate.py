@@ -106,7 +106,7 @@ def fusion_model(unet, first_BCHW, last_BCHW, embeds_B2D, ids_B3, # of `end_cond
 def sample_between(model,                    # of `single_model`, `fusion_model`
                    noise_BFCHW,              # unit variance
                    scheduler=None,           # None: `svd_scheduler()`
-                   steps: int = 25,
+                   steps: int = 25,           # calls of the network
                    hold=None,                # (first, last) [B,C,h,w] with the VAE's factor: frames 0 and F-1 end as these
                    repeats: int = 1,         # times a step is taken
                    repeat_until: float = 0.5, # share of the steps that are repeated
@@ -137,8 +137,8 @@ def sample_between(model,                    # of `single_model`, `fusion_model`
 @dataclass
 class InterpolateOutput(BaseOutput):
     "`frames`: what `output_type` asks for; `mode`: how it was made."
-    frames: object
-    mode: str
+    frames: object  # Frames, pictures or latents
+    mode: str  # single or fusion
 
 
 def one_picture(value, name: str) -> Frames: # Frames of one picture or a Pillow image; its name in messages
@@ -167,7 +167,7 @@ class SVDInterpolatePipeline(DiffusionPipeline):
     "First and last picture to video."
     model_cpu_offload_seq = "image_encoder->unet->vae"
 
-    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler,
+    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler,  # its VAE; CLIP's image half; CLIP's preprocessing; the network; of diffusers
                  mode: str = "fusion",       # "single": the network was trained for both ends
                  between: str = "zeros",     # as trained, single only
                  frames: int | None = None,  # of a video; None: the network's own

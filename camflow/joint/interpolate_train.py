@@ -74,7 +74,13 @@ def conditions_of(frozen, video_BF3HW, config: dict, g=None): # generator of the
     return first, last, embeds, ids
 
 
-def interpolation_loss(model, base, latents_BFCHW, conditions: tuple, sigma_B, noise_BFCHW, config: dict):
+def interpolation_loss(model,              # the network
+                       base,               # frozen forward pass of a twin; None: a single network
+                       latents_BFCHW,      # clean
+                       conditions: tuple,  # of `conditions_of`
+                       sigma_B,            # noise level of each sample
+                       noise_BFCHW,        # unit variance
+                       config: dict):      # the full configuration
     "(loss, of each sample [B]); `base` is the frozen forward pass of a twin."
     first, last, embeds, ids = conditions
     noisy, t = edm_noise(latents_BFCHW, noise_BFCHW, sigma_B), precondition(sigma_B).c_noise

@@ -107,7 +107,9 @@ def edit_keyframes(frozen,                         # joint.train.Encoders of Sta
                    strength: float = 0.7,          # 0 keeps, 1 forgets
                    join: str = "all",              # "none", "all" or "first" (shared attention), "adapter"
                    start: str = "shared",          # "noise" of each keyframe, one "shared" by a video's, "inverted"
-                   steps: int = 50, guidance_scale: float = 7.5, negative_prompt: str = "",
+                   steps: int = 50,              # calls of the network
+                   guidance_scale: float = 7.5,  # of the text; 1: none
+                   negative_prompt: str = "",    # what it shall not show
                    adapter=None, model: str | None = None, joint_scale: float = 1.0, # JointAdapter on `unet`; its model for pairs of frames, None: its only one
                    masks_KB1hw=None,               # 1 edit, 0 keep, at the size of the latents
                    g: torch.Generator | None = None) -> torch.Tensor: # None: a fixed one -> [K,B,3,H,W]
@@ -139,16 +141,16 @@ def edit_keyframes(frozen,                         # joint.train.Encoders of Sta
 @dataclass
 class VideoEditOutput(BaseOutput):
     "`frames` from the first keyframe to the last; `keyframes` edited; `numbers` of them in the source."
-    frames: Frames
-    keyframes: Frames
-    numbers: list
+    frames: Frames  # from the first keyframe to the last
+    keyframes: Frames  # edited
+    numbers: list  # of the keyframes in the source
 
 
 class VideoEditPipeline(DiffusionPipeline):
     "Keyframes on Stable Diffusion, frames between on Stable Video Diffusion."
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
-    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler,
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler,  # its VAE; CLIP's text half; of the text encoder; the network; of diffusers
                  interpolator: SVDInterpolatePipeline | None = None, # None: only keyframes are made
                  adapter=None):                                      # JointAdapter on `unet`
         super().__init__()
@@ -198,7 +200,7 @@ def _call(self, video: Frames,
 VideoEditPipeline.__call__ = _call
 
 
-def between_keyframes(pipe: SVDInterpolatePipeline,
+def between_keyframes(pipe: SVDInterpolatePipeline,           # between two pictures
                       keyframes: Frames, numbers: list,  # K pictures; their places
                       g=None, fps=None, **options) -> Frames: # of the pipeline; numbers[-1] - numbers[0] + 1 frames
     "Keyframes at their places, interpolations between neighbours."

@@ -31,8 +31,8 @@ from ..media.frames import Depth, Flow, Frames, from_pil, to_pil
 @dataclass
 class JointOutput(BaseOutput):
     "`modalities`: {name: what `output_type` asks for}; `schedule`: the path that was sampled."
-    modalities: dict
-    schedule: object
+    modalities: dict  # {name: what `output_type` asks for}
+    schedule: object  # the path that was sampled
 
 
 def coded(value, codec, name: str, size) -> torch.Tensor: # signed [T,3,H,W]
@@ -199,7 +199,12 @@ class JointVideoPipeline(_Joint):
     family, told = "svd", ("condition", "flow_bucket")
     model_cpu_offload_seq = "image_encoder->unet->vae"
 
-    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler, adapter=None,
+    def __init__(self, vae,                # its VAE
+                       image_encoder,      # CLIP's image half
+                       feature_extractor,  # CLIP's preprocessing
+                       unet,               # the network
+                       scheduler,          # of diffusers
+                       adapter=None,       # on the network; None: none
                  names=("video", "flow"), codecs: dict | None = None,  # default RGB, "flow": FlowCodec, "depth": DepthCodec
                  condition: str = "first",                              # "none": trained without picture, as joint_finetune's condition
                  flow_bucket: float | None = None):                     # motion bucket that flow was trained with; None: the call's

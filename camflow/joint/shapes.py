@@ -28,7 +28,7 @@ class ShapeClip:
     frames: Frames      # unit
     depth: Depth        # metric, metres
     flow: Flow | None   # forward, T-1 entries; None for one frame
-    caption: str
+    caption: str        # what it shows
 
 
 def _shape(g, fast: float, size): # of this clip; pixels per frame; (H, W)
@@ -70,7 +70,7 @@ def shape_clip(seed: int,             # of the clip
                frames: int = 1,       # T
                shapes: int = 1,       # at most
                fast: float = 1.2,     # highest speed, pixels per frame at 16 rows
-               fps: float = 7.0) -> ShapeClip:
+               fps: float = 7.0) -> ShapeClip:  # frames per second
     "One clip of the family."
     if frames < 1 or min(size) < 8: raise InputError(f"{frames} frames of {size}; shape_clip; at least one frame of 8 x 8")
     g, names = generator(seed, "shapes"), list(COLOURS)

@@ -72,7 +72,7 @@ def code_hash() -> str:
     return content_hash([[p.name, sha256_file(p)] for p in files])
 
 
-def weights_hash(network: nn.Module) -> str:
+def weights_hash(network: nn.Module) -> str:  # the network
     "A network's weights: the published file's hash, else that of the tensors."
     known = getattr(network, "weights_id", "given")
     if known not in ("random", "given"): return known
@@ -83,7 +83,7 @@ def weights_hash(network: nn.Module) -> str:
     return f"{known}:{digest.hexdigest()[:16]}"
 
 
-def describe(obj):
+def describe(obj):  # any setting
     "JSON-ready account of what an object was made with: settings by value, networks by their weights, arrays by their bytes."
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
     if isinstance(obj, (list, tuple, set)): return [describe(x) for x in obj]
@@ -118,13 +118,13 @@ class Feature:
     def pick(self, found, wanted): return found       # that part of them
 
 # %% ../../nbs/metrics/31_features.ipynb #f4aeb569
-def clip_own(x, side):
+def clip_own(x, side):  # [T,3,H,W] bytes; pixels that the network sees
     "CLIP's own preprocessing."
     from camflow.metrics.clip import clip_images # transformers takes seconds to import: only who needs it waits
     return clip_images(x, side)
 
 
-def stills(x, protocol):
+def stills(x, protocol):  # [T,3,H,W] bytes; one of i3d.FVD_INPUTS
     "Bytes of the size that I3D sees, for one of i3d.FVD_INPUTS."
     from camflow.metrics.i3d import fvd_clip
     clip, low = fvd_clip(x, protocol), 0 if protocol == "camflow_seed" else -1
@@ -366,8 +366,12 @@ class Held:
         return VideoInfo("frames in memory", len(self.data), self.fps, tuple(self.data.shape[-2:]), len(self.data) / self.fps, False)
 
 
-def info_of(video): return video.info() if isinstance(video, Held) else probe(video)
-def pieces_of(video, size): return iter(video.data.split(size)) if isinstance(video, Held) else video_chunks(video, size)
+def info_of(video):  # path, or Held
+    "Size, length and rate of a video file or of frames in memory."
+    return video.info() if isinstance(video, Held) else probe(video)
+def pieces_of(video, size):  # path, or Held; frames per chunk
+    "Chunks of a video file or of frames in memory."
+    return iter(video.data.split(size)) if isinstance(video, Held) else video_chunks(video, size)
 
 
 def _quiet(step: str): "Nobody wants to know."

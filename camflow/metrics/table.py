@@ -28,7 +28,7 @@ SCHEMA = pa.schema([
 
 def make_row(result: Result,             # one number, or why there is none
              clip=None,                  # Clip; None: of a set metric
-             higher_is_better: bool = True,
+             higher_is_better: bool = True,  # of the metric
              version: str = "",          # of camflow and metric
              job: str = "",              # hash of what made it
              frames: int = 0,            # of the video; 0: unknown

@@ -36,7 +36,7 @@ def bell(distance: float,  # from the ideal
     return math.exp(-0.5 * (max(0.0, abs(distance) - slack) / width) ** 2)
 
 
-def compare(made: dict, source: dict) -> dict:
+def compare(made: dict, source: dict) -> dict:  # `statistics` of the generated clip; of its source
     "Scores 0..1 of each property of the generated clip against the source's."
     ratio = lambda k: math.log(max(made[k], 1e-4) / max(source[k], 1e-4))
     return {"brightness": bell(made["brightness"] - source["brightness"], 0.08, 0.1),
@@ -47,9 +47,9 @@ def compare(made: dict, source: dict) -> dict:
 @dataclass
 class AppearanceReward:
     "Geometric mean of the properties' scores: 1 for a sound clip, towards 0 for a broken one."
-    weights: dict = field(default_factory=lambda: {"brightness": 1, "contrast": 1, "detail": 2, "colour": 1, "flicker": 1, "jerk": 2})
+    weights: dict = field(default_factory=lambda: {"brightness": 1, "contrast": 1, "detail": 2, "colour": 1, "flicker": 1, "jerk": 2})  # of the properties
     floor: float = 1e-3   # a property counts at least this much
-    name: str = "appearance"
+    name: str = "appearance"  # in tables and logs
 
     def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 

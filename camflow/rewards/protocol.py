@@ -22,7 +22,7 @@ class Sample:
     "One generated clip and what was asked for."
     frames: Any                   # Frames, or uint8 tensor [T,3,H,W]
     target: Tensor | None = None  # [T,4,4] camera-to-world relative to frame 0, metres; pose i belongs to frame i
-    prompt: str = ""
+    prompt: str = ""                          # what was asked in words
     source: Any = None            # Frames or uint8 tensor of the clip that was re-rendered
     depth: Tensor | None = None   # [H,W] metres, depth of the source's first frame, where it is known
     K: Tensor | None = None       # [3,3] its intrinsics, pixels of the frames
@@ -92,12 +92,12 @@ def each(one,            # function sample -> (value, status, details)
     return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
 
 
-def join(parts: list) -> Scores:
+def join(parts: list) -> Scores:  # list of Scores
     "Scores of consecutive batches as one."
     return Scores(torch.cat([p.values for p in parts]), [s for p in parts for s in p.status], [d for p in parts for d in p.details])
 
 
-def summary(scores: Scores) -> dict:
+def summary(scores: Scores) -> dict:  # of any samples
     "Mean and spread of the valid values, and how many were not."
     good = scores.values[scores.ok]
     number = lambda f: float(f(good)) if len(good) else math.nan
@@ -116,7 +116,7 @@ class Reward(Protocol):
     def __call__(self, samples: list) -> Scores: ...
 
 
-def run_reward(reward: Reward, samples: list) -> Scores:
+def run_reward(reward: Reward, samples: list) -> Scores:  # the judge; list of Sample
     "Scores of the samples; an exception or a wrong count becomes status failed (timeout for TimeoutError)."
     try:
         scores = reward(samples)

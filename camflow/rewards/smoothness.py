@@ -67,7 +67,7 @@ class SmoothnessReward:
     least: float = 0.5      # l: share of the expected motion from which on nothing is lost
     still: float = 0.2      # pixels per frame: a source or a target that moves less expects no motion
     side: int = 96          # rows on which flow is measured
-    name: str = "smoothness"
+    name: str = "smoothness"                                                                                             # in tables and logs
 
     def __post_init__(self):
         if not min(self.jerk, self.flicker, self.least, self.still) > 0 or self.side < 16:

@@ -23,7 +23,7 @@ class SynchronyReward:
     "CLIP-V against the source clip, at most 1."
     weights: str = ""        # of `load_clip`: a folder in transformers' layout or a published file; "random": toy size, for tests
     frames: int = 60         # of each clip that are compared
-    name: str = "synchrony"
+    name: str = "synchrony"                                 # in tables and logs
     network: Clip | None = field(default=None, repr=False)  # instead of weights
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ class TruthReward:
     measure: str = "psnr"  # "psnr" (dB, at most `limit`), "ssim" (at most 1) or "error" (minus the mean difference, grey levels 0..1)
     skip: int = 1          # first frames that do not count: the first is the source's own
     limit: float = 50.0    # dB of a frame that is equal, whose PSNR is infinite
-    name: str = "truth"
+    name: str = "truth"    # in tables and logs
 
     def __post_init__(self):
         if self.measure not in MEASURES: raise InputError(f"measure {self.measure!r}; TruthReward; one of {', '.join(MEASURES)}")

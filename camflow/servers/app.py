@@ -37,7 +37,7 @@ def check_body(body: dict, most: int): # items
         raise Refused(400, f"deadline_ms={limit!r} must be a positive number")
 
 # %% ../../nbs/servers/05_app.ipynb #f2ca03bc
-async def score(request: Request, service: Service) -> dict:
+async def score(request: Request, service: Service) -> dict:  # as it came; that answers
     "POST /v1/score."
     permitted(request, service.token)
     if service.draining: raise Refused(503, "this server is shutting down", **{"Retry-After": "2"})
@@ -60,7 +60,7 @@ async def score(request: Request, service: Service) -> dict:
                                       "prompt_hash": service.worker.info.get("prompt_hash")}}
 
 
-async def set_state(request: Request, service: Service) -> dict:
+async def set_state(request: Request, service: Service) -> dict:  # as it came; that answers
     "POST /v1/state."
     permitted(request, service.admin)
     expected(request, 10_000)
@@ -73,7 +73,7 @@ async def set_state(request: Request, service: Service) -> dict:
     except Broken as error: raise Refused(503, str(error), **{"Retry-After": "5"}) from None
 
 # %% ../../nbs/servers/05_app.ipynb #fc737f8d
-def create_app(config: ServerConfig) -> FastAPI:
+def create_app(config: ServerConfig) -> FastAPI:  # of one server
     "A FastAPI application whose lifespan is that of the worker."
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -90,7 +90,7 @@ def create_app(config: ServerConfig) -> FastAPI:
     return app
 
 # %% ../../nbs/servers/05_app.ipynb #73ea333c
-async def timed_score(request: Request, service: Service) -> Response:
+async def timed_score(request: Request, service: Service) -> Response:  # as it came; that answers
     "A request for scores, counted."
     begun = time.monotonic()
     response = await told(request, score, service)
@@ -100,7 +100,7 @@ async def timed_score(request: Request, service: Service) -> Response:
 
 class Direct:
     "The application with a short way for scores: a framework's routing and middleware cost as much time as all the rest of such a request."
-    def __init__(self, app: FastAPI): self.app = app
+    def __init__(self, app: FastAPI): self.app = app  # of FastAPI
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["path"] != "/v1/score" or scope["method"] != "POST": return await self.app(scope, receive, send)
@@ -108,7 +108,7 @@ class Direct:
         await response(scope, receive, send)
 
 # %% ../../nbs/servers/05_app.ipynb #17ecdf66
-def add_routes(app: FastAPI):
+def add_routes(app: FastAPI):  # of FastAPI
     "The endpoints of the protocol."
     schema = {"requestBody": {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}}
     rows = {"responses": {"200": {"content": {"application/json": {"schema": Reply.model_json_schema()}}, "description": "one row per sample"}}}
@@ -133,7 +133,7 @@ def add_routes(app: FastAPI):
     async def metrics(request: Request): return Response(request.app.state.service.metrics(), media_type="text/plain; version=0.0.4")
 
 # %% ../../nbs/servers/05_app.ipynb #f3a28ef5
-def make_server(config: ServerConfig):
+def make_server(config: ServerConfig):  # of one server
     "A uvicorn server that is not running yet."
     import uvicorn
     return uvicorn.Server(uvicorn.Config(Direct(create_app(config)), host=config.host, port=config.port, log_level="warning", access_log=False,
@@ -141,7 +141,7 @@ def make_server(config: ServerConfig):
                                          timeout_graceful_shutdown=10, limit_concurrency=4096, server_header=False, proxy_headers=False, lifespan="on"))
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> int:  # command line; None: that of the process
     "Serves until it is told to stop."
     parser = argparse.ArgumentParser("camflow.servers.app", description="One reward server.")
     parser.add_argument("--config", required=True, help="JSON file of ServerConfig")

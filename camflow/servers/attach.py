@@ -20,7 +20,7 @@ from ..processes import die_with_parent
 from .supervisor import prepare, reached, read_plan, status
 
 # %% ../../nbs/servers/08_attach.ipynb #6bfed143
-def toml_value(value) -> str:
+def toml_value(value) -> str:  # anything that JSON can say
     "A value as TOML."
     if isinstance(value, dict): return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, (list, tuple)): return "[" + ", ".join(map(toml_value, value)) + "]"

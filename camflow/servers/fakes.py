@@ -64,7 +64,7 @@ class TroubleReward(SleepReward):
         return scores
 
 
-def seen(sample) -> str:
+def seen(sample) -> str:  # as a reward gets it
     "Digest of everything that a reward can see of a sample."
     digest = hashlib.sha256(repr((sample.prompt, sorted(sample.meta.items()), getattr(sample.frames, "fps", None))).encode())
     for clip in (sample.frames, sample.source): digest.update(b"" if clip is None else byte_frames(clip).contiguous().numpy().tobytes())

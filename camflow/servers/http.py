@@ -26,7 +26,7 @@ from .service import Service
 # %% ../../nbs/servers/03_http.ipynb #b9455840
 class Refused(Exception):
     "An answer other than 200."
-    def __init__(self, code: int, message: str, **headers):
+    def __init__(self, code: int, message: str, **headers):  # HTTP status; one sentence; of the answer
         super().__init__(message)
         self.code, self.message, self.headers = code, message, headers
         if code in (408, 413): self.headers["Connection"] = "close"      # or the rest of the body would be read
@@ -35,12 +35,13 @@ class Refused(Exception):
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
-def answer(body, code: int = 200, headers: dict | None = None) -> Response:
+def answer(body, code: int = 200, headers: dict | None = None) -> Response:  # that JSON can say; HTTP status; more of them
     "JSON, where NaN is an error and not a word."
     return Response(_encode(body), code, headers, "application/json")
 
 
-def permitted(request: Request, token: str | None):
+def permitted(request: Request,  # as it came
+              token: str | None):  # of the server; None: everybody may
     "Compares the bearer token in constant time."
     if token is None: return
     kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -60,7 +61,7 @@ async def told(request: Request,           # as it came
         return answer({"detail": f"the server failed ({type(error).__name__}); see its log"}, 500)
 
 # %% ../../nbs/servers/03_http.ipynb #20f00951
-def expected(request: Request, most: int):
+def expected(request: Request, most: int):  # as it came; bytes
     "Refuses a body that says it is too large, or is packed."
     if request.headers.get("content-encoding", "identity") != "identity": raise Refused(415, "packed bodies are not unpacked; send the body as it is")
     length = request.headers.get("content-length", "0")
@@ -80,7 +81,7 @@ async def chunks(request: Request, most: int, patience: float): # bytes; seconds
         yield chunk
 
 
-async def in_memory(request: Request, most: int, patience: float) -> bytes:
+async def in_memory(request: Request, most: int, patience: float) -> bytes:  # as it came; bytes; seconds
     "A small body: all of it within the time."
     found, size = [], 0
     try:
@@ -92,7 +93,7 @@ async def in_memory(request: Request, most: int, patience: float) -> bytes:
     return b"".join(found)
 
 # %% ../../nbs/servers/03_http.ipynb #633361df
-async def in_spool(request: Request, service: Service) -> Path:
+async def in_spool(request: Request, service: Service) -> Path:  # as it came; that answers
     "A large body, as a file."
     path, size = service.config.folder/f"{os.getpid()}-{uuid.uuid4().hex}.npy", 0
     try:
@@ -109,13 +110,15 @@ async def in_spool(request: Request, service: Service) -> Path:
     return path
 
 # %% ../../nbs/servers/03_http.ipynb #da683205
-def refuse(word): raise ValueError(f"{word} is no number")
+def refuse(word):  # as it stood there
+    "For JSON's NaN and infinities."
+    raise ValueError(f"{word} is no number")
 
 
 _decode = json.JSONDecoder(parse_constant=refuse).decode
 
 
-def parse(text: bytes) -> dict:
+def parse(text: bytes) -> dict:  # the whole body
     "The JSON of a request: an object; NaN and infinities are no JSON."
     try: body = _decode(text.decode())
     except (ValueError, RecursionError) as error: raise Refused(400, f"the body is not JSON ({error}); see /openapi.json") from None
@@ -154,7 +157,7 @@ def split_parts(body: Path,      # file with a multipart body
     return text, found
 
 
-def remove(paths):
+def remove(paths):  # of files
     "Deletes files that may be gone."
     for path in paths: Path(path).unlink(missing_ok=True)
 

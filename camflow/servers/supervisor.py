@@ -34,11 +34,11 @@ from ..processes import die_with_parent, started
 class Process:
     "One server process, as planned."
     name: str                 # server and number, e.g. camera-0
-    port: int
+    port: int                 # that it listens on
     python: str               # interpreter
     config: dict              # of the server; written to a file for it
-    env: dict = field(default_factory=dict)
-    module: str = "camflow.servers.app"
+    env: dict = field(default_factory=dict)  # variables of its environment
+    module: str = "camflow.servers.app"  # that is run
 
 
 @dataclass
@@ -69,7 +69,7 @@ def run_folder(path, table: dict) -> Path: # the file, its tables
     return path.parent/table.get("supervisor", {}).get("folder", f".run/{path.stem}")
 
 
-def read_plan(path) -> Plan:
+def read_plan(path) -> Plan:  # of servers.toml
     "The plan of a servers.toml; InputError names the server and the key."
     table, base = read_file(path), Path(path).resolve().parent
     if unknown := set(table) - {"supervisor", "servers"}:
@@ -88,7 +88,7 @@ def read_plan(path) -> Plan:
     return Plan(str(run_folder(path, table)), processes, **{k: v for k, v in options.items() if k in known})
 
 # %% ../../nbs/servers/06_supervisor.ipynb #dd168d09
-def check_ports(processes: list, path):
+def check_ports(processes: list, path):  # of the plan; of servers.toml
     "Every process a port of its own: ranges that touch are where a ninth rank talks to the wrong model."
     taken = {}
     for one in processes:
@@ -134,7 +134,8 @@ def plan_server(name: str, server: dict, base: Path, path) -> list: # table of [
             for i, device in enumerate(device_numbers(server.get("devices", 1), where))]
 
 # %% ../../nbs/servers/06_supervisor.ipynb #d29fd405
-def stamp_of(requirements: Path | None, site: bool) -> str:
+def stamp_of(requirements: Path | None,  # file; None: none
+             site: bool) -> str:         # sees this environment's packages
     "What an environment was made of."
     return hashlib.sha256((requirements.read_text() if requirements else "").encode() + bytes([site])).hexdigest()[:16]
 
@@ -189,7 +190,7 @@ def ask(port: int, path: str, patience: float = 2.0, host: str = "127.0.0.1"): #
 # %% ../../nbs/servers/06_supervisor.ipynb #064fedc9
 class Child:
     "A server process and its record."
-    def __init__(self, plan: Plan, spec: Process):
+    def __init__(self, plan: Plan, spec: Process):  # of `read_plan`; what is to be started
         self.plan, self.spec, self.process, self.deaths = plan, spec, None, deque()
         self.state, self.reason, self.restarts, self.since, self.heard, self.next = "planned", "", 0, 0.0, 0.0, 0.0
         self.folder = Path(plan.folder)
@@ -224,7 +225,7 @@ class Child:
                 "reason": self.reason, "log": str(self.log)}
 
 # %% ../../nbs/servers/06_supervisor.ipynb #85294521
-def died(child: Child, now: float):
+def died(child: Child, now: float):  # one server process; seconds
     "A process ended: start it again, or give it up."
     code = child.process.returncode
     child.reason = f"{f'signal {-code}' if code < 0 else f'status {code}'}: {child.tail()}"
@@ -236,7 +237,7 @@ def died(child: Child, now: float):
         child.state, child.next = "waiting", now + min(30.0, 0.5 * 2 ** (len(child.deaths) - 1))
 
 
-def look(child: Child, now: float):
+def look(child: Child, now: float):  # one server process; seconds
     "One look at one child."
     if child.state == "waiting" and now >= child.next: return child.start()
     if child.state not in ("starting", "ready"): return
@@ -258,20 +259,20 @@ def given_up(body: bytes) -> str: # of /readyz
     return f"its worker is broken: {told.get('reason')}" if isinstance(told, dict) and told.get("worker") == "broken" else ""
 
 # %% ../../nbs/servers/06_supervisor.ipynb #a30923e6
-def kill(child: Child, reason: str):
+def kill(child: Child, reason: str):  # one server process; for the log
     "Ends a process that is no use; the next look finds it dead."
     with open(child.log, "a") as log: log.write(f"supervisor: {reason}, so it was killed\n")
     child.signal(signal.SIGKILL)
 
 
-def rotate(child: Child):
+def rotate(child: Child):  # one server process
     "Keeps a log below its size: the old one stays once, the open file is cut (the child appends to it)."
     if not child.log.exists() or child.log.stat().st_size <= child.plan.log_mb * 2**20: return
     shutil.copyfile(child.log, child.log.with_suffix(".log.1"))
     os.truncate(child.log, 0)
 
 # %% ../../nbs/servers/06_supervisor.ipynb #64567de4
-def supervise(plan: Plan) -> int:
+def supervise(plan: Plan) -> int:  # of `read_plan`
     "Runs until SIGTERM; then ends all children. Returns the exit status."
     folder, asked = Path(plan.folder), []
     for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(sig, lambda *_: asked.append(1))
@@ -305,7 +306,7 @@ def supervisor_pid(folder: Path): # run folder
     return found["pid"] if started(found["pid"]) == found["started"] else None   # the pid may be somebody else's by now
 
 
-def busy_ports(plan: Plan) -> list:
+def busy_ports(plan: Plan) -> list:  # of `read_plan`
     "Names and ports of the plan that somebody listens on."
     found = []
     for one in plan.processes:

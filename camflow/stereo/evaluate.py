@@ -68,11 +68,11 @@ def settled(config: dict): # any of DEFAULTS
 @dataclass
 class Example:
     "A clip with truth."
-    left: Frames
-    right: Frames
-    disparity: Any
-    valid: Any
-    name: str = ""
+    left: Frames                                  # view
+    right: Frames                                 # view
+    disparity: Any                                # [T,1,H,W] px
+    valid: Any                                    # [T,1,H,W] bool
+    name: str = ""                                # of the clip
     suite: str = ""                               # hard case of the world
     flow: Any = None                              # [T-1,2,H,W], NaN unknown
     flow_occlusion: Any = None                    # [T-1,1,H,W]
@@ -172,7 +172,7 @@ def depth_numbers(example: Example, pred): # disparity [T,1,H,W]
 
 
 def evaluate_clip(method: str,       # of METHODS
-                  example: Example,
+                  example: Example,  # a clip with truth
                   config: dict):     # of `settled`
     "(numbers with `frames`, `suite`, seconds per frame, `worst_frame`; the disparity)."
     before = example.matched[2:] if method in MATCHERS else (0., 0.)           # what others may have paid already
@@ -311,7 +311,7 @@ def table(methods: dict,           # result["methods"], or one of result["suites
 
 def worst_clips(result: dict,        # of `main`
                 method: str = None,  # whose worst; None: the first of the table
-                count: int = 3):
+                count: int = 3):     # at most
     "[(clip, EPE, {method: path of its row relative to the run's folder})], worst first."
     found = result["per_clip"][method or next(iter(result["per_clip"]))]
     order = sorted((f for f, e in found.items() if e is not None and math.isfinite(e)), key=found.__getitem__, reverse=True)

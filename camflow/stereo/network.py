@@ -52,7 +52,7 @@ CONFIGS = {
 # %% ../../nbs/stereo/03_network.ipynb #e156db20
 class DynamicStereo(nn.Module):
     "Disparity of a stereo clip, all frames together."
-    def __init__(self, config: StereoConfig = CONFIGS["published"]):
+    def __init__(self, config: StereoConfig = CONFIGS["published"]):  # sizes of the network
         super().__init__()
         self.config, dim, has = config, config.dim, config.has
         if dim not in (16, 32, 48) and (dim % 32 or dim < 32): raise InputError(f"dim {dim}: give a multiple of 32 (or 16, 48), for every width is a fraction of it and heads have 32 channels")
@@ -166,7 +166,7 @@ def read_state(path) -> dict: # name -> tensor
     except Exception as error: raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0]}); save its state_dict again with torch.save") from None
 
 
-def unwrap(state: dict) -> dict:
+def unwrap(state: dict) -> dict:  # as it was read
     "Takes the state dict out of `model` or `state_dict` and the prefix `module.` off its names."
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
@@ -175,12 +175,12 @@ def unwrap(state: dict) -> dict:
     return {k.removeprefix("module."): v for k, v in state.items()} if all(k.startswith("module.") for k in state) else dict(state)
 
 # %% ../../nbs/stereo/03_network.ipynb #3070445e
-def load_state(model: nn.Module, state: dict) -> nn.Module:
+def load_state(model: nn.Module, state: dict) -> nn.Module:  # a DynamicStereo; {name: tensor}
     "Loads every tensor or raises, naming what is missing, unexpected or of another shape."
     return load_whole(model, unwrap(state))
 
 # %% ../../nbs/stereo/03_network.ipynb #e8921e62
-def config_of(state: dict) -> StereoConfig:
+def config_of(state: dict) -> StereoConfig:  # {name: tensor}
     "The configuration that fits a bare state dict (published signs)."
     try:
         count = lambda head: len({k.split(".")[1] for k in state if k.startswith(head)})
@@ -195,7 +195,7 @@ def config_of(state: dict) -> StereoConfig:
     except KeyError as error: raise InputError(f"this is no DynamicStereo checkpoint: it has no tensor {error}") from None
 
 # %% ../../nbs/stereo/03_network.ipynb #769ad109
-def save_stereo(model: DynamicStereo,
+def save_stereo(model: DynamicStereo, # a DynamicStereo
                 folder,               # gets config.json and model.safetensors
                 half: bool = True):   # store in float16: half the size
     "Writes a folder that `load_stereo` reads."

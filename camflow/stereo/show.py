@@ -28,8 +28,8 @@ from ..media.frames import Frames
 @dataclass(frozen=True)
 class Scale:
     "Values at the two ends of the colours, for a whole clip."
-    low: float
-    high: float
+    low: float          # value of the first colour
+    high: float         # value of the last
     unit: str = "px"    # what the numbers are
     near: str = "high"  # which end is near: "high" for disparity, "low" for depth
 
@@ -165,7 +165,7 @@ _POINT = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("gr
 def write_ply(path,        # the file
               points_N3,   # metres
               colours_N3,  # uint8
-              comment: str = "left camera axes: x right, y down, z forward, metres"):
+              comment: str = "left camera axes: x right, y down, z forward, metres"):  # in the head of the file
     "Writes a coloured point cloud, atomically."
     points, paint = np.asarray(points_N3, np.float32), np.asarray(colours_N3)
     if points.shape != paint.shape or points.ndim != 2 or paint.dtype != np.uint8: raise InputError(f"points {points.shape} with colours {paint.shape} {paint.dtype}; {path}; give [N,3] floats and [N,3] bytes")

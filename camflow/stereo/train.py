@@ -207,7 +207,13 @@ Held-out clips ({held_out}), {validate_iters} refinements:
 """
 
 
-def write_model(model, folder, config: dict, numbers: dict, steps: int, minutes: float, held_out: int):
+def write_model(model,           # the trained network
+                folder,          # to write
+                config: dict,    # the full configuration
+                numbers: dict,   # held-out, for the card
+                steps: int,      # that were trained
+                minutes: float,  # of CPU; NaN: not known
+                held_out: int):  # clips behind the numbers
     "Writes config.json, model.safetensors (float16) and card.md."
     save_stereo(model, folder)
     data = f"{config['clips']} clips of camflow.world, {config['render_size'][0]} x {config['render_size'][1]}" if config["data"] == "world" else config["data"]

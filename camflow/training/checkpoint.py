@@ -98,8 +98,8 @@ class Checkpoint:
     "A checkpoint in memory."
     step: int                                   # optimizer steps done
     tensors: dict = field(repr=False)           # {group: {name: tensor}}
-    meta: dict = field(repr=False, default_factory=dict)
-    path: Path = None
+    meta: dict = field(repr=False, default_factory=dict)  # what else was saved
+    path: Path = None                           # the folder
 
     @property
     def weights(self) -> dict:

@@ -40,8 +40,8 @@ class TrainConfig:
     steps: int = 1000              # optimizer steps of the whole run
     batch_size: int = 4            # items per rank and forward
     lr: float = 1e-4               # peak learning rate
-    weight_decay: float = 0.01
-    betas: tuple = (0.9, 0.999)
+    weight_decay: float = 0.01                   # of AdamW
+    betas: tuple = (0.9, 0.999)                  # of AdamW
     optimizer: str = "adamw"       # or "adamw8bit": moments in 8 bits, needs bitsandbytes
     muon: tuple = ()               # shell patterns of names whose 2-D weights Muon updates (step size like AdamW's); AdamW does the rest
     lr_scale: dict = field(default_factory=dict) # {shell pattern of names: factor on the rate}; of several patterns the first that fits
@@ -53,7 +53,7 @@ class TrainConfig:
     bf16: bool = False             # bfloat16 compute, float32 weights
     gradient_checkpointing: bool = False  # recompute activations in the backward
     shard: bool = False            # spread weights, gradients and moments over the ranks (FSDP2), for models that do not fit on one device; see training.shard
-    seed: int = 0
+    seed: int = 0                                # of all draws
     checkpoint_every: int = 500    # steps; 0 = only at the end
     checkpoint_seconds: float = 0  # and whenever this much time passed; 0 = off
     keep: int = 2                  # checkpoints kept
@@ -112,7 +112,7 @@ def one_cycle(step: int,   # steps done
     return 1 + (last - 1) * (step - top) / (total - 1 - top)
 
 
-def learning_rate(cfg: TrainConfig,
+def learning_rate(cfg: TrainConfig,  # knobs of the loop
                   step: int): # steps done
     "The rate of one step: a function of the step alone, so a resume has nothing to restore."
     if cfg.schedule == "onecycle": return cfg.lr * one_cycle(step, cfg.steps + 100)  # as RAFT's family: the end is 100 steps after the last one; has its own warmup
@@ -161,7 +161,7 @@ def item_noise(shape,       # of one item
 # %% ../../nbs/training/03_loop.ipynb #77adc565
 class Optimizers:
     "Several optimizers that look like one."
-    def __init__(self, *parts): self.parts = [part for part in parts if part.param_groups]
+    def __init__(self, *parts): self.parts = [part for part in parts if part.param_groups]  # optimizers; those without parameters are left out
 
     @property
     def param_groups(self): return [group for part in self.parts for group in part.param_groups]
@@ -210,7 +210,7 @@ def rate_groups(params: dict, # {name: parameter}
 
 
 def make_optimizer(params,            # {name: parameter}
-                   cfg: TrainConfig):
+                   cfg: TrainConfig): # knobs of the loop
     "AdamW, and Muon (torch's own, Newton-Schulz orthogonalised momentum) for the matrices that `cfg.muon` names."
     matrix = lambda name, p: p.ndim == 2 and any(fnmatch(name, pattern) for pattern in cfg.muon)
     by_muon, rest = ({name: p for name, p in params.items() if matrix(name, p) == wanted} for wanted in (True, False))
@@ -228,7 +228,10 @@ EXIT_STOPPED = 75  # exit code of a run that a signal ended after writing its ch
 
 class Loop:
     "State of a training run."
-    def __init__(self, run_dir, model, cfg: TrainConfig, trainable=None):
+    def __init__(self, run_dir,           # folder of the run
+                       model,             # to train
+                       cfg: TrainConfig,  # knobs of the loop
+                       trainable=None):   # function of a parameter's name; None: those that require gradients
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         refuse_plugin()
@@ -312,7 +315,7 @@ def restore(self):
     return True
 
 # %% ../../nbs/training/03_loop.ipynb #8100638e
-def one_step(self, step_fn, batches):
+def one_step(self, step_fn, batches):  # (model, batch, generator) -> (loss, numbers); (step, micro) -> batch
     "Forward, backward, clip, update; returns loss and metrics averaged over micro-batches and ranks."
     cfg, sums, model = self.cfg, {}, self.model
     for group in self.optimizer.param_groups: group["lr"] = learning_rate(cfg, self.step) * group.get("lr_scale", 1.0)
@@ -338,7 +341,7 @@ def one_step(self, step_fn, batches):
     return {**self.mean(sums), "grad_norm": float(norm), "lr": learning_rate(cfg, self.step - 1), **({} if finite else {"skipped": 1})}
 
 # %% ../../nbs/training/03_loop.ipynb #7315688c
-def mean(self, values: dict):
+def mean(self, values: dict):  # {name: scalar tensor}
     "Means over ranks of {name: scalar tensor}."
     if self.world == 1: return {k: float(v) for k, v in values.items()}
     self.beat("waiting for metrics", self.step)
@@ -346,14 +349,14 @@ def mean(self, values: dict):
     return dict(zip(values, packed.tolist()))
 
 
-def agree(self, *flags: bool):
+def agree(self, *flags: bool):  # of this rank
     "Any rank's flags become every rank's: ranks must stop and save at the same step."
     if self.world == 1: return flags
     packed = self.accelerator.reduce(torch.tensor([float(f) for f in flags], device=self.accelerator.device), reduction="sum")
     return tuple(bool(v) for v in packed)
 
 
-def validate(self, fn):
+def validate(self, fn):  # (model, step) -> numbers
     "Runs `fn(model, step)` on rank 0 with averaged weights, leaving random states and mode as they were; on all ranks where the model is cut, since its forward takes them all."
     numbers = {}
     self.beat("validation" if self.main or self.cut else "waiting for validation", self.step)
@@ -373,7 +376,7 @@ for _method in (save, restore, one_step, mean, agree, validate): setattr(Loop, _
 # %% ../../nbs/training/03_loop.ipynb #d9e689ed
 class Batches:
     "`batch_fn` for one rank, one batch ahead."
-    def __init__(self, batch_fn, rank: int, world: int, cfg: TrainConfig):
+    def __init__(self, batch_fn, rank: int, world: int, cfg: TrainConfig):  # (step, rank, world, micro) -> batch; of this process; processes; knobs of the loop
         self.make = lambda step, micro: batch_fn(step, rank, world, micro)
         self.cfg, self.pool, self.ahead = cfg, ThreadPoolExecutor(1) if cfg.prefetch else None, {}
 
@@ -409,7 +412,7 @@ class FitResult:
     seconds: float   # of this process
     resumed: int     # step it started from
     metrics: dict = field(default_factory=dict) # the last validation, or the last training record
-    loop: Loop = field(default=None, repr=False)
+    loop: Loop = field(default=None, repr=False)  # that ran
 
     def as_dict(self): return {"status": self.status, "step": self.step, "seconds": round(self.seconds, 1), "resumed": self.resumed, "metrics": self.metrics}
 
@@ -427,7 +430,7 @@ def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ 
         model,              # float32 module (frozen parts may be bfloat16)
         step_fn,            # (model, batch, generator) -> (loss, {name: number})
         batch_fn,           # (step, rank, world, micro) -> batch; a pure function, it must not keep state
-        cfg: TrainConfig,
+        cfg: TrainConfig,   # knobs of the loop
         validate=None,      # (model, step) -> {name: number}, run on rank 0 with averaged weights (with `shard` on all)
         trainable=None):    # predicate of parameter names; None trains what requires grad
     "Trains until `cfg.steps`; returns how it ended. Call it again with the same folder to continue."

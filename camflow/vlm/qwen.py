@@ -38,7 +38,7 @@ def tiny_tokenizer():
 
 # %% ../../nbs/vlm/02_qwen.ipynb #8f798237
 def tiny_config(family: str = "qwen3_vl", # or "qwen2_5_vl"
-                vocab: int = 263):
+                vocab: int = 263):        # words of the tokenizer
     "The configuration of a model of about 200 thousand weights."
     from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
     text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -88,7 +88,7 @@ def check_folder(folder) -> dict: # its config.json
     return config
 
 # %% ../../nbs/vlm/02_qwen.ipynb #77988857
-def model_revision(folder) -> str:
+def model_revision(folder) -> str:  # of the weights
     "A name for the weights: a hash of the configuration and of size, head and tail of every weight file."
     def sample(path):
         size = path.stat().st_size

@@ -33,7 +33,7 @@ class HeldOut:
     c2w_MT44: np.ndarray          # asked poses relative to the source's first frame, metres
     wrong_MT44: np.ndarray        # another preset's poses
     kinds: list                   # preset names
-    captions: list
+    captions: list                                          # of the scenes
     clips: list = field(repr=False)  # SceneClips, for the photometric judge
 
     def __len__(self): return len(self.kinds)

@@ -67,7 +67,7 @@ def seed_adapters(model, rank: int, seed: int = 0, adapter: str = "default"): # 
         if f".lora_A.{adapter}." in name: p.copy_(torch.randn(p.shape, generator=generator(seed, "lora", name)) / rank)
 
 
-def prepare_trained(model: ReCamTransformer3DModel,
+def prepare_trained(model: ReCamTransformer3DModel, # changed in place
                     trained: str = "recam",  # "recam", "lora", "attention" or "all"
                     rank: int = 16, seed: int = 0): # of LoRA
     "Predicate of trained parameter names; adds LoRA layers where asked, equal for equal seeds."
@@ -83,9 +83,9 @@ def prepare_trained(model: ReCamTransformer3DModel,
 
 
 @torch.no_grad()
-def open_cameras(model: ReCamTransformer3DModel,
+def open_cameras(model: ReCamTransformer3DModel,  # changed in place
                  std: float = 1.0,  # of the weights
-                 seed: int = 0):
+                 seed: int = 0):    # of the draw
     "For training from nothing: camera layers that start non-zero and give zero for the identity pose."
     identity = torch.eye(3, 4).flatten()
     for number, block in enumerate(model.blocks):
@@ -100,7 +100,7 @@ class LatentScenes:
     latents: list           # per scene [N,C,f,h,w], normalised
     c2w: list               # per scene float64 [N,f,4,4], poses of the latent frames
     text_SLD: torch.Tensor  # embeddings
-    captions: list
+    captions: list                                             # of the scenes
 
     def __len__(self): return len(self.latents)
 
@@ -159,7 +159,7 @@ def cached_latents(folder, vae, keys, load, identity: dict): # cache folder, enc
 
 # %% ../../nbs/wan/07_finetune.ipynb #d2ee8cce
 def world_scenes(folder,            # caches go to folder/latents and folder/text
-                 bank: WorldBank, vae, text: TextEncoder):
+                 bank: WorldBank, vae, text: TextEncoder):  # of the clips; the video VAE; the text encoder
     "Scenes of the procedural world as latents."
     keys = [f"{bank.first + s}/{n}" for s in range(len(bank)) for n in range(bank.cameras)]
     def load(key):
@@ -174,7 +174,7 @@ def world_scenes(folder,            # caches go to folder/latents and folder/tex
 @dataclass
 class CachedLatents:
     "Latents of one scene's cameras [N,C,f,h,w], read when a camera is asked for: a data set of 34,000 videos has 140 GB of them."
-    cache: LatentCache
+    cache: LatentCache      # that holds them
     keys: list              # of the cameras
 
     def __len__(self): return len(self.keys)

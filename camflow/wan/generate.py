@@ -105,7 +105,7 @@ def placed(moves,          # {folder name: path}, from `asked_paths`
     return {name: target_path(path, source, config["follow"], start) for name, path in moves.items()}
 
 
-def check_source(config):
+def check_source(config):  # the full configuration
     "Refuses settings of the source's camera that contradict each other or change nothing."
     given, world = config["source_cameras"], bool(config["trajectory"])
     if given == "estimate" and world and not config["follow"]: raise InputError("trajectory is in a world that an estimated source camera knows nothing of; give source_cameras as a file of the same world, or set follow=true to add the paths to the source's own")

@@ -117,7 +117,10 @@ def resized(old: OmniCamTransformer3DModel, seed: int = 0, **changes): # of tens
     return model
 
 
-def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.float32,
+def starting_model(folder="",             # of a transformer in diffusers' layout; empty: the tiny one
+                   start: str = "recam",  # for the tiny one: recam or nothing
+                   seed: int = 0,         # of the draw
+                   dtype=torch.float32,   # of the weights
     **changes): # diffusers folder of OmniCam or Wan; of a tiny one: "recam" or "nothing"
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
@@ -140,7 +143,7 @@ def prepare_trained(model, patterns=("lora_", "camera_"), rank: int = 0, seed: i
     return trainable_modules(model, tuple(patterns))
 
 
-def save_memory(model,
+def save_memory(model,              # changed in place
                 storage: str = "",  # torch type that frozen weights are stored in, e.g. float8_e4m3fn; "": as they are
                 offload: str = "",  # "block": frozen blocks wait on the host
                 backend: str = ""): # attention kernel of diffusers; "": planned by size

@@ -21,7 +21,7 @@ from .transformer import SCORE_LIMIT, FrameRotary, exact_positions, plan_attenti
 # %% ../../nbs/wan/01_recam.ipynb #16fb18c5
 def by_part(x_BLD: torch.Tensor,                # tokens
             factor_BSD: torch.Tensor,           # one per part; the parts are S equal stretches of the sequence
-            shift_BSD: torch.Tensor | None = None,
+            shift_BSD: torch.Tensor | None = None,  # added after; None: nothing
             ) -> torch.Tensor:                  # [B,L,D]
     "x * factor + shift, every part of the sequence by its own numbers."
     parts = x_BLD.unflatten(1, (factor_BSD.shape[1], -1)) * factor_BSD[:, :, None]
@@ -30,7 +30,13 @@ def by_part(x_BLD: torch.Tensor,                # tokens
 
 class ReCamBlock(WanTransformerBlock):
     "A Wan block whose self-attention knows the camera of each frame."
-    def __init__(self, dim, ffn_dim, num_heads, qk_norm="rms_norm_across_heads", cross_attn_norm=True, eps=1e-6, camera_dim=12):
+    def __init__(self, dim,                              # width of the tokens
+                       ffn_dim,                          # width of the feed-forward part
+                       num_heads,                        # of the attention
+                       qk_norm="rms_norm_across_heads",  # norm of queries and keys
+                       cross_attn_norm=True,             # a norm before the text
+                       eps=1e-6,                         # of the norms
+                       camera_dim=12):                   # numbers per pose
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.cam_encoder, self.projector = nn.Linear(camera_dim, dim), nn.Linear(dim, dim)
         nn.init.zeros_(self.cam_encoder.weight)
@@ -66,9 +72,19 @@ class ReCamTransformer3DModel(WanTransformer3DModel):
     _repeated_blocks = ["ReCamBlock"]
 
     @register_to_config
-    def __init__(self, patch_size=(1, 2, 2), num_attention_heads: int = 12, attention_head_dim: int = 128, in_channels: int = 16, out_channels: int = 16,
-                 text_dim: int = 4096, freq_dim: int = 256, ffn_dim: int = 8960, num_layers: int = 30, cross_attn_norm: bool = True,
-                 qk_norm: str = "rms_norm_across_heads", eps: float = 1e-6, rope_max_seq_len: int = 1024,
+    def __init__(self, patch_size=(1, 2, 2),           # (frames, rows, columns) of latents
+                       num_attention_heads: int = 12,  # as in diffusers' Wan
+                       attention_head_dim: int = 128,  # as in diffusers' Wan
+                       in_channels: int = 16,          # as in diffusers' Wan
+                       out_channels: int = 16,         # as in diffusers' Wan
+                 text_dim: int = 4096,  # as in diffusers' Wan
+                 freq_dim: int = 256,   # as in diffusers' Wan
+                 ffn_dim: int = 8960,   # width of the feed-forward part
+                 num_layers: int = 30,  # blocks
+                 cross_attn_norm: bool = True,  # a norm before the text
+                 qk_norm: str = "rms_norm_across_heads",  # norm of queries and keys
+                 eps: float = 1e-6,                       # of the norms
+                 rope_max_seq_len: int = 1024,            # as in diffusers' Wan
                  camera_dim: int = 12,                    # numbers per latent frame
                  shared_source_positions: bool = False,   # True: source frame k has the temporal position of target frame k
                  source_embedding: bool = False,          # True: a learned vector is added to source tokens

@@ -20,7 +20,7 @@ from ..files import InputError
 # shape suffixes: B batch, C channels, T frames, H rows, W columns
 
 # %% ../../nbs/wan/02_vae.ipynb #cc25e958
-def resample(layer: WanResample, x_BCTHW: torch.Tensor) -> torch.Tensor:
+def resample(layer: WanResample, x_BCTHW: torch.Tensor) -> torch.Tensor:  # of the VAE; features
     "A change of size and frame rate over the whole clip."
     if layer.mode == "upsample3d" and x_BCTHW.shape[2] > 1:
         rest = layer.time_conv(x_BCTHW[:, :, 1:]).unflatten(1, (2, -1))                       # two frames from each
@@ -32,7 +32,7 @@ def resample(layer: WanResample, x_BCTHW: torch.Tensor) -> torch.Tensor:
     return x_BCTHW
 
 # %% ../../nbs/wan/02_vae.ipynb #9439e87b
-def stage(block, x_BCTHW: torch.Tensor) -> torch.Tensor:
+def stage(block, x_BCTHW: torch.Tensor) -> torch.Tensor:  # of the VAE; features
     "One up or down stage: residual blocks, resampling, and Wan2.2's averaging shortcut where there is one."
     skip, change = x_BCTHW, getattr(block, "upsampler", None) or getattr(block, "downsampler", None)
     if getattr(block, "upsamplers", None) is not None: change = block.upsamplers[0]
@@ -46,7 +46,7 @@ def stage(block, x_BCTHW: torch.Tensor) -> torch.Tensor:
 def _head(net, x): return net.conv_out(net.nonlinearity(net.norm_out(x)))
 
 # %% ../../nbs/wan/02_vae.ipynb #7e8e1496
-def encode_moments_fast(vae: AutoencoderKLWan,
+def encode_moments_fast(vae: AutoencoderKLWan,                      # the video VAE
                         video_BCTHW: torch.Tensor,                  # signed, T = 1 + 4k
                         ) -> tuple[torch.Tensor, torch.Tensor]:     # raw mean and log variance, [B,z,t,h,w] each
     "The encoder in one pass; carries gradients."
@@ -57,7 +57,7 @@ def encode_moments_fast(vae: AutoencoderKLWan,
     return vae.quant_conv(_head(vae.encoder, vae.encoder.mid_block(x))).chunk(2, dim=1)
 
 
-def decode_raw_fast(vae: AutoencoderKLWan,
+def decode_raw_fast(vae: AutoencoderKLWan,     # the video VAE
                     raw_BCTHW: torch.Tensor,   # latents that are not normalised
                     ) -> torch.Tensor:         # signed video, not clamped
     "The decoder in one pass; carries gradients."
@@ -86,12 +86,12 @@ def to_bytes(video_BCTHW: torch.Tensor) -> torch.Tensor: # signed
     return ((video_BCTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
 
 
-def latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # the video VAE; tensor whose type and device are wanted
     "Mean and standard deviation of the latents, [1,z,1,1,1]."
     return tuple(torch.tensor(s, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for s in (vae.config.latents_mean, vae.config.latents_std))
 
 
-def check_video(video_BCTHW: torch.Tensor, vae: AutoencoderKLWan):
+def check_video(video_BCTHW: torch.Tensor, vae: AutoencoderKLWan):  # signed; the video VAE
     "Refuses videos the VAE would cut or misread."
     frames, *size = video_BCTHW.shape[2:]
     space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
@@ -101,14 +101,16 @@ def check_video(video_BCTHW: torch.Tensor, vae: AutoencoderKLWan):
     if not video_BCTHW.is_floating_point(): raise InputError(f"video is {video_BCTHW.dtype}; pass signed values in [-1, 1]")
 
 # %% ../../nbs/wan/02_vae.ipynb #9be50677
-def encode_moments(vae: AutoencoderKLWan, video_BCTHW: torch.Tensor, whole: bool | None = None):
+def encode_moments(vae: AutoencoderKLWan,      # the video VAE
+                   video_BCTHW: torch.Tensor,  # signed
+                   whole: bool | None = None):  # one pass (True), cached loop (False), by size (None)
     "Raw mean and log variance of a signed video."
     if whole or (whole is None and fits_whole(vae, video_BCTHW[:, 0].numel())): return encode_moments_fast(vae, video_BCTHW)
     posterior = vae.encode(video_BCTHW).latent_dist
     return posterior.mean, posterior.logvar
 
 
-def encode_video(vae: AutoencoderKLWan,
+def encode_video(vae: AutoencoderKLWan,                  # the video VAE
                  video_BCTHW: torch.Tensor,              # signed, in [-1, 1]; T = 1 + 4k, sides multiples of 8
                  whole: bool | None = None,              # one pass (True), cached loop (False), by size (None)
                  ) -> torch.Tensor:                      # normalised latents [B,16,1+k,H/8,W/8]
@@ -118,7 +120,7 @@ def encode_video(vae: AutoencoderKLWan,
     return (encode_moments(vae, video_BCTHW, whole)[0] - mean) / std
 
 # %% ../../nbs/wan/02_vae.ipynb #2db5cd69
-def decode_raw_cached(vae: AutoencoderKLWan, raw_BCTHW: torch.Tensor) -> torch.Tensor:
+def decode_raw_cached(vae: AutoencoderKLWan, raw_BCTHW: torch.Tensor) -> torch.Tensor:  # the video VAE; latents that are not normalised
     "diffusers' loop, one latent frame at a time, without its clamp (tiles are clamped after blending)."
     vae.clear_cache()
     parts = []
@@ -129,13 +131,15 @@ def decode_raw_cached(vae: AutoencoderKLWan, raw_BCTHW: torch.Tensor) -> torch.T
     return video if vae.config.patch_size is None else unpatchify(video, vae.config.patch_size)
 
 
-def decode_raw(vae: AutoencoderKLWan, raw_BCTHW: torch.Tensor, whole: bool | None = None) -> torch.Tensor:
+def decode_raw(vae: AutoencoderKLWan,    # the video VAE
+               raw_BCTHW: torch.Tensor,  # latents that are not normalised
+               whole: bool | None = None) -> torch.Tensor:  # one pass (True), cached loop (False), by size (None)
     "Signed, unclamped video from latents that are not normalised."
     pixels = raw_BCTHW[:, 0].numel() * vae.config.scale_factor_spatial**2 * vae.config.scale_factor_temporal
     return decode_raw_fast(vae, raw_BCTHW) if whole or (whole is None and fits_whole(vae, pixels)) else decode_raw_cached(vae, raw_BCTHW)
 
 
-def decode_latents(vae: AutoencoderKLWan,
+def decode_latents(vae: AutoencoderKLWan,                # the video VAE
                    latents_BCTHW: torch.Tensor,          # normalised
                    whole: bool | None = None,            # one pass (True), cached loop (False), by size (None)
                    clamp: bool = True,                   # to [-1, 1]
@@ -146,7 +150,10 @@ def decode_latents(vae: AutoencoderKLWan,
     return video.clamp(-1, 1) if clamp else video
 
 # %% ../../nbs/wan/02_vae.ipynb #a1c8042f
-def ramp(length: int, first: bool, last: bool, width: int) -> torch.Tensor:
+def ramp(length: int,  # latents of the tile
+         first: bool,  # at the video's first border
+         last: bool,   # at its last border
+         width: int) -> torch.Tensor:  # latents of the ramp
     "Weights along one axis; no ramp at the border of the video."
     weight, up = torch.ones(length), (torch.arange(width) + 1) / width
     if not first: weight[:width] = up[:length]
@@ -154,12 +161,15 @@ def ramp(length: int, first: bool, last: bool, width: int) -> torch.Tensor:
     return weight
 
 
-def tile_starts(length: int, size: int, stride: int) -> list[int]:
+def tile_starts(length: int, size: int, stride: int) -> list[int]:  # of the axis; of a tile; between tiles
     "Where tiles start along one axis; a tile that the previous one already covers to the border is left out."
     return [s for s in range(0, length, stride) if s == 0 or s - stride + size < length]
 
 
-def tile_mask(height: int, width: int, edges, border) -> torch.Tensor:
+def tile_mask(height: int,  # rows
+              width: int,   # columns
+              edges,        # (top, bottom, left, right): on the video's border
+              border) -> torch.Tensor:  # (rows, columns) of the ramps
     "[height, width] weights of a tile; edges = (top, bottom, left, right) lie on the video's border, border = ramp widths."
     rows, columns = ramp(height, *edges[:2], border[0]), ramp(width, *edges[2:], border[1])
     return torch.minimum(rows[:, None], columns[None])
@@ -189,7 +199,7 @@ def blend_tiles(run,                          # function of a tile's input, e.g.
     return total / weight
 
 # %% ../../nbs/wan/02_vae.ipynb #3e92d770
-def encode_tiled(vae: AutoencoderKLWan,
+def encode_tiled(vae: AutoencoderKLWan,                        # the video VAE
                  video_BCTHW: torch.Tensor,                    # signed
                  tile_size: tuple[int, int] = (34, 34),        # latent rows, columns
                  tile_stride: tuple[int, int] = (18, 16),      # latent rows, columns
@@ -200,7 +210,7 @@ def encode_tiled(vae: AutoencoderKLWan,
     return blend_tiles(lambda x: encode_video(vae, x), video_BCTHW, tile_size, tile_stride, [n // scale for n in video_BCTHW.shape[-2:]], scale, 1)
 
 
-def decode_tiled(vae: AutoencoderKLWan,
+def decode_tiled(vae: AutoencoderKLWan,                        # the video VAE
                  latents_BCTHW: torch.Tensor,                  # normalised
                  tile_size: tuple[int, int] = (30, 52),        # latent rows, columns
                  tile_stride: tuple[int, int] = (15, 26),      # latent rows, columns
@@ -256,7 +266,7 @@ def _init_resample(layer: WanResample):
 
 
 @torch.no_grad()
-def init_identity(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+def init_identity(vae: AutoencoderKLWan) -> AutoencoderKLWan:  # changed in place
     "Starts the VAE as a picture pyramid (draws from torch's random state)."
     for layer in vae.modules():
         if isinstance(layer, WanResidualBlock):

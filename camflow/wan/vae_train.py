@@ -52,7 +52,7 @@ class WorldBank:
 # %% ../../nbs/wan/08_vae_train.ipynb #708a3ce3
 class AutoEncoding(torch.nn.Module):
     "A VAE as a training module: video and noise in, reconstruction and moments out."
-    def __init__(self, vae):
+    def __init__(self, vae):  # the video VAE
         super().__init__()
         self.vae = vae
 
@@ -62,7 +62,7 @@ class AutoEncoding(torch.nn.Module):
         return decode_raw(self.vae, mean + noise_BCTHW * (0.5 * logvar).exp()), mean.float(), logvar
 
 
-def edges(video_BCTHW):
+def edges(video_BCTHW):  # signed
     "Differences along columns, rows and frames."
     return video_BCTHW.diff(dim=-1), video_BCTHW.diff(dim=-2), video_BCTHW.diff(dim=-3)
 

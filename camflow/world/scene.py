@@ -50,16 +50,16 @@ class Part:
 @dataclass
 class Scene:
     "Parts, joints and textures; `start` is the pose from which the cameras of the scene set out."
-    parts: list = field(default_factory=list)
-    joints: list = field(default_factory=list)
+    parts: list = field(default_factory=list)   # solids
+    joints: list = field(default_factory=list)  # what swings at what
     colors: np.ndarray = None            # [slots,3,3] three RGB colours in 0..1
     waves: np.ndarray = None             # [slots,4,3] wave vectors, radians per metre
     phases: np.ndarray = None            # [slots,4]
     names: list = field(default_factory=list) # phrase of each instance, the room first
     actions: list = field(default_factory=list) # verb phrase of each instance, "" for the room
     start: np.ndarray = None             # [4,4] camera-to-world
-    seed: int = 0
-    detail: float = 1.
+    seed: int = 0                               # that it was drawn with
+    detail: float = 1.                          # above 1: finer textures
 
     def poses(self,
               times): # [T] seconds

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from camflow.depth import pose_train
 from camflow.files import InputError
 from camflow.training.checkpoint import from_folder
-from camflow.training.loop import TrainConfig
+from camflow.training.config import TrainConfig
 from camflow.wan import finetune, generate, vae_train
 from camflow.wan.recam import ReCamTransformer3DModel, tiny_recam
 from camflow.wan.vae import tiny_vae

@@ -15,7 +15,7 @@ from .kernels import FORMS, KINDS
 from .losses import FORWARD, LOSSES, WEIGHTINGS
 from .rollout import SOLVERS
 from .schedules import LEVEL_LAWS, SCHEDULES, STEP_WEIGHTS, window_range
-from ..training.loop import at_least
+from ..training.config import at_least
 
 # %% ../../nbs/rl/06_config.ipynb #407eb687
 def check_numbers(settings): # a dataclass

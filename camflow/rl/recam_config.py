@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from ..files import InputError
 from .config import RLConfig, check_numbers, real
 from .losses import FORWARD
-from ..training.loop import at_least
+from ..training.config import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
 REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward",

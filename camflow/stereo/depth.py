@@ -39,7 +39,7 @@ MATCHING = ("left", "right", "layout", "squeezed", "swap", "calibration", "unit"
 
 def checked(config: dict) -> dict: # any of DEFAULTS
     "All settings, refused early when they make no sense."
-    from camflow.training.loop import settings
+    from camflow.training.config import settings
     given = settings(config, DEFAULTS, "stereo depth")
     config = {name: given[name] for name in DEFAULTS}
     wrong = [f"{k}={config[k]} must be at least {low}" for k, low in dict(window=1, overlap=0, iters=1, max_size=0, min_disparity=-1, start=0, limit=0, ply=0, max_depth=0, fps=0).items() if not config[k] >= low]

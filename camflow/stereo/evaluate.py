@@ -50,7 +50,7 @@ DEFAULTS = dict(protocol="world", root="", weights="", methods=["network", "per_
 
 def settled(config: dict): # any of DEFAULTS
     "The configuration with defaults and the protocol's numbers filled in; contradictions are errors."
-    from camflow.training.loop import settings
+    from camflow.training.config import settings
     given = settings(config, DEFAULTS, "stereo evaluation")
     config = {name: given[name] for name in DEFAULTS}
     if config["protocol"] not in PROTOCOLS: raise InputError(f"protocol {config['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
@@ -261,7 +261,7 @@ def _row(folder, i, name, method, example, config):
 def main(config: dict,   # any of DEFAULTS
          run_dir):       # rows/<method>-<hash>/ and metrics.jsonl go there
     "Evaluates methods on a protocol; continues a killed run. Returns the result."
-    from camflow.training.loop import at_least
+    from camflow.training.config import at_least
     from camflow.training.metric_writer import MetricWriter
     config, run_dir = settled(config), Path(run_dir)
     at_least(config, limit=0, samples=1, window=1, **({"clips": 1, "frames": 1} if config["data"] == "world" else {}))

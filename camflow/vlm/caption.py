@@ -15,7 +15,7 @@ from ..data.caption import PROMPT, caption_videos, write_captions
 from ..data.prepare import Item, list_items
 from ..device import process_share
 from ..files import InputError, read_json, write_json
-from ..training.loop import at_least, settings
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 
 # %% ../../nbs/vlm/05_caption.ipynb #58fc740f

@@ -181,7 +181,7 @@ def main(config: dict,    # keys of DEFAULTS
          run_dir):        # results/ and metrics.jsonl go there
     "Re-renders a folder of videos; continues a killed run. Returns counts and what was skipped."
     from camflow.data.multicam import clip_indices
-    from camflow.training.loop import at_least, settings
+    from camflow.training.config import at_least, settings
     from camflow.training.metric_writer import MetricWriter
     config, run_dir = settings(config, DEFAULTS, "generate"), Path(run_dir)
     results = run_dir/"results"

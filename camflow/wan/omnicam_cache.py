@@ -24,7 +24,7 @@ from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..geometry.focal import choose_focal
 from ..media.frames import Frames
 from ..training.checkpoint import fingerprint, from_folder
-from ..training.loop import at_least, settings
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 from .i2v_condition import ImageEncoder, given_mask, given_video, tiny_image_encoder
 from .prepare import Encoders

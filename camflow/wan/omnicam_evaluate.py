@@ -18,7 +18,7 @@ from ..device import generator
 from ..files import InputError, read_json, write_json
 from ..geometry.script import Segment, path_state, script_path, script_text
 from ..geometry.trajectory import SUBJECT
-from ..training.loop import configuration
+from ..training.config import configuration
 from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene

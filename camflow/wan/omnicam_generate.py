@@ -30,7 +30,8 @@ from ..media.frames import Frames
 from ..media.images import picture_facts, read_first_frame
 from ..media.video import write_video
 from ..training.checkpoint import from_folder
-from ..training.loop import at_least, run_main, settings
+from ..training.config import at_least, settings
+from ..training.loop import run_main
 from .lora import load_lora
 from .depth_warp import model_camera, restore_detail
 from .omnicam import OmniCamBlock

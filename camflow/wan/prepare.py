@@ -21,7 +21,7 @@ from ..data.tensors_file import NOTE, read_set, write_set
 from ..device import compute_dtype, device, process_share
 from ..files import InputError, write_json
 from ..training.checkpoint import fingerprint, from_folder
-from ..training.loop import at_least, settings
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 from .finetune import latent_encoder, video_identity
 from .text import TextEncoder

@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'EXCLAMATIONS', 'Finding', 'Row', 'decode_line', 'cell_text'
 
 # %% ../../nbs/data/12_captions.ipynb #1849ec78
 import csv
-import io
 import re
 import unicodedata
 from dataclasses import asdict, dataclass, field

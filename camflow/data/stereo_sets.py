@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .stereo_clip import PackedVideo, PictureSource, StereoClip, StereoSet, StereoSource, VideoPair, folder_pair, list_images, match_frames, open_stereo
+from .stereo_clip import PictureSource, StereoClip, StereoSet, folder_pair, list_images, match_frames, open_stereo
 from .dynamic_replica import DynamicReplica
 from .stereo_files import read_kitti, read_middlebury, read_pfm, read_sintel, read_vkitti_depth, usable
 from ..files import InputError

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..files import InputError
 from .camera import Cameras, focal_K
-from .rigid import homogeneous, inverse
+from .rigid import inverse
 from .script_omnicam import omnicam_c2w, omnicam_frame_index, omnicam_poses
 _all_ = ["omnicam_poses"]
 # Shapes: T frames or times, 6 = phi (right), theta (down), r (outwards), pan (right), tilt (up), roll (clockwise); degrees, r in distances; 44 matrices.

@@ -7,8 +7,7 @@ __all__ = ['BACKGROUNDS', 'FitConfig', 'check_config', 'Known', 'Fit']
 
 # %% ../../nbs/gflow/27_fit.ipynb #f051f52b
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..depth.flow_pose import robust_pose
-from .pose import seen_at, texture_weight
+from .pose import seen_at
 from ..geometry.rigid import quaternion
 
 # Shapes: M Gaussians, k neighbours, H W rows and columns.

@@ -7,7 +7,7 @@ __all__ = ['PaperConfig', 'scaled_points', 'PaperFit', 'camera_stage', 'relocate
            'quality', 'timeline', 'state', 'restore']
 
 # %% ../../nbs/gflow/28_paper.ipynb #e57429a5
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np

@@ -17,7 +17,6 @@ from ..depth.flow_pose import robust_pose
 from ..files import InputError
 from ..geometry.camera import Cameras
 from ..geometry.rigid import se3_exp
-from ..media.frames import Depth, Flow
 
 # Shapes: T frames, N matches, H W rows and columns; numpy float64 on the host: the problems are small.
 

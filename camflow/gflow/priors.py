@@ -8,7 +8,6 @@ __all__ = ['FEWEST', 'PICTURE_MEAN', 'PICTURE_STD', 'DEPTH', 'MASKS', 'Priors', 
            'write_priors', 'read_priors', 'kept_priors']
 
 # %% ../../nbs/gflow/10_priors.ipynb #ec863958
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files import InputError
 
 # Shapes: N Gaussians, D channels, H W rows and columns; 44 / 33 are sizes of matrices.
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..files import InputError
 from .models import set_norm_groups
-from ..media.frames import RANGES, Frames
+from ..media.frames import Frames
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels, D width of an image embedding
 

@@ -15,7 +15,6 @@ import torch
 from ..files import InputError
 from ..flow.consistency import warp
 from .shapes import overlap, silhouette
-from ..media.frames import Flow
 # Shapes: B samples, F frames, C channels, H rows, W columns
 
 # %% ../../nbs/joint/25_coupling.ipynb #93d3b840

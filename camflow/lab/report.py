@@ -11,7 +11,7 @@ import html
 import re
 from pathlib import Path
 
-from ..files import InputError, atomic_write, read_json
+from ..files import atomic_write, read_json
 from .parameters import Parameter, parse_parameters
 from .registry import STYLE, Run, headline, settle, show_number, show_seconds
 

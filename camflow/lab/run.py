@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import InputError, read_json, sha256_file, write_json

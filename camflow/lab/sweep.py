@@ -19,9 +19,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..files import InputError, atomic_write, content_hash, read_json, sha256_file, write_json
+from ..files import InputError, atomic_write, content_hash, sha256_file, write_json
 from .launch import die_with_parent
-from .parameters import notebook_parameters, parse_assignment
+from .parameters import parse_assignment
 from .registry import SORT, STYLE, Run, headline, reports_root, scan, settle, show_number, show_seconds
 from .run import find_notebook, prepare, resume, run
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import InputError, write_json
+from ..files import InputError
 from ..processes import die_with_parent
 
 # %% ../../nbs/metrics/07_budget.ipynb #5894675f

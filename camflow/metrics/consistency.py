@@ -8,7 +8,6 @@ __all__ = ['STILL', 'NUMBERS', 'grey', 'track', 'between', 'given_fundamental', 
 
 # %% ../../nbs/metrics/18_consistency.ipynb #fce0421f
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch

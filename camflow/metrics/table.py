@@ -8,7 +8,6 @@ __all__ = ['SCHEMA', 'make_row', 'Table', 'write_csv', 'write_rows', 'export_vbe
 # %% ../../nbs/metrics/32_table.ipynb #d07bb991
 import json
 import math
-import os
 from pathlib import Path
 
 import pandas as pd

@@ -9,7 +9,6 @@ __all__ = ['server_order', 'Busy', 'Down', 'Breaker', 'backoff', 'Parts', 'is_lo
 import contextlib
 import hashlib
 import json
-import math
 import os
 import random
 import socket
@@ -17,7 +16,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit

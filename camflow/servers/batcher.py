@@ -9,7 +9,7 @@ __all__ = ['QueueFull', 'Lost', 'Entry', 'Counts', 'MicroBatcher', 'settle']
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable
 
 from fastcore.basics import patch

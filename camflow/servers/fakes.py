@@ -10,11 +10,9 @@ import hashlib
 import os
 import signal
 import time
-from pathlib import Path
 
 import torch
 
-from ..files import InputError
 from ..rewards.protocol import Scores, byte_frames
 
 # %% ../../nbs/servers/07_fakes.ipynb #3f43acbf

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from ..files import InputError
 from ..processes import resident
 from ..rewards.wire import SHM, Item, Limits, SharedMemory, allowed, no_row
-from .batcher import Lost, MicroBatcher, QueueFull
+from .batcher import Lost, MicroBatcher
 from .worker import Broken, Worker, WorkerSpec
 
 # %% ../../nbs/servers/02_service.ipynb #3857ae49

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..assets import tiny_path
-from ..device import device, generator
+from ..device import device
 from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..media.frames import Frames
 from ..metrics.statistics import paired_bootstrap

@@ -15,14 +15,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from fnmatch import fnmatch
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..device import device, generator
-from ..files import InputError, content_hash, read_json, write_json
+from ..files import InputError, read_json, write_json
 from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load_checkpoint, load_strict, rng_state, save_checkpoint,
                                          set_rng_state, unflatten_optimizer)
 from .config import TrainConfig, at_least, configuration  # noqa: F401 (a trainer takes its knobs from here, too)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..device import compute_dtype, device
 from ..files import InputError, content_hash, read_json
 from .prompt import FORMS, DigitScores, Reply, chat, expand, plain, texts_of, tokenize
-from .video_inputs import FAMILIES, Clip, VideoSettings, at_rate, image_inputs, settings_from_files, video_inputs
+from .video_inputs import FAMILIES, Clip, at_rate, image_inputs, settings_from_files, video_inputs
 
 # shape suffixes: B questions, L tokens, A axes of a judgement, K digits
 

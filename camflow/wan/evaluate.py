@@ -15,7 +15,7 @@ import torch
 from ..device import generator
 from ..files import InputError
 from ..geometry.trajectory import PRESETS, preset, rescale
-from ..world.clips import HELD_OUT, SceneClips, random_move, scene_clips
+from ..world.clips import HELD_OUT, random_move, scene_clips
 from .sampling import euler_sample, recam_sigmas
 from .vae import decode_latents, encode_video, signed, to_bytes
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..assets import tiny_path
-from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
+from ..data.cache import LatentCache, fill, fill_texts, texts
 from ..data.multicam import clip_indices
 from ..data.prepare import Item, prepare_videos
 from ..device import compute_dtype, device, generator, ranks_share

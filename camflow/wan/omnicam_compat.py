@@ -18,7 +18,7 @@ from ..files import InputError
 from .convert import DIT, dit_config, load_strict, rename
 from .omnicam import CameraMemory, OmniCamBlock, OmniCamTransformer3DModel, fill
 from .recam import cast
-from .transformer import SCORE_LIMIT, FrameRotary, PlannedAttention, exact_positions, plan_attention
+from .transformer import FrameRotary, PlannedAttention, exact_positions, plan_attention
 
 # shape suffixes: B batch, N poses of the camera file, F video frames, T latent frames, H W token rows and columns, L = T H W, D model width
 

@@ -10,7 +10,6 @@ __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity',
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
-import math
 from pathlib import Path
 
 import torch

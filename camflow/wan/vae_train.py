@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ..device import device, ranks_share
-from ..files import InputError, write_json
+from ..files import InputError
 from ..training.checkpoint import from_folder, load_checkpoint
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
-from .vae import decode_raw, encode_moments, signed, tiny_vae, tiny_vae_config
+from .vae import decode_raw, encode_moments, signed, tiny_vae
 from ..world.clips import HELD_OUT, clip_bank
 
 # shape suffixes: B batch, C channels, T frames, H rows, W columns, S scenes, N cameras

@@ -24,7 +24,7 @@ from .. import __version__
 from ..device import device
 from ..files import InputError, content_hash
 from .clips import Clip, check_clips, clip_hash, write_clips
-from .features import FeatureCache
+from .feature_cache import FeatureCache
 from .interface import Result
 from .streaming import as_metric, as_record, measure_clip, score_set, signature
 from .table import Table, make_row

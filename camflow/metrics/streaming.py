@@ -20,7 +20,8 @@ import torch
 from ..files import InputError, _plain, content_hash
 from ..media.video import VideoError, VideoInfo
 from .clips import Clip, clip_hash, file_hash
-from .features import Feature, FeatureCache, Held, Pictures, _quiet, code_hash, describe, info_of, stream
+from .feature_cache import FeatureCache, code_hash, describe
+from .features import Feature, Held, Pictures, _quiet, info_of, stream
 from .interface import Result
 from .weights import answer
 

@@ -83,7 +83,7 @@ def gallery_page(folder) -> str: # of reports
             f'<body><h1>Gallery</h1><p>Finished reports; each is one file that opens offline, and the line below it makes it again.</p><main class="cards">{"".join(card(p) for p in pages)}</main></body></html>\n')
 
 
-def write_gallery(folder="reports/gallery") -> Path:
+def write_gallery(folder="reports/gallery") -> Path:  # of the committed reports
     "Writes index.html beside the reports."
     with atomic_write(Path(folder) / "index.html", "w") as file: file.write(gallery_page(folder))
     return Path(folder) / "index.html"

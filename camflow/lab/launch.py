@@ -83,7 +83,7 @@ def command(module: str,             # importable module with a main, e.g. camfl
             nodes: int = 1, node: int = 0,     # number of machines, and which of them this is
             address: str = "127.0.0.1",        # of machine 0
             port: int | None = None,           # on machine 0
-            python: str = sys.executable) -> list[str]:
+            python: str = sys.executable) -> list[str]:  # interpreter
     "Words of the command line that starts `module` on one machine."
     tail = ["-m", module, "--config", str(config)]
     world, port = num_processes*nodes, port or free_port()
@@ -98,8 +98,8 @@ def command(module: str,             # importable module with a main, e.g. camfl
 def launch_lines(config,              # path of a configuration, or a dict that may hold module, nodes, devices, master_addr, master_port
                  nodes: int | None = None,   # machines
                  devices: int | None = None, # devices of each machine
-                 module: str | None = None,
-                 launcher: str = "accelerate") -> list[str]:
+                 module: str | None = None,  # to start; None: that of the configuration
+                 launcher: str = "accelerate") -> list[str]:  # torchrun or accelerate
     "One shell line per machine; `NODE0` stands for the address of machine 0."
     given = config if isinstance(config, dict) else {}
     nodes, devices = nodes or given.get("nodes", 1), devices or given.get("devices", 1)
@@ -142,7 +142,9 @@ def main_error(log: str,          # text of a log file
 # %% ../../nbs/lab/01_launch.ipynb #d5344ca6
 class LaunchError(RuntimeError):
     "A launched process failed; the message holds the traceback that matters."
-    def __init__(self, message, returncode=None, log=None):
+    def __init__(self, message,          # for people
+                       returncode=None,  # of the process; None: it was ended
+                       log=None):        # text of its log
         super().__init__(message)
         self.returncode, self.log = returncode, log
 
@@ -150,10 +152,10 @@ class LaunchError(RuntimeError):
 @dataclass
 class Launch:
     "What was started and how it ended."
-    command: list[str]
-    run_dir: Path
+    command: list[str]                             # words
+    run_dir: Path                                  # folder of the run
     returncode: int | None = None # None for a dry run
-    seconds: float = 0.0
+    seconds: float = 0.0                           # that it took
     lines: list[str] = field(default_factory=list) # a dry run's lines for 1, 8 and 4x8 devices
 
     @property

@@ -139,12 +139,15 @@ def test_the_index_sorts_filters_and_leads_to_a_running_run(reports, tmp_path):
     assert seen["tabs"][:2] == ["INPUT", "TH"] and seen["followed"] == "training" and seen["status"] == "running"
 
 
-def test_camera_paths_turn_by_keyboard(tmp_path):
+def test_camera_paths_turn_and_play_by_keyboard(tmp_path):
     clip = truth_clip("crossing", frames=4, size=(68, 120))
     page = tmp_path/"cameras.html"
-    page.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>cameras</title><body>{camera_viewer({"path": clip.cameras})}</body></html>')
+    page.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>cameras</title><body>{camera_viewer({"path": clip.cameras}, clips={"path": clip.frames}, fps=12)}</body></html>')
     seen = drive("cameras", page, tmp_path)
     assert fits(seen) and seen["drawn"] and seen["focus"] == "CANVAS" and all(seen["steps"].values()), seen
+    assert [f["at"] for f in seen["frames"]] == [0, 1, 0, 3, 0] and [f["at"] for f in seen["slider"]] == [0, 1, 3]
+    assert len({f["picture"] for f in seen["frames"]}) == 3 and seen["slider"][2]["picture"] == seen["frames"][3]["picture"]
+    assert seen["slider"][2]["said"].startswith("frame 3; path: right ") and seen["button"] == "BUTTON" and seen["played"] == 3 and seen["stopped"]
 
 
 def test_a_comparison_fits_a_narrow_screen(tmp_path):

@@ -106,6 +106,27 @@ const TASKS = {
     return seen;
   },
 
+  // from the index to the page of a running run, which renews itself until it is final
+  async live(browser, url) {
+    const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests, looks: [], loads: 0 };
+    page.on("load", () => seen.loads++);
+    seen.listed = await page.evaluate(() => [...document.querySelectorAll("tbody tr")].map(r => r.cells[1].textContent));
+    await page.locator("tbody a", { hasText: options.follow }).first().click(); await page.waitForLoadState();
+    const look = () => page.evaluate(() => ({ status: document.querySelector("header .status").textContent, words: document.querySelector(".now b")?.textContent, share: document.querySelector("progress")?.value,
+      elapsed: document.getElementById("elapsed")?.textContent, curves: document.querySelectorAll("main svg").length, log: document.querySelector("main.live pre")?.textContent.length || 0 }));
+    const again = async () => { for (;;) try { return await look() } catch (e) { if (!/context was destroyed|navigation/i.test(e.message)) throw e; await wait(50) } };   // it loads just now
+    seen.first = await again(); await page.screenshot({ path: path.join(folder, "live_first.png") });
+    for (const end = Date.now() + options.patience * 1000; Date.now() < end; await wait(300)) {
+      const now = await again(), last = seen.looks.at(-1);
+      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await page.screenshot({ path: path.join(folder, "live.png") }).catch(() => 0) }
+      if (now.status !== "running") break;
+    }
+    await wait(500); const loads = seen.loads; await wait(4500); seen.rests = seen.loads === loads; seen.title = await page.textContent("h1"); seen.sections = await page.locator("main h2").count();
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "live_last.png") });
+    await page.locator("a", { hasText: "all runs" }).click(); await page.waitForLoadState(); seen.listed_last = await page.evaluate(() => [...document.querySelectorAll("tbody tr")].map(r => r.cells[1].textContent)); await close();
+    return seen;
+  },
+
   // camera paths to turn, and the time
   async cameras(browser, url) {
     const { page, said, requests, close } = await open(browser, url, { width: 900, height: 700 }), canvas = page.locator("canvas").first(), seen = { said, requests, steps: {} };

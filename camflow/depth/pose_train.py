@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .da3 import DA3Config, DepthAnything3, init_weights
 from .da3_files import load_state
+from ..assets import licence_note
 from ..device import generator, ranks_share
 from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
 from ..flow.dis import contrast, tuned_search
@@ -357,13 +358,14 @@ def evaluate(model: PoseNet,                # in eval mode
 def save_pose(model: PoseNet,   # a PoseNet
               folder,           # to write
               notes: str = "",  # of the training, for the card
-              numbers: dict | None = None):  # of `evaluate`; None: not measured
+              numbers: dict | None = None, # of `evaluate`; None: not measured
+              licence: str = ""):  # of the weights; empty: `licence_note`
     "Writes config.json, model.safetensors (float16) and card.md."
     folder = Path(folder)
     c = model.da3.config
     about = {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)}
     save_folder(folder, model.state_dict(), about)
-    with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers))
+    with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers, licence or licence_note()))
     if numbers is not None: write_json(folder / "metrics.json", numbers)
 
 
@@ -380,19 +382,22 @@ def load_pose(folder=None) -> PoseNet:  # default: the tiny weights of this repo
 # %% ../../nbs/depth/02_pose_train.ipynb #696d9ee5
 def card(model: PoseNet,  # a PoseNet
          notes: str,      # of the training
-         numbers: dict | None) -> str:  # of `evaluate`; None: not measured
+         numbers: dict | None, # of `evaluate`; None: not measured
+         licence: str = "") -> str: # of the weights
     "The model card in markdown."
     count = sum(p.numel() for p in model.parameters())
-    lines = ["# Tiny camera estimator", "", f"Depth Anything 3 (backbone with alternating attention, camera decoder) of {count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor).", "",
-             "- Data: camflow.world only (procedural rooms with moving figures and things), degraded as in `camflow.depth.pose_train.degrade`.",
-             "- Use: `load_pose(folder)`, `estimate_cameras(model, frames)`. Made for the tiny family of this project; not for real video.", "- Licence: Apache-2.0.", f"- Training: {notes}", ""]
+    lines = ["# Tiny camera estimator", "", f"Depth Anything 3 (backbone with alternating attention, camera decoder) of {count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor). Use: `load_pose(folder)`, `estimate_cameras(model, frames)`; not for real video.", "",
+             "## Data", "", "- camflow.world only (procedural rooms with moving figures and things), degraded as in `camflow.depth.pose_train.degrade`.",
+             "", "## Training", "", f"- {notes}", "", "## Held-out numbers", ""]
     if numbers:
-        lines += ["Held-out scenes, median over frames (poses relative to frame 0; correlation of the end pose):", "",
+        lines += ["Scenes, median over frames (poses relative to frame 0; correlation of the end pose):", "",
                   "| frames: blur in px, or VAE | rotation, deg | position, m | pitch | yaw | roll | x | y | z |", "|---|---|---|---|---|---|---|---|---|"]
         for s, r in numbers["blur"].items():
             lines.append(f"| {s} | {r['rot_deg']:.2f} | {r['trans_m']:.3f} | " + " | ".join(f"{r['corr_' + n]:.2f}" for n in ("pitch", "yaw", "roll", "x", "y", "z")) + " |")
         lines += ["", "Measured size of a preset against its asked size 0.2..1.5 (slope 1 is right):", "", "| preset | slope | correlation |", "|---|---|---|"]
         lines += [f"| {k} | {r['slope']:.2f} | {r['corr']:.2f} |" for k, r in numbers["preset"].items()]
+    else: lines += ["- not measured"]
+    lines += ["", "## Licence", "", f"- {licence}", "", "## Published weights of this architecture", "", "`camflow weights da3` says what is published, under which licence, and how it is loaded."]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/depth/02_pose_train.ipynb #86819863
@@ -452,7 +457,7 @@ def export(run_dir,               # of the training
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     load_state(model, {**frozen, **ckpt.weights}, f"checkpoint {ckpt.step}")
     more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
-    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
+    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None, licence_note(vae=config["vae"]))
     return model
 
 # %% ../../nbs/depth/02_pose_train.ipynb #3d9443b1

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..assets import licence_note
 from ..device import generator
 from ..files import InputError, atomic_write, read_json
 from .clips import flow_bank
@@ -141,15 +142,29 @@ CARD = """# Optical flow network (GMFlow)
 
 {count:.2f} M parameters: {model}. Flow from one RGB frame to the next, pixels; `camflow.flow.estimators.load_flow("tiny")`.
 
-- Data: {clips} `stereo` clips of camflow.world, {render_size[0]} x {render_size[1]}, hard cases {hard}, and {scenes} `scenes` clips, {scene_size[0]} x {scene_size[1]}; crops of {size[0]} x {size[1]}.
-- Training: {steps} steps of {batch_size} pairs, {optimizers}, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of processor time. {note}
-- Licence: Apache-2.0. Made for the tiny family of this project.
+## Data
 
-Held-out clips ({held_out} + {held_out_scenes}), mean end-point error in pixels over clips:
+- {clips} `stereo` clips of camflow.world, {render_size[0]} x {render_size[1]}, hard cases {hard}, and {scenes} `scenes` clips, {scene_size[0]} x {scene_size[1]}; crops of {size[0]} x {size[1]}.
+
+## Training
+
+- {steps} steps of {batch_size} pairs, {optimizers}, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of processor time. {note}
+
+## Held-out numbers
+
+Clips ({held_out} + {held_out_scenes}), mean end-point error in pixels over clips:
 
 | number | value |
 |---|---|
 {rows}
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights gmflow` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -162,7 +177,7 @@ def write_model(model,          # the trained network
     "Writes config.json, model.safetensors (float16) and card.md."
     save_gmflow(model, folder)
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items() if isinstance(value, float))
-    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, note=config["card"], **config | {"model": model.config, "steps": steps, "optimizers": "Muon for matrices, AdamW for the rest" if config.get("muon") else "AdamW"})
+    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, licence=licence_note(start=config["start"]), note=config["card"], **config | {"model": model.config, "steps": steps, "optimizers": "Muon for matrices, AdamW for the rest" if config.get("muon") else "AdamW"})
     with atomic_write(Path(folder) / "card.md", "w") as file: file.write(text)
 
 # %% ../../nbs/flow/18_train.ipynb #21318b7a

@@ -264,7 +264,8 @@ def organise_davis(source,    # DAVIS (with JPEGImages/480p), or a folder of fol
     for folder in found:
         if not folder.is_dir(): raise InputError(f"{folder} does not exist; organise_davis; choose from the folders of {inner}")
     if not found: raise InputError(f"{source} holds no JPEGImages/480p and no folders; organise_davis; give the DAVIS folder")
-    return {folder.name: _organise(folder, target / folder.name) for folder in found}
+    try: return {folder.name: _organise(folder, target / folder.name) for folder in found}
+    except OSError as error: raise InputError(f"{error.filename or target} cannot be written ({error.strerror}); organise_davis; give a target folder that can be written, with room for the frames") from None
 
 
 def _organise(folder, home):

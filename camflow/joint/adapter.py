@@ -255,7 +255,7 @@ def state_dict(self: JointAdapter) -> dict: return {name: p.detach() for name, p
 def load_state_dict(self: JointAdapter, state: dict): # {name: tensor}
     "Strict: every parameter, no other."
     mine = self.parameters_by_name()
-    if wrong := sorted(set(mine) ^ set(state)): raise InputError(f"{len(wrong)} parameters are only in the file or only in the adapter, first {wrong[0]!r}")
+    if wrong := sorted(set(mine) ^ set(state)): raise InputError(f"{len(wrong)} parameters are only in the file or only in the adapter, first {wrong[0]!r}; give the file of an adapter with the same roles and blocks")
     if wrong := [name for name, p in mine.items() if p.shape != state[name].shape]:
         raise InputError(f"{wrong[0]} is {tuple(state[wrong[0]].shape)} in the file, {tuple(mine[wrong[0]].shape)} here: another rank or another post projection")
     with torch.no_grad():

@@ -111,7 +111,7 @@ class JointBranch:
         context, mask, rotary = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((1, "encoder_hidden_states"), (2, "attention_mask"), (3, "rotary_emb")))
         if context is not None or mask is not None: raise InputError(f"{self.name}.attn1 was given a context or a mask; the joint term is defined for plain self-attention")
         k, rest = divmod(len(h), state.layout.n)
-        if rest: raise InputError(f"{self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}")
+        if rest: raise InputError(f"{self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}; batch whole pairs, or call use(layout) first")
         parts = [part for run in state.layout.runs for part in self.run(attn, run, h, seen, rotary, k)]
         return assemble(out, parts, k) if parts else None
 

@@ -201,7 +201,7 @@ def _scheduler(folder):
     import diffusers
     path = folder/"scheduler"/"scheduler_config.json"
     name = read_json(path).get("_class_name", "")
-    if not name.endswith("Scheduler") or not hasattr(diffusers, name): raise InputError(f"{path} names the scheduler {name!r}, which diffusers does not have")
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name): raise InputError(f"{path} names the scheduler {name!r}, which diffusers does not have; give a folder in diffusers' layout, or a newer diffusers")
     return getattr(diffusers, name).from_pretrained(path.parent, local_files_only=True)
 
 

@@ -212,9 +212,9 @@ def _stop(process, wait: float = GRACE + 5):
 def _hangs(watch: Watch, stall: float, module: str, log_path: Path) -> LaunchError:
     "The exception for ranks that have been silent too long; asks them for their stacks first."
     to_blame = ", ".join(f"rank {rank} hangs in {watch.look()[rank][0]['phase']}" for rank in watch.hung(stall))
-    asked = watch.ask_stacks()
-    time.sleep(0.3)                                                        # for the stacks to be written
-    return LaunchError(f"{to_blame}: {module} was stopped because no rank was heard for {stall} s ({watch})" + (f"; where each stood in its code is at the end of {log_path}" if asked else ""))
+    stacks = watch.stacks()
+    with open(log_path, "ab") as log: log.write("".join(f"\nrank {rank} stood here when it was stopped:\n{stack}" for rank, stack in stacks.items()).encode())
+    return LaunchError(f"{to_blame}: {module} was stopped because no rank was heard for {stall} s ({watch})" + (f"; where each stood in its code is at the end of {log_path}" if stacks else ""))
 
 
 def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str, watch: Watch, stall):

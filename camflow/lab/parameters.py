@@ -168,7 +168,7 @@ def parse_assignment(text: str,                      # "key=value" from the comm
     "Name and value; the text is taken as it stands where a str is wanted, else read as YAML."
     import yaml
     name, equals, raw = text.partition("=")
-    if not equals: raise InputError(f"{where} {text!r} must read key=value")
+    if not equals: raise InputError(f"{where} {text!r} must read key=value, for instance -p seed=1")
     if name not in declared: return name, raw     # check_parameters complains, with the likely name
     kind = declared[name].type
     if kind == "str": return name, raw

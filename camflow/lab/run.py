@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..files import InputError, read_json, sha256_file, write_json
 from .launch import GRACE, adopt_orphans, children, die_with_parent, end_descendants
+from .live import live, write_live
 from .parameters import find_profile, notebook_parameters, read_profile, resolve
 from .registry import Run, build_index, close_run, find_run, new_run, process_mark, read_records, settle, show_number, show_seconds, update
 
@@ -207,8 +208,8 @@ def _execute(run_dir: Path, notebook: Path, injected: dict, timeout, progress: b
     env = child_environment(CAMFLOW_RUN_DIR=str(run_dir), CAMFLOW_CWD=read_json(run_dir/"config.json").get("cwd", ""), **({"CAMFLOW_RESUME": "1"} if resume else {}))
     def on_cell(number, total, heading):
         bar.cell = f"cell {number}/{total} {heading}".rstrip()
-        update(run_dir, cell=number, cells=total)
-    with _stoppable(stop, timeout):
+        update(run_dir, cell=number, cells=total, heading=heading)
+    with live(run_dir, env), _stoppable(stop, timeout):
         surroundings = _record_environment(run_dir, env)
         if progress: bar.start()
         try: _papermill(notebook, run_dir, injected, env, stop, on_cell)
@@ -226,6 +227,7 @@ def _publish(run_dir: Path) -> Run:
     try: write_report(run_dir)
     except Exception as error: # a broken output must not turn a finished training into a failed one
         update(run_dir, report_error=f"{type(error).__name__}: {error}")
+        write_live(run_dir)   # the short page, which says how the run ended
     build_index(run_dir.parents[1])
     return Run(run_dir)
 

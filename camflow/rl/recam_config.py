@@ -87,7 +87,7 @@ class Settings:
     def __post_init__(self):
         for name, known in {"arm": ("grpo", "shuffled", "finetune"), "data": ("world", "multicam", "videos"), "cameras": ("presets", "random", "paired")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(known)}")
-        if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}")
+        if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}; give it with -p root=FOLDER")
         if self.cameras == "paired" and self.data != "multicam": raise InputError("cameras='paired' needs data='multicam'; use presets or random")
         if self.arm == "finetune" and (self.data == "videos" or self.data == "multicam" and self.cameras != "paired"): raise InputError("the finetune arm needs true target videos: data='world', or data='multicam' with cameras='paired'")
         if isinstance(self.train, str) or not self.train: raise InputError(f"train={self.train!r} must be a list of patterns of parameter names, e.g. ['*attn1*']")

@@ -199,7 +199,7 @@ def prepare(config: dict) -> Job: # of `checked`
     for path in {str(getattr(source, side, "")) for side in ("left", "right", "path")}: _undamaged(path)
     if bad := source.check() if hasattr(source, "check") else []: raise InputError(f"{len(bad)} of {2 * len(source)} pictures cannot be used; {bad[0]}")
     total, stop = len(source), config["start"] + config["limit"] if config["limit"] else len(source)
-    if config["start"] >= total: raise InputError(f"start={config['start']}, but {source.name} has {total} frames (0..{total - 1})")
+    if config["start"] >= total: raise InputError(f"start={config['start']}, but {source.name} has {total} frames (0..{total - 1}); start earlier")
     indices = list(range(config["start"], min(stop, total)))
     H, W = source.size
     if min(H, W) < 16: raise InputError(f"frames of {H} x {W} pixels; {source.name}; at least 16 x 16 are needed to match anything")

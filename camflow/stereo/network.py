@@ -192,7 +192,7 @@ def config_of(state: dict) -> StereoConfig:  # {name: tensor}
         return StereoConfig(num_frames=state["time_embed"].shape[1] if "time_embed" in state else 5, attention_type="_".join(k for k, v in parts.items() if v) or None,
                             use_3d_update_block=state[f"{block}.gru.convz1.weight"].dim() == 5, different_update_blocks=different, dim=dim,
                             depth=parts["self_stereo"] or parts["temporal"] or 4, head=None if head == dim else head, dead_weights=any("qkv" in k for k in state))
-    except KeyError as error: raise InputError(f"this is no DynamicStereo checkpoint: it has no tensor {error}") from None
+    except KeyError as error: raise InputError(f"this is no DynamicStereo checkpoint: it has no tensor {error}; give dynamic_stereo_sf.pth, dynamic_stereo_dr_sf.pth, or a folder of save_stereo") from None
 
 # %% ../../nbs/stereo/03_network.ipynb #769ad109
 def save_stereo(model: DynamicStereo, # a DynamicStereo

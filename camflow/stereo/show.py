@@ -180,7 +180,7 @@ def write_ply(path,        # the file
 def read_ply(path):  # written by `write_ply`
     "(points [N,3] float32, colours [N,3] uint8)."
     head, _, body = Path(path).read_bytes().partition(b"end_header\n")
-    if not head.startswith(b"ply\nformat binary_little_endian"): raise InputError(f"{path} is not a binary PLY of write_ply")
+    if not head.startswith(b"ply\nformat binary_little_endian"): raise InputError(f"{path} is not a binary PLY of write_ply; give a points*.ply of stereo_depth")
     count = int(head.split(b"element vertex ")[1].split()[0])
     if len(body) != count * _POINT.itemsize: raise InputError(f"{path} holds {len(body)} bytes of {count} points, {count * _POINT.itemsize} are expected; write it again")
     table = np.frombuffer(body, _POINT)

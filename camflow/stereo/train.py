@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..assets import licence_note
 from ..device import device, generator
 from ..files import InputError, atomic_write
 from .loss import edge_weight, sequence_loss, temporal_error, temporal_loss
@@ -195,15 +196,29 @@ CARD = """# Stereo network
 
 {count:.2f} M parameters, {model}. Disparity from stereo video, positive pixels; the raw output is the signed flow (negative disparity).
 
-- Data: {data}; {frames} frames of {size[0]} x {size[1]} per crop, {iters} refinements.
-- Training: {steps} steps of {batch_size}, AdamW, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of this process. {note}
-- Licence: Apache-2.0. Made for the tiny family of this project.
+## Data
 
-Held-out clips ({held_out}), {validate_iters} refinements:
+- {data}; {frames} frames of {size[0]} x {size[1]} per crop, {iters} refinements.
+
+## Training
+
+- {steps} steps of {batch_size}, AdamW, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of this process. {note}
+
+## Held-out numbers
+
+Clips ({held_out}), {validate_iters} refinements:
 
 | number | value |
 |---|---|
 {rows}
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights stereo` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -218,7 +233,7 @@ def write_model(model,           # the trained network
     save_stereo(model, folder)
     data = f"{config['clips']} clips of camflow.world, {config['render_size'][0]} x {config['render_size'][1]}" if config["data"] == "world" else config["data"]
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items())
-    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, note=config["card"],
+    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, licence=licence_note(start=config["start"], data=config["data"]), note=config["card"],
                        **config | {"data": data, "steps": steps, "held_out": held_out})
     with atomic_write(Path(folder) / "card.md", "w") as file: file.write(text)
 

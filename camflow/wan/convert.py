@@ -146,7 +146,7 @@ def dit_config(state: dict,                    # reference names
                **extras) -> dict:              # more config fields
     "Config of `ReCamTransformer3DModel` for a reference checkpoint."
     shape = {k: tuple(v.shape) for k, v in state.items()}
-    if "patch_embedding.weight" not in shape: raise InputError("no patch_embedding.weight: this is not a Wan transformer with reference names")
+    if "patch_embedding.weight" not in shape: raise InputError("no patch_embedding.weight: this is not a Wan transformer with reference names; a folder in diffusers' layout needs no conversion")
     dim, channels, *patch = shape["patch_embedding.weight"]
     if num_heads is None and dim % 128: raise InputError(f"width {dim} is no multiple of 128; pass num_heads")
     num_heads = num_heads or dim // 128
@@ -179,7 +179,7 @@ def read_weights(path) -> dict:  # .safetensors (one file, or an index of shards
     "{name: tensor} of a checkpoint file; pickles only as weights."
     from safetensors.torch import load_file
     path = Path(path)
-    if not path.exists(): raise InputError(f"no checkpoint at {path}")
+    if not path.exists(): raise InputError(f"no checkpoint at {path}; give a .safetensors, .pth, .ckpt or .pt file; `camflow weights` says where published ones come from")
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {k: v for shard in shards for k, v in load_file(path.parent / shard).items()}
@@ -190,7 +190,7 @@ def read_weights(path) -> dict:  # .safetensors (one file, or an index of shards
 def load_strict(model, state: dict):  # filled in place; {name: tensor} under the other names
     "Puts every tensor in its place; says which names are missing or left over."
     missing, left = sorted(model.state_dict().keys() - state.keys()), sorted(state.keys() - model.state_dict().keys())
-    if missing or left: raise InputError(f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing {missing[:3]}, {len(left)} left over {left[:3]}")
+    if missing or left: raise InputError(f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing {missing[:3]}, {len(left)} left over {left[:3]}; is it a checkpoint of another size or model?")
     model.load_state_dict(state, assign=True)
     return model
 

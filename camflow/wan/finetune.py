@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..assets import tiny_path
+from ..assets import licence_note, tiny_path
 from ..data.cache import LatentCache, fill, fill_texts, texts
 from ..data.multicam import clip_indices
 from ..data.prepare import Item, prepare_videos
@@ -287,7 +287,7 @@ def hidden_of(config: dict): # full configuration
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
-    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError("tiles belong to data = multicam; clips of the world are encoded whole")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
@@ -351,13 +351,28 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 # %% ../../nbs/wan/07_finetune.ipynb #a8a3c2d7
 CARD = """# tiny ReCam
 
-ReCamTransformer3DModel, {parameters:.2f} M weights, trained from nothing by `camflow.wan.finetune`; latents of the tiny VAE (16 x 3 x 6 x 10 for 9 x 48 x 80).
+ReCamTransformer3DModel, {parameters:.2f} M weights, trained from {start} by `camflow.wan.finetune`; {frames} frames of {size[0]} x {size[1]}, latents of {vae}.
 
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), any two cameras of a scene
-- training: {step} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights
-- held-out scenes (seeds from {held_out}), {clips} clips, {steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
+## Data
+
+- {data}, any two cameras of a scene
+
+## Training
+
+- {step} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights
+
+## Held-out numbers
+
+- scenes (seeds from {held_out}), {clips} clips, {steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
-- licence: Apache-2.0; no outside data or weights
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights recam-dit wan-dit` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -390,8 +405,10 @@ def export_recam(run_dir,        # folder of the run
         text.tokenizer.save_pretrained(out/"tokenizer")
     write_json(out/"scores.json", {"step": ckpt.step, "clips": clips, **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"], held_out=HELD_OUT, clips=clips,
-                optimizer="Muon and AdamW" if config["muon"] else "AdamW", steps=config["sample_steps"], table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()))
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "sample_shift")}, **card), encoding="utf-8")
+                optimizer="Muon and AdamW" if config["muon"] else "AdamW", steps=config["sample_steps"], table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()),
+                start=config["transformer"] or "nothing", vae=config["vae"] or "the tiny VAE", licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "root")}),
+                data="{scenes} procedural scenes x {cameras} cameras (camflow.world)".format(**config) if config["data"] == "world" else f"{config['data']}, {config['root']}, {config['focal']}")
+    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "sample_shift")}, **card), encoding="utf-8")
     return numbers
 
 # %% ../../nbs/wan/07_finetune.ipynb #94b8d5f3

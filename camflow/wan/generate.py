@@ -124,7 +124,7 @@ def list_videos(where: str,       # a file or a folder
     path = Path(where).expanduser()
     if not path.exists(): raise InputError(f"videos: {path} does not exist; give a video file or a folder of videos")
     found = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix.lower() in VIDEO_TYPES]
-    if not found: raise InputError(f"videos: {path} holds no {', '.join(VIDEO_TYPES)} file")
+    if not found: raise InputError(f"videos: {path} holds no {', '.join(VIDEO_TYPES)} file; give a video, or a folder with videos directly in it")
     if same := sorted({p.stem for p in found if sum(p.stem == q.stem for q in found) > 1}): raise InputError(f"videos: {path} holds {same[0]!r} in several formats, their results would overwrite each other; keep one or rename it")
     found.sort(key=lambda p: (len(p.stem), p.stem))
     return found[:limit] if limit else found

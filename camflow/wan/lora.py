@@ -80,7 +80,7 @@ def read_lora(file):  # path of a .safetensors, or {key: tensor}
     state, alphas = file, {}
     if not isinstance(file, dict):
         from safetensors import safe_open
-        if not Path(file).is_file(): raise InputError(f"no LoRA file at {file}")
+        if not Path(file).is_file(): raise InputError(f"no LoRA file at {file}; check the path")
         with safe_open(file, "pt") as opened:
             state, told = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         alphas = {strip(k): v for k, v in told.items()}
@@ -226,7 +226,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict: # {layer: Pa
         if hasattr(module, "lora_A") and adapter in module.lora_A:
             down, up = (getattr(module, side)[adapter].weight.detach() for side in ("lora_A", "lora_B"))
             pairs[name] = Pair(down, up, module.scaling[adapter] * down.shape[0])
-    if not pairs: raise InputError(f"this model carries no LoRA named {adapter!r}")
+    if not pairs: raise InputError(f"this model carries no LoRA named {adapter!r}; add one with add_lora, or load one")
     return pairs
 
 

@@ -103,7 +103,7 @@ DEFAULTS = dict(toml="", root="", overlay="", cache_folder="", name="manifest", 
 def checked(config: dict): # overrides of DEFAULTS
     "The full configuration, or an error before anything is read."
     config = settings(config, DEFAULTS, "omnicam_cache")
-    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form")
+    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form; -p toml=FILE")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1)
     tiling(config["tiles"])
     return config

@@ -46,7 +46,7 @@ def pose_index(poses: int,             # in the camera file
                frames: int,            # of the video
                ) -> torch.Tensor:      # [frames]
     "Pose of every video frame in the published model."
-    if poses < 1: raise InputError("the camera file has no poses")
+    if poses < 1: raise InputError("the camera file has no poses; one per frame of the video is needed, at least one")
     if poses < frames: return torch.arange(frames).clamp(max=poses - 1)
     return torch.linspace(0, poses - 1, frames, dtype=torch.float32).long()
 

@@ -243,5 +243,5 @@ def _with_scripts(card: str, found: dict):
     aims = {"signs agree in 0.90": asked["sign_agreement"] >= 0.9, "rotation error at most a third of that without camera": found["rotation_ratio"] <= 1 / 3,
             "translation error at most a third": found["translation_ratio"] <= 1 / 3, "PSNR above both controls": asked["psnr_db"] > max(off["psnr_db"], wrong["psnr_db"])}
     lines.append("  - aims: " + "; ".join(f"{name}: {'reached' if met else 'not reached'}" for name, met in aims.items()))
-    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("- licence:")[0]
-    return before + "\n".join(lines) + "\n- licence:" + card.split("- licence:")[1]
+    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("\n## Licence")[0]
+    return before + "\n".join(lines) + "\n\n## Licence" + card.split("\n## Licence")[1]

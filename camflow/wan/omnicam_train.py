@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..assets import tiny_path
+from ..assets import licence_note, tiny_path
 from ..depth.mono import load_mono, save_mono
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
@@ -319,14 +319,29 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 CARD = """# tiny OmniCam
 
 OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
-Text encoder, tokenizer and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
+Text encoder: {text}; VAE: {vae}; {frames} frames of {size[0]} x {size[1]}.
+
+## Data
+
+- {data}
+
+## Training
 
 - start: {start}
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves
-- training: {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
+- {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
+
+## Held-out numbers
+
 - held-out scenes (seeds from {held_out}), {clips} clips, {sample_steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
-- licence: Apache-2.0; no outside data or weights
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights wan-i2v` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -357,9 +372,11 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
-                start="an earlier tiny OmniCam" if config["transformer"] else "blocks of the tiny ReCam",
+                start=config["transformer"] or "blocks of the tiny ReCam", text=config["text_encoder"] or "that of tiny ReCam", vae=config["vae"] or "the tiny one",
+                licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "image_encoder", "depth", "items")}, data=config["data"]),
+                data="{scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves".format(**config) if config["data"] == "world" else f"{config['data']}: {config['items'] or config['cache_folder']}",
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card),
+    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "steps", "sample_steps", "sample_shift")} | card),
         encoding="utf-8")
     return numbers
 

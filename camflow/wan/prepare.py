@@ -72,7 +72,7 @@ DEFAULTS = dict(root="", focals=["f24_aperture5"], metadata="", cache_folder="",
 def checked(config: dict): # overrides of DEFAULTS
     "The full configuration, or an error before anything is read."
     config = settings(config, DEFAULTS, "multicam_prepare")
-    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set")
+    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1, frames=1, start=0, stride=1)
     tiling(config["tiles"])

@@ -172,7 +172,7 @@ def from_wan(wan: WanTransformer3DModel,  # text-to-video weights
     model = ReCamTransformer3DModel(**config, **extras)
     missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
     wrong = [k for k in missing if not any(new in k for new in ("cam_encoder", "projector", "source_token"))] + list(unexpected)
-    if wrong: raise InputError(f"these weights are not a Wan2.1 text-to-video transformer: {wrong[:3]}")
+    if wrong: raise InputError(f"these weights are not a Wan2.1 text-to-video transformer: {wrong[:3]}; give the transformer folder of Wan2.1 T2V or of ReCam")
     return cast(model, wan.dtype)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..assets import licence_note
 from ..device import device, ranks_share
 from ..files import InputError
 from ..training.checkpoint import from_folder, load_checkpoint
@@ -98,10 +99,25 @@ CARD = """# tiny video VAE
 
 AutoencoderKLWan, {parameters:.2f} M weights, 9 x 48 x 80 RGB to 16 x 3 x 6 x 10 latents; made by `camflow.wan.vae_train`.
 
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world, seeds 0..{last}), 9 frames at 8 fps
-- training: {step} steps, AdamW, L1 + MSE + gradient + KL, averaged weights
-- held-out scenes (seeds from {held_out}): PSNR {psnr:.2f} dB (mean of {clips} clips), worst {psnr_worst:.2f} dB
-- licence: Apache-2.0; no outside data or weights
+## Data
+
+- {scenes} procedural scenes x {cameras} cameras (camflow.world, seeds 0..{last}), 9 frames at 8 fps
+
+## Training
+
+- {step} steps, AdamW, L1 + MSE + gradient + KL, averaged weights
+
+## Held-out numbers
+
+- scenes (seeds from {held_out}): PSNR {psnr:.2f} dB (mean of {clips} clips), worst {psnr_worst:.2f} dB
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights wan-vae` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -118,7 +134,7 @@ def load_vae(run_dir,    # folder of the run
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
     vae = starting_vae(start)
     wrong = vae.load_state_dict({name.removeprefix("vae."): value for name, value in ckpt.weights.items()}, strict=not start).unexpected_keys
-    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]})")
+    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]}); give the run's own start, or a new run folder")
     return vae.eval(), ckpt
 
 # %% ../../nbs/wan/08_vae_train.ipynb #7b8542f4
@@ -138,7 +154,7 @@ def export_vae(run_dir,       # folder of the run
     vae.half().save_pretrained(out)
     numbers = {"psnr": quality["psnr"], "psnr_worst": quality["psnr_worst"], "step": ckpt.step, "clips": clips}
     size = sum(p.numel() for p in vae.parameters()) / 1e6
-    (out/"card.md").write_text(CARD.format(parameters=size, scenes=scenes, cameras=cameras, last=scenes - 1, held_out=HELD_OUT, **numbers), encoding="utf-8")
+    (out/"card.md").write_text(CARD.format(parameters=size, scenes=scenes, cameras=cameras, last=scenes - 1, held_out=HELD_OUT, licence=licence_note(start=start), **numbers), encoding="utf-8")
     return numbers
 
 # %% ../../nbs/wan/08_vae_train.ipynb #25fc8787

@@ -36,7 +36,7 @@ def system_of(run: str) -> str: # run notebook
 @dataclass(frozen=True)
 class Choice:
     "A parameter that takes weights, in the runs that have it."
-    parameter: str
+    parameter: str                                                  # of the run notebook
     runs: str            # names with spaces between
     published: str = ""  # names of `PUBLISHED` with spaces between; "": nothing is published, it takes what runs of camflow export
     instead: str = ""    # what stands in where it is empty

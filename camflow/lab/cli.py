@@ -19,7 +19,7 @@ from ..files import InputError
 EXIT = {"ok": 0, "failed": 1, "timeout": 124, "killed": 143}
 
 
-def say(*words):
+def say(*words):  # as for print
     "Prints for people, on stderr; stdout is for results."
     print(*words, file=sys.stderr)
 

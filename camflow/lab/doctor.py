@@ -64,7 +64,9 @@ def memory_bytes() -> tuple[int, int]: # (total, available)
     return tuple(int(rows[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
 
 
-def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    "Processors that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/lab/09_doctor.ipynb #70e19ce1
 def machine():
@@ -106,7 +108,7 @@ def unset(name: str, profile: str | None, values: dict) -> str: # run notebook; 
     return f"give it {', '.join(f'-p {word}=...' for word in asked)}" if asked else ""
 
 
-def estimated(name: str, values: dict, accelerated: bool):
+def estimated(name: str, values: dict, accelerated: bool):  # of the run; of all its parameters; on an accelerator
     "The estimate of a run, or None where there is no rule for it."
     from camflow.rl import estimate
     rule = {"recam_grpo": estimate.grpo, "recam_finetune": estimate.finetune}.get(name)
@@ -114,7 +116,7 @@ def estimated(name: str, values: dict, accelerated: bool):
 
 # %% ../../nbs/lab/09_doctor.ipynb #5ca9d6e1
 def verdict(name: str,          # run notebook
-            profile: str | None,
+            profile: str | None,                 # name; None: the notebook's defaults
             devices: list,      # bytes of each accelerator
             memory: int,        # bytes of the host
             processors: int) -> tuple[str, str]: # ("runs" | "not here" | "broken", reason or remark)
@@ -172,4 +174,6 @@ def diagnose() -> list[tuple]: # (what, status, detail)
     return rows
 
 
-def healthy(rows: list[tuple]) -> bool: return not any(status in ("missing", "broken") for _, status, _ in rows)
+def healthy(rows: list[tuple]) -> bool:  # of the doctor's table
+    "Whether nothing is missing or broken."
+    return not any(status in ("missing", "broken") for _, status, _ in rows)

@@ -15,7 +15,8 @@ import torch
 from ..data.ledger import Ledger
 from ..data.musubi import read_toml
 from ..data.musubi_exchange import take_musubi, write_musubi
-from ..data.omnicam_cache import CacheOptions, OmniCamCache, gc, list_clips, load_frames, make_cache, plan, survey, verify_cache
+from ..data.omnicam_cache import CacheOptions, OmniCamCache, gc, load_frames, make_cache, plan, verify_cache
+from ..data.omnicam_items import list_clips, survey
 from ..data.prepare import weights_identity
 from ..device import compute_dtype, device, process_share
 from ..depth.estimators import load_lens

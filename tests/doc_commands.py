@@ -59,7 +59,7 @@ RULES = [
         (r"recam_evaluate -f cameraflow( -p 'metrics=\[(vbench|camera_sfm_global|matched_pixels)\]')?$", "metrics=[text, synchrony, distribution]"),
         (r"omnicam_generate -p output=both|omnicam_generate -p 'images=\[.room\.png.\]' -p 'cameras=\[.zoom_in", "a picture along a script"), (r"omnicam_finetune -p (timesteps|epochs)", "offload=block"),
         (r"omnicam_cache .*-p (gc|overlay|take)=|omnicam_cache -p toml=mine", "export"), (r"joint_sample -p (mode=joint|mode=coarse|signal)|joint_sample -p folder=FOLDER -p mode=second", "the other ways of sampling"),
-        (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=FOLDER|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear and of SEQ"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
+        (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=(FOLDER|SEQ)|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
         (r"gflow_priors -p sequences=PARENT", "gflow_priors of DAVIS"))),
     # ---- with little data, or a small profile behind it
     How(r"gflow_priors -p sequences=", add="-p masks=none"),

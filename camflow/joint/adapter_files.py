@@ -53,7 +53,7 @@ def unicon_state(adapter: JointAdapter, model: str = "") -> dict: # {file: {key:
     return files
 
 # %% ../../nbs/joint/03_adapter_files.ipynb #3c4d083e
-def write_unicon(adapter: JointAdapter,
+def write_unicon(adapter: JointAdapter,          # with that model
                  folder,                        # appears with xy_lora/, yx_lora/, y_lora/, model.pth and config.json
                  model: str = "",               # which trained model of the adapter
                  base_model_id: str = "",       # what it was trained on, for the JSON
@@ -76,8 +76,8 @@ def write_unicon(adapter: JointAdapter,
 class FileReport:
     "What a checkpoint did to an adapter."
     model: str          # its name in the adapter
-    post: str
-    rank: int
+    post: str           # conv or conv_fuse
+    rank: int           # of its LoRAs
     matched: int        # parameters that got their values from the files
     unmatched: list     # keys of the files that nothing in the adapter answers to
     missing: list       # parameters of the adapter that the files do not have
@@ -102,7 +102,7 @@ def lora_folder(folder: Path, kind: str) -> tuple: # ({layer: Pair}, keys that a
 
 def post_file(folder: Path) -> tuple: # ({block: weight}, other keys)
     "The post projections of model.pth; its LoRAs are in the LoRA files, as the release reads it."
-    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use JointAdapter.load for camflow's own folders")
+    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use load_adapter for camflow's own folders")
     state = torch.load(folder / "model.pth", map_location="cpu", weights_only=True)
     posts = {k.removesuffix(".conv1n.weight"): v for k, v in state.items() if k.endswith(".conv1n.weight")}
     return posts, [f"model.pth: {k}" for k in state if not k.endswith(".conv1n.weight") and "lora" not in k]
@@ -159,7 +159,15 @@ def read_unicon(target,                  # a network, or a JointAdapter on one
         raise
 
 
-def fill(adapter, pairs, posts, unmatched, name, rank, post, strict, folder) -> FileReport:
+def fill(adapter,    # that is filled
+         pairs,      # {kind: {layer: Pair}}
+         posts,      # {block: weight}
+         unmatched,  # keys that fit nothing so far
+         name,       # of the model in the adapter
+         rank,       # of the files
+         post,       # conv or conv_fuse
+         strict,     # False: what does not fit is only reported
+         folder) -> FileReport:  # for messages
     "Puts the tensors of a checkpoint into a model of the adapter, made if it is not there."
     wanted = {f"{b}.conv1n.weight": (b, w) for b, w in posts.items()}
     wanted |= {f"{layer}.lora_{side}.{kind}_lora.weight": (layer, t) for kind, found in pairs.items() for layer, p in found.items() for side, t in (("A", p.down), ("B", p.up))}
@@ -183,7 +191,7 @@ def fill(adapter, pairs, posts, unmatched, name, rank, post, strict, folder) -> 
     return report
 
 
-def check_widths(adapter, wanted, folder):
+def check_widths(adapter, wanted, folder):  # that is filled; {key: (layer, tensor)}; for messages
     "Refuses tensors of another width."
     for key, (where, tensor) in wanted.items():
         layer = where.replace(".attn1n.", ".attn1.")
@@ -209,7 +217,7 @@ def unnamed(name: str, model: str) -> str: # parameter, model
     return name.replace(f".post1n.{model}.", ".conv1n.")
 
 # %% ../../nbs/joint/03_adapter_files.ipynb #2810d58c
-def save_adapter(adapter: JointAdapter,
+def save_adapter(adapter: JointAdapter, # with all its models
                  folder,                # appears with joint.json, post.safetensors and a PEFT folder per LoRA
                  dtype=None) -> dict:   # None: as trained; returns the JSON
     "Writes all models of an adapter."

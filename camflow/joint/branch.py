@@ -42,7 +42,7 @@ class SharedAttention(nn.Module):
         self.to_out = nn.ModuleList([SharedLinear(base_of(attn.to_out[0]))])
 
 
-def base_of(layer: nn.Module) -> nn.Linear:
+def base_of(layer: nn.Module) -> nn.Linear:  # of the network
     "The linear layer below PEFT's."
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
@@ -159,7 +159,7 @@ class JointBranch:
         return terms
 
 # %% ../../nbs/joint/01_branch.ipynb #2bd5891a
-def foreign(layer) -> bool:
+def foreign(layer) -> bool:  # of the network
     "Whether a LoRA that is not ours acts in this layer."
     return isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and bool(layer.active_adapters)
 

@@ -108,8 +108,10 @@ def _list(args) -> int:
         from camflow.assets import list_runs
         print("\n".join(str(n) for n in list_runs()))
         return 0
+    from camflow.lab.live import finish
     runs = [r for r in scan() if not args.name or r.name == args.name]
     for run in runs[:args.n]:
+        finish(run.path)
         info = settle(run.path)
         numbers = "  ".join(f"{k} {show_number(v)}" for k, v in headline(run.result, 3).items())
         print(f"{str(run):44} {info['status']:8} {show_seconds(info.get('seconds')):>12}  {info.get('profile') or '':8} {numbers}")
@@ -120,10 +122,11 @@ def _list(args) -> int:
 
 def _show(args) -> int:
     "camflow show"
+    from camflow.lab.live import finish
     from camflow.lab.registry import find_run, settle
     from camflow.lab.report import write_report
     run = find_run(args.run)
-    info = settle(run.path)
+    info, _ = settle(run.path), finish(run.path)
     if args.report or (info["status"] != "running" and not (run.path/"report.html").exists()): write_report(run.path)
     shown = {k: v for k, v in info.items() if k not in ("process", "traceback", "started_at") and v is not None}
     print(json.dumps({**shown, "result": run.result, "folder": str(run.path)}, indent=1, ensure_ascii=False))

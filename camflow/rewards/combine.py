@@ -36,7 +36,7 @@ class Combined:
     "Weighted sum of rewards; itself a reward."
     rewards: dict                 # {name: (reward, weight)}
     normalise: str | None = None  # None, "batch", or "group" (groups from each sample's meta["group"])
-    name: str = "combined"
+    name: str = "combined"        # in tables and logs
 
     def __post_init__(self):
         if not self.rewards: raise InputError("combine needs at least one reward; there is none; give {name: weight}")

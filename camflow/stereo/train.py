@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'DEFAULTS', 'CARD', 'clip_tensors', 'crop_clip', 'some_frames', 'recolor', 'stack', 'predict', 'judge',
-           'Joined', 'open_sets', 'open_data', 'crop_length', 'start_model', 'step_loss', 'write_model', 'main',
-           'export']
+           'open_sets', 'open_data', 'crop_length', 'start_model', 'step_loss', 'write_model', 'main', 'export']
 
 # %% ../../nbs/stereo/08_train.ipynb #28bc69e2
 import time
@@ -127,18 +126,6 @@ def judge(model, clips,       # network; sequence of bank rows (or of other clip
     return {name: total / pixels if pixels else float("nan") for name, (total, pixels) in sums.items()}
 
 # %% ../../nbs/stereo/08_train.ipynb #39e6f8b4
-class Joined:
-    "Several sets as one."
-    def __init__(self, sets): self.sets = list(sets)
-    def __len__(self): return sum(map(len, self.sets))
-
-    def __getitem__(self, i):
-        for one in self.sets:
-            if i < len(one): return one[i]
-            i -= len(one)
-        raise IndexError(i)
-
-
 def open_sets(listed,    # [[set, folder], [set, folder, {option: value}], ...]
               seed: int = 0): # of sets that draw their clips once (`training: true`)
     "The named sets of `camflow.data`, joined."
@@ -149,7 +136,7 @@ def open_sets(listed,    # [[set, folder], [set, folder, {option: value}], ...]
         options = options or {}
         if options.get("training"): options = options | {"training": generator(seed, "training clips", name)}
         return known[name](folder, **options)
-    return Joined(one(*row) for row in listed)
+    return torch.utils.data.ConcatDataset([one(*row) for row in listed])
 
 # %% ../../nbs/stereo/08_train.ipynb #b4f36eb9
 def open_data(config: dict, run_dir): # of `main`
@@ -235,7 +222,13 @@ Clips ({held_out}), {validate_iters} refinements:
 """
 
 
-def write_model(model, folder, config: dict, numbers: dict, steps: int, minutes: float, held_out: int):
+def write_model(model,           # the trained network
+                folder,          # to write
+                config: dict,    # the full configuration
+                numbers: dict,   # held-out, for the card
+                steps: int,      # that were trained
+                minutes: float,  # of CPU; NaN: not known
+                held_out: int):  # clips behind the numbers
     "Writes config.json, model.safetensors (float16) and card.md."
     save_stereo(model, folder)
     data = f"{config['clips']} clips of camflow.world, {config['render_size'][0]} x {config['render_size'][1]}" if config["data"] == "world" else config["data"]
@@ -285,7 +278,7 @@ def export(run_dir,        # of `main`
     from camflow.training.checkpoint import load_checkpoint
     run_dir, config = Path(run_dir), configuration(config or read_json(Path(run_dir) / "config.json"), DEFAULTS)
     found = load_checkpoint(run_dir / "checkpoints")
-    model = load_state(start_model(config | {"start": config["start"]}), {**found.tensors["model"], **found.tensors.get("ema", {})}).eval()
+    model = load_state(start_model(config | {"start": config["start"]}), found.weights).eval()
     _, held = open_data(config | {"data": "world", "clips": 1}, run_dir)
     numbers = judge(model, held, config["validate_iters"], min(len(held), config["held_out"]))
     write_model(model, folder or run_dir / "model", config, {f"held_{k}": v for k, v in numbers.items()}, found.step, float("nan"), min(len(held), config["held_out"]))

@@ -31,7 +31,7 @@ class How:
 TINY_SD = (("FOLDER", "data/tiny/joint/image_depth"),)
 RULES = [
     # ---- cannot run here
-    How(r"^make (demo|lab|test|docs|test-all)", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
+    How(r"^make ", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
     How(r"^(pip|source|python3\.11) ", f"{NETWORK}, or an Ascend host"),
     How(r"^camflow (run|serve|sweep|resume|rerun|list|show|compare|weights|doctor)$(?<!list)(?<!weights)(?<!doctor)", "names a command"),
     How(r"python -m camflow\.data\.download", NETWORK),

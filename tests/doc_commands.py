@@ -71,7 +71,7 @@ RULES = [
     How(r"omnicam_generate -p 'slg_layers=", add="-f smoke -p 'slg_layers=[2]'"),   # the tiny model has four blocks
     How(r"joint_sample -p folder=FOLDER", add="-f smoke -p samples=3", link=TINY_SD),
     How(r"joint_finetune -f tiny -p base=base", add="-f smoke -p size=[16,16]", link=(("base", "data/tiny/joint/image_depth"),)),
-    How(r"^(PYTHONPATH=\. )?camflow run ", add="-f smoke"),
+    How(r"^(PYTHONPATH=\S+ )?camflow run ", add="-f smoke"),
 ]
 
 

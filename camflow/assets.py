@@ -10,11 +10,11 @@ __all__ = ['PACKAGE', 'repo_root', 'list_runs', 'run_notebook', 'list_profiles',
 import os
 from pathlib import Path
 
-import camflow
+import camflow.files # not camflow alone: beside a folder called camflow, Python takes that for the package's outer shell
 from .files import InputError
 
 # %% ../nbs/02_assets.ipynb #bcc4b555
-PACKAGE = Path(camflow.__file__).resolve().parent
+PACKAGE = Path(camflow.files.__file__).resolve().parent
 
 
 def repo_root() -> Path | None: # the checkout's root, or None when installed from a wheel

@@ -31,7 +31,7 @@ class How:
 TINY_SD = (("FOLDER", "data/tiny/joint/image_depth"),)
 RULES = [
     # ---- cannot run here
-    How(r"^make (demo|lab|test|docs|test-all)", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
+    How(r"^make ", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
     How(r"^(pip|source|python3\.11) ", f"{NETWORK}, or an Ascend host"),
     How(r"^camflow (run|serve|sweep|resume|rerun|list|show|compare|weights|doctor)$(?<!list)(?<!weights)(?<!doctor)", "names a command"),
     How(r"python -m camflow\.data\.download", NETWORK),
@@ -59,7 +59,7 @@ RULES = [
         (r"recam_evaluate -f cameraflow( -p 'metrics=\[(vbench|camera_sfm_global|matched_pixels)\]')?$", "metrics=[text, synchrony, distribution]"),
         (r"omnicam_generate -p output=both|omnicam_generate -p 'images=\[.room\.png.\]' -p 'cameras=\[.zoom_in", "a picture along a script"), (r"omnicam_finetune -p (timesteps|epochs)", "offload=block"),
         (r"omnicam_cache .*-p (gc|overlay|take)=|omnicam_cache -p toml=mine", "export"), (r"joint_sample -p (mode=joint|mode=coarse|signal)|joint_sample -p folder=FOLDER -p mode=second", "the other ways of sampling"),
-        (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=FOLDER|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear and of SEQ"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
+        (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=(FOLDER|SEQ)|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
         (r"gflow_priors -p sequences=PARENT", "gflow_priors of DAVIS"))),
     # ---- with little data, or a small profile behind it
     How(r"gflow_priors -p sequences=", add="-p masks=none"),
@@ -68,9 +68,10 @@ RULES = [
     How(r"recam_grpo -f servers", add="-p steps=1"),
     How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
     How(r"recam_evaluate -p folder=", add="-p 'metrics=[temporal_flickering]' -p samples=100"), How(r"recam_evaluate", add="-f smoke"),
-    How(r"joint_sample -p folder=FOLDER", add="-f smoke", link=TINY_SD),
+    How(r"omnicam_generate -p 'slg_layers=", add="-f smoke -p 'slg_layers=[2]'"),   # the tiny model has four blocks
+    How(r"joint_sample -p folder=FOLDER", add="-f smoke -p samples=3", link=TINY_SD),
     How(r"joint_finetune -f tiny -p base=base", add="-f smoke -p size=[16,16]", link=(("base", "data/tiny/joint/image_depth"),)),
-    How(r"^(PYTHONPATH=\. )?camflow run ", add="-f smoke"),
+    How(r"^(PYTHONPATH=\S+ )?camflow run ", add="-f smoke"),
 ]
 
 
@@ -156,7 +157,7 @@ def user_folder(folder: Path):
     views = scene_clips(7, 4).frames_NT3HW                                              # one scene, four cameras, [4,T,3,H,W]
     clip = lambda i: Frames(torch.as_tensor(np.asarray(views[i])), "byte", 8.0)
     for place in ("my_clips/a.mp4", "clips/a.mp4", "mine/clips/a.mp4", "videos/a.mp4", "results/a.mp4", "my_video.mp4"): write_video(folder/place, clip(int(place.startswith("results"))))
-    write_video(folder/"mine/clips/b.mp4", clip(1))
+    for place in ("mine/clips/b.mp4", "clips/b.mp4", "clips/c.mp4"): write_video(folder/place, clip(1 + (place == "clips/c.mp4")))
     write_image(folder/"room.png", clip(0).data[0])
     rows = [json.loads(line) for page in PAGES for _, body in FENCE.findall(page.read_text(encoding="utf-8")) for line in body.splitlines() if line.startswith('{"video"')]
     (folder/"mine/metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows if "camera" not in r) + "\n")

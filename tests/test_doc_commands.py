@@ -41,7 +41,7 @@ def home(tmp_path_factory):
 def bash(line, folder):
     "Runs a line as its reader would; returns what it did, and its CPU seconds."
     env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "CAMFLOW_REPORTS": str(folder/"reports"), "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", "CAMFLOW_DEVICE": "cpu"}
-    if line.startswith("PYTHONPATH=."): line = f"export PYTHONPATH=.:{ROOT}; " + line.replace("PYTHONPATH=. ", "")
+    line = line.replace("PYTHONPATH=$PWD", f"PYTHONPATH=$PWD:{ROOT}")   # the checkout is on the path in place of an installation
     before = os.times()
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     after = os.times()
@@ -78,7 +78,7 @@ def test_command(command, home, newest):
     print(f"{seconds:6.1f} s of CPU: {line}" + (f"   # only checked: {command.how.why}" if command.how.why else ""))
     said = f"$ {line}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0 and "Traceback (most recent call last)" not in done.stderr, said
-    if re.match(r"(PYTHONPATH=\. )?camflow (run|rerun|resume) ", line) and "--dry-run" not in line and "--parameters" not in line:
+    if re.match(r"(PYTHONPATH=\S+ )?camflow (run|rerun|resume) ", line) and "--dry-run" not in line and "--parameters" not in line:
         folder = Path(done.stdout.strip().splitlines()[-1])
         run = Run(folder if folder.is_dir() else folder.parent)
         assert run.status == "ok" and (run.path/"report.html").is_file() and run.path.stat().st_mtime >= begun - 60, said

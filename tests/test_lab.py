@@ -231,3 +231,14 @@ def test_index_survives_a_broken_folder(tmp_path):
     page = build_index(tmp_path).read_text()
     assert page.count("<tr>") == 3 and "unreadable" in page
     assert find_run("a", tmp_path).path == good
+
+
+def test_camera_plot_of_any_size():
+    "A reach of 0.4 to 0.5 metres had no round length that fits, and ended the notebook."
+    import torch
+
+    from camflow.lab.views import camera_plot
+    for reach in torch.logspace(-4, 2, 61):
+        path = torch.eye(4).repeat(3, 1, 1)
+        path[:, 0, 3] = torch.tensor([0, 0.5, 1.0]) * reach
+        assert "svg" in camera_plot({"asked": path}, size=100)

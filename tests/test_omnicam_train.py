@@ -104,7 +104,7 @@ def test_paths_do_not_collide_with_held_out():
     ({"lora_rank": 2}, r"muon=\[\]"),
     ({"timesteps": "flux"}, "timestep rule"), ({"shfit": 3.0}, "shfit"), ({"trainable_modules": ["kamera"]}, "names no parameter"),
     ({"start": "wan"}, "'recam' or 'nothing'"),
-    ({"offload": "disk"}, "'block' or nothing"), ({"storage": "fp8"}, "float8_e4m3fn"), ({"text_encoder": "nowhere"}, "no folder tokenizer")])
+    ({"offload": "disk"}, "'block' or nothing"), ({"storage": "fp8"}, "float8_e4m3fn"), ({"storage": "float8_e4m3fn"}, "type of frozen weights.*trains them"), ({"text_encoder": "nowhere"}, "no folder tokenizer")])
 def test_bad_settings(base, tmp_path, change, words):
     with pytest.raises(InputError, match=words): main({**base, **change}, tmp_path)
 

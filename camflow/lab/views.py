@@ -232,7 +232,7 @@ def _panel(paths: dict, horizontal: int, vertical: int, flip: int, title: str, s
     points = np.concatenate([p[:, [horizontal, vertical], 3] for p in paths.values()])
     centre = (points.max(0) + points.min(0))/2
     place = lambda v: (size/2 + (v[0] - centre[0])/reach*size/2, size/2 + flip*(v[1] - centre[1])/reach*size/2)
-    bar = _ticks(0, reach, 2)[1]   # a round length
+    bar = (_ticks(0, reach, 2)[1:] or _ticks(0, reach, 3)[1:])[0]   # a round length; of a reach of 4 to 5 the half rounds to more than the whole
     out = [f'<text x="6" y="14">{title}</text><rect width="{size}" height="{size}" fill="none" stroke="#8884"/><path d="M8,{size - 8}h{bar/reach*size/2:.1f}" stroke="#888" stroke-width="2"/>'
            f'<text x="8" y="{size - 13}">{show_number(bar)}</text>']
     for i, pose in enumerate(paths.values()):

@@ -230,6 +230,8 @@ def checked(config: dict): # full configuration
     at_least(config, epochs=0, scenes=1, cameras=1, held_out=1, validation_clips=1, sample_steps=1, lora_rank=0, frames=5, timestep_buckets=1, fps=0)
     for name in ("text_dropout", "camera_dropout"):
         if not 0 <= config[name] <= 1: raise InputError(f"{name}={config[name]} is no share; give 0 to 1")
+    if config["storage"] and not set(config["trainable_modules"]) <= {"lora_", "camera_"}: raise InputError(f"storage={config['storage']} is the type of frozen weights (such as float8_e4m3fn), and "
+        f"trainable_modules={config['trainable_modules']} trains them; set trainable_modules=[lora_, camera_], lora_rank above 0 and muon=[]")
     if config["lora_rank"] and config["muon"]: raise InputError("muon orthogonalises whole matrices; with lora_rank set muon=[]")
     return config, sampler_of(config)
 

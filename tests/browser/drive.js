@@ -148,6 +148,30 @@ const TASKS = {
     return seen;
   },
 
+  // a notebook in JupyterLab: run all of it, and move its camera widget by keyboard
+  async lab(browser, url) {
+    const { page, said, close } = await open(browser, url, { width: 1300, height: 1000 }), seen = { said };
+    await page.locator(".jp-NotebookPanel .jp-Cell").first().waitFor({ timeout: 90000 });
+    await page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first().waitFor({ timeout: 90000 }).catch(() => { seen.slow = true });
+    await page.locator(".jp-Cell").first().click(); await page.locator(".lm-MenuBar-item", { hasText: /^Run$/ }).click(); await page.locator(".lm-Menu-item", { hasText: /^Run All Cells$/ }).click();
+    const slider = page.locator(".jp-OutputArea-output input[type=range]").first(); await slider.waitFor({ timeout: 120000 });
+    const words = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output input[type=range]").getAttribute("aria-valuetext"));
+    const picture = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output figure img")?.src.slice(-60)), turned = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output canvas").toDataURL());
+    const cell = () => page.evaluate(() => [...document.querySelectorAll(".jp-Notebook .jp-Cell")].findIndex(c => c.classList.contains("jp-mod-active")));
+    seen.widgets = await page.locator(".jp-OutputArea-output canvas").count(); await page.waitForFunction(() => document.querySelectorAll(".jp-Notebook .jp-InputPrompt").length && ![...document.querySelectorAll(".jp-InputPrompt")].some(p => p.textContent.includes("*")), null, { timeout: 120000 });
+    await slider.scrollIntoViewIfNeeded(); await slider.focus(); 
+    const reaches = async start => { for (let i = 0; i < 100 && !(await words()).startsWith(start); i++) await wait(100); return words() };
+    await reaches(options.from); await page.keyboard.press("Home"); seen.words = [await reaches("frame 0;")]; seen.pictures = [await picture()]; seen.cell = await cell();
+    for (const k of [1, 2, 3]) { await page.keyboard.press("ArrowRight"); seen.words.push(await reaches(`frame ${k};`)); seen.pictures.push(await picture()) }
+    await page.locator(".jp-OutputArea-output canvas").first().focus(); const before = await turned(); for (const k of ["ArrowUp", "ArrowUp", "ArrowLeft"]) await page.keyboard.press(k);
+    for (let i = 0; i < 50 && !(seen.turned = await turned() !== before); i++) await wait(100);
+    seen.last_cell = await cell(); await page.screenshot({ path: path.join(folder, "lab.png") });
+    await page.locator(".jp-CodeCell").last().locator(".cm-content").click(); await page.keyboard.press("Shift+Enter");   // the last cell says what Python knows
+    await page.waitForFunction(wanted => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.includes(wanted), options.wanted, { timeout: 30000 }).catch(() => 0);
+    seen.told = await page.evaluate(() => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.trim()); seen.errors = await page.locator("[data-mime-type='application/vnd.jupyter.error']").count(); await close();
+    return seen;
+  },
+
   // pages that only have to open: nothing said, nothing fetched
   async silent(browser, url) {
     const seen = {};
@@ -161,5 +185,5 @@ const TASKS = {
 
 (async () => {
   const browser = await chromium.launch({ executablePath: process.env.CAMFLOW_CHROMIUM || "chromium", args: FLAGS, timeout: 120000 });
-  try { console.log(JSON.stringify(await TASKS[task](browser, pathToFileURL(path.resolve(file)).href))) } finally { await browser.close() }
+  try { console.log(JSON.stringify(await TASKS[task](browser, /^http:/.test(file) ? file : pathToFileURL(path.resolve(file)).href))) } finally { await browser.close() }
 })().catch(e => { console.error(e); process.exit(1) });

@@ -106,6 +106,20 @@ const TASKS = {
     return seen;
   },
 
+  // the committed reports: filter, order, pictures, and into one of them and back
+  async gallery(browser, url) {
+    const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests };
+    const shown = key => page.evaluate(k => [...document.querySelectorAll(".card")].filter(c => !c.hidden).map(c => c.dataset[k]), key);
+    seen.files = await shown("file"); seen.pictures = await page.evaluate(async () => { const all = [...document.images]; all.forEach(i => { i.loading = "eager" }); await Promise.all(all.map(i => i.decode().catch(() => 0))); return all.map(i => i.naturalWidth > 0) });
+    seen.focus = []; for (let i = 0; i < 3; i++) { await page.keyboard.press("Tab"); seen.focus.push(await page.evaluate(() => document.activeElement.tagName)) }
+    await page.locator("select").selectOption("title"); seen.by_title = await shown("title");
+    await page.locator("input[type=search]").fill(options.word.toUpperCase()); seen.filtered = await shown("file"); seen.count = await page.textContent("#count");
+    await page.locator(".card:not([hidden]) a").first().click(); await page.waitForLoadState(); seen.opened = await page.textContent("h1");
+    await page.locator("p.crumb a").click(); await page.waitForLoadState(); seen.back = await page.textContent("h1");
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "gallery.png") }); await close();
+    return seen;
+  },
+
   // from the index to the page of a running run, which renews itself until it is final
   async live(browser, url) {
     const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests, looks: [], loads: 0 };

@@ -10,6 +10,7 @@ import pytest
 from camflow.assets import repo_root
 from camflow.files import InputError
 from camflow.lab.doc_pages import Site, Symbols, convert, escape, page_name, reference, sources
+from camflow.lab.doc_outputs import execute_notebooks, fill, modules_of, output_key
 from camflow.lab.docs import external, main, mathml, names_index
 
 ROOT = repo_root()
@@ -113,13 +114,56 @@ def test_what_would_be_fetched_is_found(tmp_path):
 
 def test_index_of_names(book):
     _, site = page_of(book)
-    assert "- [`write_json`](#camflow.files.write_json):" in names_index(site)
+    assert "- [`write_json`](#camflow.files.write_json):" in names_index(site)["base"]
 
 
 def test_formulas_are_mathml():
     pytest.importorskip("latex2mathml", reason="the extra docs is not installed")
     assert mathml(r"\frac{a}{b}").startswith("<math") and "<mfrac>" in mathml(r"\frac{a}{b}")
     with pytest.raises(InputError, match="nosuchcommand"): mathml(r"\nosuchcommand{x}")
+
+
+def notebook(*sources, kind="code"):
+    return {"cells": [{**cell(s, kind), "id": f"c{k}"} for k, s in enumerate(sources)], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_notebooks_are_executed_once(tmp_path):
+    "Outputs are kept by content; what fails or hangs has a status and is tried again."
+    (tmp_path / "nbs/runs").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "toy"\n[tool.nbdev]\nnbs_path = "nbs"\ntst_flags = ["slow"]\n')
+    texts = {"good": ("print('hello')\n6 * 7", "#| slow\n1 / 0", "#| eval: false\n1 / 0"), "bad": ("1 / 0",), "hang": ("import time\ntime.sleep(60)",), "runs/long": ("1 / 0",)}
+    paths = [f"nbs/{name}.ipynb" for name in texts]
+    for path, cells in zip(paths, texts.values()): (tmp_path / path).write_text(json.dumps(notebook(*cells)))
+    said = []
+    first = execute_notebooks(tmp_path, paths, tmp_path / "kept", workers=2, seconds=8, tell=said.append)
+    assert [first.status[p][0] for p in paths] == ["ok", "failed", "timeout", "run"] and len(said) == 2
+    assert "division by zero" in first.problems()[0] and "hang.ipynb" in first.problems()[1]
+    shown = fill(json.loads((tmp_path / paths[0]).read_text()), first.notebooks[paths[0]])["cells"]
+    assert "".join(shown[0]["outputs"][0]["text"]) == "hello\n" and "42" in str(shown[0]["outputs"][1]) and not shown[1]["outputs"] and not shown[2]["outputs"]
+    (tmp_path / paths[1]).write_text(json.dumps(notebook("1 + 1")))
+    second = execute_notebooks(tmp_path, paths[:2], tmp_path / "kept", tell=said.append)
+    assert [second.status[p][0] for p in paths[:2]] == ["kept", "ok"] and second.notebooks[paths[0]] == first.notebooks[paths[0]] and len(said) == 2
+
+
+def test_outputs_are_kept_until_code_that_they_reach_changes(tmp_path):
+    for folder in ("camflow/a", "nbs", "data/tiny/m"): (tmp_path / folder).mkdir(parents=True)
+    files = {"camflow/a/top.py": "from .low import f", "camflow/a/low.py": "def f():\n    from ..far import g", "camflow/far.py": "tiny_path('m')", "camflow/a/named.py": "x = 1", "camflow/other.py": "", "data/tiny/m/w.safetensors": "w", "data/tiny/m/card.md": "c"}
+    for name, text in files.items(): (tmp_path / name).write_text(text)
+    code, words = "from camflow.a.top import f\nrun('camflow.a.named')", {"cell_type": "markdown", "source": "words", "metadata": {}}
+    reached = modules_of(code, tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in reached] == ["camflow/a/low.py", "camflow/a/named.py", "camflow/a/top.py", "camflow/far.py"]
+    def key():
+        book = notebook(code)
+        book["cells"].append(words)
+        return output_key(book, "nbs/x.ipynb", tmp_path)
+    last = key()
+    for name, matters in {"camflow/other.py": False, "data/tiny/m/card.md": False, "data/tiny/m/w.safetensors": True, "camflow/far.py": True, "camflow/a/named.py": True}.items():
+        (tmp_path / name).write_text(files[name] + "  # longer")
+        now = key()
+        assert (now != last) == matters, name
+        last = now
+    words["source"] = "other words"
+    assert key() == last
 
 
 @pytest.mark.slow

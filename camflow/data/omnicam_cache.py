@@ -40,7 +40,7 @@ VIDEOS, IMAGES = (".mp4", ".mov", ".mkv", ".avi", ".webm"), (".png", ".jpg", ".j
 class CacheItem:
     "A video or image of a data set."
     name: str        # as in the table, or relative to the folder
-    path: Path
+    path: Path       # the file
     prompt: str      # with its camera
     dataset: Dataset # settings
     line: int = 0    # in the table
@@ -58,7 +58,7 @@ def _folder_items(folder: Path, dataset: Dataset) -> list:
     return [TextItem(p.stem, text(p.with_suffix(dataset.caption_extension)), str(p)) for p in found]
 
 
-def list_clips(dataset: Dataset,
+def list_clips(dataset: Dataset,     # of `read_toml`
                root=".",             # folder that relative paths start from
                overlay="") -> list:  # overlay.jsonl with corrections of prompts -> CacheItems
     "The items of a data set."
@@ -281,10 +281,10 @@ def encode_clips(cache: LatentCache, jobs,   # of this process
     return done
 
 # %% ../../nbs/data/19_omnicam_cache.ipynb #53d9cdac
-def _open(folder, kind, identity, rank, wait, drop_bad=True):
+def _open(folder, kind, identity, rank, wait):
     "(cache of exactly this identity, damaged files that were removed)."
     where, dropped = Path(folder)/kind/content_hash(identity), []
-    if rank == 0: dropped = LatentCache(where, identity, drop_bad=drop_bad).dropped
+    if rank == 0: dropped = LatentCache(where, identity, drop_bad=True).dropped
     wait()
     return LatentCache(where, identity), dropped
 
@@ -292,7 +292,7 @@ def _open(folder, kind, identity, rank, wait, drop_bad=True):
 def make_cache(folder, items,                # cache folder; of `list_clips`
                identity: dict, encode,       # of the video encoders; list of bytes [T,3,H,W] -> list of {name: tensor}
                text_identity: dict, encode_texts, # of the text encoder; texts -> [n,L,D], zeros after each
-               options: CacheOptions = CacheOptions(),
+               options: CacheOptions = CacheOptions(),                                  # of the cameras and prompts
                name: str = "manifest",       # of the manifest
                batch: int = 4, shard: int = 32, text_batch: int = 32, workers: int = 0, # of `encode_clips`; texts per call
                rank: int = 0, world: int = 1, wait=lambda: None, # share of this process; a barrier

@@ -24,7 +24,7 @@ from ..media.video import VideoError, probe
 @dataclass(frozen=True)
 class OmniCamSet:
     "A published set."
-    name: str
+    name: str            # of its repository
     camera: str          # "script" or "file"
     resolution: tuple    # W, H
     frames: int          # of a clip

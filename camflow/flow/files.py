@@ -94,7 +94,7 @@ def write_flows(folder,               # gets 00000.flo, 00001.flo, ...
 
 
 def read_flows(folder,                       # of .flo or .png files of one size, in the order of their names
-               direction: str = "forward"
+               direction: str = "forward"    # forward or backward
               ) -> Flow:
     "A clip's flow."
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower()[1:] in KINDS)

@@ -182,7 +182,7 @@ def parse_unreal(text: str,                                     # "[r r r 0] [r 
     return torch.tensor(numbers, dtype=torch.float64).reshape(4, 4)
 
 
-def unreal_c2w(matrix_T44: torch.Tensor) -> torch.Tensor:
+def unreal_c2w(matrix_T44: torch.Tensor) -> torch.Tensor:  # as in the file: rows are axes, centimetres
     "Parsed matrices to camera-to-world with OpenCV camera axes in metres, world axes left as in the file (determinant -1), [...,4,4]."
     c2w = matrix_T44.mT[..., [1, 2, 0, 3]].clone()
     c2w[..., :3, 1] *= -1
@@ -190,7 +190,7 @@ def unreal_c2w(matrix_T44: torch.Tensor) -> torch.Tensor:
     return c2w
 
 
-def unreal_text(c2w_44: torch.Tensor) -> str:
+def unreal_text(c2w_44: torch.Tensor) -> str:  # metres
     "One OpenCV camera-to-world pose as an Unreal matrix string, the inverse of the reader."
     matrix = (UNREAL_WORLD.mT @ c2w_44).clone()
     matrix[:3, 1] *= -1

@@ -131,7 +131,7 @@ def _type(annotation) -> str:
 
 
 def _default(value) -> str:
-    text = getattr(value, "__name__", None) or repr(value)
+    text = getattr(value, "__name__", None) or re.sub(r"<(?:class|enum|function) '?(?:[\w.]+\.)?(\w+)'?>", r"\1", repr(value)) # also classes inside a tuple
     return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else "..."
 
 
@@ -257,9 +257,10 @@ class Site:
 
 # %% ../../nbs/lab/13_doc_pages.ipynb #d0c50051
 def _output(out: dict) -> dict | None:
-    data = {k: v for k, v in out.get("data", {}).items() if "widget" not in k}
-    if "data" in out and not data: return None
-    return {**out, "data": data, "metadata": {}} if "data" in out else out
+    if "data" not in out: return out
+    data = {k: v for k, v in out["data"].items() if "widget" not in k}
+    if not data or (len(data) < len(out["data"]) and set(data) == {"text/plain"}): return None # a widget's name without its picture says nothing
+    return {**out, "data": data, "metadata": {k: v for k, v in out.get("metadata", {}).items() if k == "image/png"}} # of the metadata only a picture's size
 
 
 def lookup(module: str, name: str):
@@ -297,9 +298,19 @@ def convert(notebook: dict,        # nbformat 4
             add("code", text, outputs=[], execution_count=None)
             cells[-1]["metadata"] = {"tags": ["hide-input"]}
         else: add("code", text, outputs=[o for out in cell["outputs"] if (o := _output(out))], execution_count=None)
-    if source.startswith(("nbs/runs/", "nbs/benchmarks/")): add("markdown", _profiles(site.root / source))
+    if source.startswith(("nbs/runs/", "nbs/benchmarks/")):
+        cells.insert(1, {**cells[0], "id": "finished", "source": site.prose(_finished(site.root, source), source, page)})
+        add("markdown", _profiles(site.root / source))
     meta = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     return {"cells": cells, "metadata": meta, "nbformat": 4, "nbformat_minor": 5}
+
+
+def _finished(root: Path, source: str) -> str: # checkout; a run's notebook
+    "Where the outputs of a run are to be seen: pages of runs have none."
+    name = Path(source).stem
+    reports = [p for p in sorted((root / "reports/gallery").glob(f"{name}*.html")) if p.stem == name or p.stem.startswith(f"{name}_")]
+    links = ", ".join(f"[{p.stem}](../../reports/gallery/{p.name})" for p in reports)
+    return f"This page shows the notebook; what it finds is in the report that `camflow run {name}` leaves{': ' + links if reports else ''}."
 
 
 def _profiles(notebook: Path) -> str:

@@ -116,7 +116,7 @@ def gallery_page(folder) -> str: # of reports
             f'<main class="cards">{"".join(card(p) for p in pages)}</main><script>{FILTER}</script></body></html>\n')
 
 
-def write_gallery(folder="reports/gallery") -> Path:
+def write_gallery(folder="reports/gallery") -> Path:  # of the committed reports
     "Writes index.html beside the reports."
     with atomic_write(Path(folder) / "index.html", "w") as file: file.write(gallery_page(folder))
     return Path(folder) / "index.html"

@@ -173,7 +173,7 @@ def scan(root=None) -> list[Run]: # default `reports_root()`
 
 
 def find_run(text: str, # "NAME/ID", a unique part of the id, a NAME (its newest run), "last", or a folder
-             root=None) -> Run:
+             root=None) -> Run:  # folder of the reports; None: reports/ here
     "The run that `text` means; an unknown or ambiguous text is an `InputError` that lists candidates."
     if (Path(text)/"run.json").exists(): return Run(Path(text).resolve())
     runs = scan(root)
@@ -186,7 +186,7 @@ def find_run(text: str, # "NAME/ID", a unique part of the id, a NAME (its newest
 
 # %% ../../nbs/lab/00_registry.ipynb #58faf7bb
 def headline(result: dict, # content of result.json
-             limit: int = 4) -> dict:
+             limit: int = 4) -> dict:  # numbers at most
     "The numbers that stand for a run."
     numbers = {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     return {k: result[k] for k in (result.get("headline") or list(numbers))[:limit] if k in result}
@@ -199,7 +199,7 @@ def show_number(value) -> str: # anything
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def show_seconds(seconds: float | None) -> str:
+def show_seconds(seconds: float | None) -> str:  # None: not known
     "1.2 s, 3 min 5 s, 2 h 4 min."
     if seconds is None: return "–"
     if seconds < 60: return f"{seconds:.1f} s"

@@ -11,7 +11,7 @@ import html
 import re
 from pathlib import Path
 
-from ..files import InputError, atomic_write, read_json
+from ..files import atomic_write, read_json
 from .parameters import Parameter, parse_parameters
 from .registry import STYLE, Run, headline, settle, show_number, show_seconds
 
@@ -48,7 +48,7 @@ def _facts(run: Run, info: dict) -> str:
     return table([row for row in rows if row[1] not in ("", None)])
 
 
-def page_head(run: Run, info: dict, title: str, declared: dict) -> str:
+def page_head(run: Run, info: dict, title: str, declared: dict) -> str:  # of the registry; of run.json; of the page; {name: Parameter} of the notebook
     "What stands above the notebook."
     numbers = "".join(f'<div class="number"><b>{html.escape(show_number(v))}</b><span>{html.escape(k)}</span></div>' for k, v in headline(run.result, 8).items())
     parameters = parameter_table(info.get("parameters") or {}, declared)
@@ -128,13 +128,13 @@ _REMOTE = re.compile(r"""<script[^>]*\ssrc\s*=\s*["']?(https?:)?//[^>]*>\s*</scr
                      r"""<(?:img|iframe|video|source|audio)[^>]*\ssrc\s*=\s*["']?(https?:)?//[^>]*>|@import\s+(url\()?["']?(https?:)?//[^;]*;""", re.I)
 
 
-def offline(page: str) -> str:
+def offline(page: str) -> str:  # HTML
     "The page without scripts, styles and media that would come over a network."
     kept, removed = _REMOTE.subn('<small class="failed">[removed: needs the network]</small>', page)
     return kept
 
 
-def needs_network(page: str) -> list[str]:
+def needs_network(page: str) -> list[str]:  # HTML
     "Elements of a page that a browser would fetch from elsewhere; links that a reader may click do not count."
     return [m[0] for m in _REMOTE.finditer(page)]
 
@@ -149,7 +149,7 @@ def page_style() -> str:
 
 def to_html(nb,               # notebook with outputs
             head: str = "",   # HTML above the notebook
-            title: str = "report",
+            title: str = "report",  # of the page
             folder=None) -> str: # where relative images are found
     "A notebook as a single page."
     from nbconvert import HTMLExporter

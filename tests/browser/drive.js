@@ -129,10 +129,11 @@ const TASKS = {
     const look = () => page.evaluate(() => ({ status: document.querySelector("header .status").textContent, words: document.querySelector(".now b")?.textContent, share: document.querySelector("progress")?.value,
       elapsed: document.getElementById("elapsed")?.textContent, curves: document.querySelectorAll("main svg").length, log: document.querySelector("main.live pre")?.textContent.length || 0 }));
     const again = async () => { for (;;) try { return await look() } catch (e) { if (!/context was destroyed|navigation/i.test(e.message)) throw e; await wait(50) } };   // it loads just now
-    seen.first = await again(); await page.screenshot({ path: path.join(folder, "live_first.png") });
+    seen.first = await again(); const shot = name => page.screenshot({ path: path.join(folder, name + ".png"), timeout: 3000 }).catch(() => 0);   // a page that loads again may not hold still
+    await shot("live_first");
     for (const end = Date.now() + options.patience * 1000; Date.now() < end; await wait(300)) {
       const now = await again(), last = seen.looks.at(-1);
-      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await page.screenshot({ path: path.join(folder, "live.png") }).catch(() => 0) }
+      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await shot("live") }
       if (now.status !== "running") break;
     }
     await wait(500); const loads = seen.loads; await wait(4500); seen.rests = seen.loads === loads; seen.title = await page.textContent("h1"); seen.sections = await page.locator("main h2").count();

@@ -3444,6 +3444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'camflow.lab.registry.write_result': ('lab/registry.html#write_result', 'camflow/lab/registry.py')},
             'camflow.lab.report': { 'camflow.lab.report._clean': ('lab/report.html#_clean', 'camflow/lab/report.py'),
                                     'camflow.lab.report._contents': ('lab/report.html#_contents', 'camflow/lab/report.py'),
+                                    'camflow.lab.report._dead_widget': ('lab/report.html#_dead_widget', 'camflow/lab/report.py'),
                                     'camflow.lab.report._facts': ('lab/report.html#_facts', 'camflow/lab/report.py'),
                                     'camflow.lab.report._title': ('lab/report.html#_title', 'camflow/lab/report.py'),
                                     'camflow.lab.report.needs_network': ('lab/report.html#needs_network', 'camflow/lab/report.py'),

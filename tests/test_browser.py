@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -174,6 +175,54 @@ def test_camera_paths_turn_and_play_by_keyboard(tmp_path):
     assert [f["at"] for f in seen["frames"]] == [0, 1, 0, 3, 0] and [f["at"] for f in seen["slider"]] == [0, 1, 3]
     assert len({f["picture"] for f in seen["frames"]}) == 3 and seen["slider"][2]["picture"] == seen["frames"][3]["picture"]
     assert seen["slider"][2]["said"].startswith("frame 3; path: right ") and seen["button"] == "BUTTON" and seen["played"] == 3 and seen["stopped"]
+
+
+@pytest.fixture(scope="module")
+def jupyterlab(tmp_path_factory):
+    "A JupyterLab of our own: a folder, and how to open a notebook that lies in it."
+    folder = tmp_path_factory.mktemp("lab")
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder/".config"), "JUPYTER_DATA_DIR": str(folder/".data"), "JUPYTER_RUNTIME_DIR": str(folder/".runtime"), "JUPYTERLAB_SETTINGS_DIR": str(folder/".settings"),
+           "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly",
+             "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(["--allow-root"] if os.geteuid() == 0 else [])]
+    with open(folder/"server.log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(1200):
+            if process.poll() is not None: raise RuntimeError((folder/"server.log").read_text()[-2000:])
+            with socket.socket() as door:
+                if door.connect_ex(("127.0.0.1", port)) == 0: break
+            time.sleep(0.1)
+        yield folder, lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset"
+    finally:
+        try: os.killpg(process.pid, signal.SIGTERM); process.wait(15)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+
+def test_the_cameras_tutorial_runs_in_jupyterlab(jupyterlab, tmp_path):
+    import nbformat
+    folder, address = jupyterlab
+    tutorial = nbformat.read(HERE.parents[1]/"nbs/tutorials/cameras.ipynb", 4)
+    tutorial.cells.append(nbformat.v4.new_code_cell('f"Python sees frame {widget.frame}"'))
+    nbformat.write(tutorial, folder/"cameras.ipynb")
+    seen = drive("lab", address("cameras.ipynb"), tmp_path, wanted="Python sees frame 3", **{"from": "frame 8;"})   # where the tutorial itself moves the slider
+    assert seen["widgets"] >= 1 and seen["errors"] == 0
+    assert [w.split(";")[0] for w in seen["words"]] == [f"frame {k}" for k in range(4)] and len(set(seen["pictures"])) == 4
+    assert seen["turned"] and seen["last_cell"] == seen["cell"], (seen["turned"], seen["cell"], seen["last_cell"])   # JupyterLab did not take the arrow keys for its cells
+    assert seen["told"].strip("'") == "Python sees frame 3"
+    ours = [line for line in seen["said"] if any(word in line for word in ("cameraView", "cameraScene", "anywidget", "uncaught")) and "to activate" not in line]   # JupyterLab counts its plugins' seconds
+    assert ours == [], ours
+
+
+def test_the_gallery_filters_sorts_and_shows_its_pictures(tmp_path):
+    gallery = HERE.parents[1]/"reports/gallery"
+    seen = drive("gallery", gallery/"index.html", tmp_path, word="omnicam")
+    assert fits(seen), seen
+    assert len(seen["files"]) == len(list(gallery.glob("*.html"))) - 1 and seen["files"] == sorted(seen["files"])
+    assert len(seen["pictures"]) > 8 and all(seen["pictures"]) and seen["filtered"] == ["omnicam_generate"] and seen["count"] == "1"
+    assert seen["by_title"] == sorted(seen["by_title"], key=str.lower) and seen["focus"] == ["INPUT", "SELECT", "A"]
+    assert seen["opened"] == "OmniCam: generate" and seen["back"].startswith("Gallery")
 
 
 def test_a_comparison_fits_a_narrow_screen(tmp_path):

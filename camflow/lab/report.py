@@ -84,6 +84,11 @@ td pre{margin:0;white-space:pre-wrap}.failed-cell{border-left:3px solid #c62828;
 _SKIP = {"parameters", "injected-parameters", "papermill-error-cell-tag", "hide-report", "remove-cell"}
 
 
+def _dead_widget(output) -> bool:
+    "A progress bar or a panel that only a kernel could draw; widgets that bring a page's piece are kept."
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) and "text/html" not in output["data"]
+
+
 def _clean(nb):
     "The notebook without papermill's banners, the parameters cells and nbdev directives; the failed cell is marked."
     cells = []
@@ -91,6 +96,7 @@ def _clean(nb):
         if _SKIP & set(cell.metadata.get("tags", [])): continue
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+            cell.outputs = [o for o in cell.outputs if not _dead_widget(o)]
             cell.metadata["failed"] = any(o.output_type == "error" for o in cell.outputs)
         cells.append(cell)
     nb.cells = cells

@@ -295,7 +295,6 @@ function cameraView(root, data, told = () => {}) {   // data: paths, lenses, col
   const make = (tag, parent, more = {}, css = '') => { const e = parent.appendChild(document.createElement(tag)); Object.assign(e, more); e.style.cssText = css; return e };
   const names = Object.keys(data.paths), last = Math.max(...names.map(n => data.paths[n].length)) - 1, shown = (n, list) => list[Math.round(last ? frame/last*(list.length - 1) : 0)];
   let frame = data.frame, timer = null, asked = false;
-  root.setAttribute('data-lm-suppress-shortcuts', 'true');   // JupyterLab would take the arrow keys
   const row = make('div', root, {}, 'display:flex;flex-wrap:wrap;gap:12px;align-items:center'), ratio = Math.min(2, window.devicePixelRatio || 1);
   const canvas = make('canvas', row, {width: data.width*ratio, height: data.height*ratio, tabIndex: 0}, `width:${data.width}px;max-width:100%;aspect-ratio:${data.width}/${data.height};border:1px solid #8884;touch-action:none`);
   canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', 'camera paths; arrow keys or drag: turn, + and - or wheel: zoom, comma and full stop: a frame back and on, space: play');
@@ -304,6 +303,7 @@ function cameraView(root, data, told = () => {}) {   // data: paths, lenses, col
   const bar = make('div', root, {}, `display:flex;gap:8px;align-items:center;max-width:${data.width}px;margin-top:4px`), button = make('button', bar, {type: 'button'}, 'font:inherit;width:2.6em;cursor:pointer');
   const slider = make('input', bar, {type: 'range', min: 0, max: last, step: 1}, 'flex:1;min-width:0'); slider.setAttribute('aria-label', 'frame');
   const words = make('div', root, {}, 'font-size:13px;font-variant-numeric:tabular-nums'), scene = cameraScene(canvas, data);
+  for (const e of [canvas, button, slider]) e.setAttribute('data-lm-suppress-shortcuts', 'true');   // on the focused element itself, or JupyterLab takes its arrow keys
   const where = n => { const p = shown(n, data.paths[n]), o = data.paths[n][0], d = [3, 7, 11].map(k => p[k] - o[k]);   // seen from the path's first frame
     return ['right', 'down', 'forward'].map((w, c) => `${w} ${(v => (v < 0 ? '-' : '+') + Math.abs(v).toFixed(2))([0, 1, 2].reduce((s, r) => s + o[4*r + c]*d[r], 0))}`).join(', ') };
   function draw() {

@@ -106,6 +106,20 @@ const TASKS = {
     return seen;
   },
 
+  // the committed reports: filter, order, pictures, and into one of them and back
+  async gallery(browser, url) {
+    const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests };
+    const shown = key => page.evaluate(k => [...document.querySelectorAll(".card")].filter(c => !c.hidden).map(c => c.dataset[k]), key);
+    seen.files = await shown("file"); seen.pictures = await page.evaluate(async () => { const all = [...document.images]; all.forEach(i => { i.loading = "eager" }); await Promise.all(all.map(i => i.decode().catch(() => 0))); return all.map(i => i.naturalWidth > 0) });
+    seen.focus = []; for (let i = 0; i < 3; i++) { await page.keyboard.press("Tab"); seen.focus.push(await page.evaluate(() => document.activeElement.tagName)) }
+    await page.locator("select").selectOption("title"); seen.by_title = await shown("title");
+    await page.locator("input[type=search]").fill(options.word.toUpperCase()); seen.filtered = await shown("file"); seen.count = await page.textContent("#count");
+    await page.locator(".card:not([hidden]) a").first().click(); await page.waitForLoadState(); seen.opened = await page.textContent("h1");
+    await page.locator("p.crumb a").click(); await page.waitForLoadState(); seen.back = await page.textContent("h1");
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "gallery.png") }); await close();
+    return seen;
+  },
+
   // from the index to the page of a running run, which renews itself until it is final
   async live(browser, url) {
     const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests, looks: [], loads: 0 };
@@ -115,10 +129,11 @@ const TASKS = {
     const look = () => page.evaluate(() => ({ status: document.querySelector("header .status").textContent, words: document.querySelector(".now b")?.textContent, share: document.querySelector("progress")?.value,
       elapsed: document.getElementById("elapsed")?.textContent, curves: document.querySelectorAll("main svg").length, log: document.querySelector("main.live pre")?.textContent.length || 0 }));
     const again = async () => { for (;;) try { return await look() } catch (e) { if (!/context was destroyed|navigation/i.test(e.message)) throw e; await wait(50) } };   // it loads just now
-    seen.first = await again(); await page.screenshot({ path: path.join(folder, "live_first.png") });
+    seen.first = await again(); const shot = name => page.screenshot({ path: path.join(folder, name + ".png"), timeout: 3000 }).catch(() => 0);   // a page that loads again may not hold still
+    await shot("live_first");
     for (const end = Date.now() + options.patience * 1000; Date.now() < end; await wait(300)) {
       const now = await again(), last = seen.looks.at(-1);
-      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await page.screenshot({ path: path.join(folder, "live.png") }).catch(() => 0) }
+      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await shot("live") }
       if (now.status !== "running") break;
     }
     await wait(500); const loads = seen.loads; await wait(4500); seen.rests = seen.loads === loads; seen.title = await page.textContent("h1"); seen.sections = await page.locator("main h2").count();
@@ -148,6 +163,30 @@ const TASKS = {
     return seen;
   },
 
+  // a notebook in JupyterLab: run all of it, and move its camera widget by keyboard
+  async lab(browser, url) {
+    const { page, said, close } = await open(browser, url, { width: 1300, height: 1000 }), seen = { said };
+    await page.locator(".jp-NotebookPanel .jp-Cell").first().waitFor({ timeout: 90000 });
+    await page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first().waitFor({ timeout: 90000 }).catch(() => { seen.slow = true });
+    await page.locator(".jp-Cell").first().click(); await page.locator(".lm-MenuBar-item", { hasText: /^Run$/ }).click(); await page.locator(".lm-Menu-item", { hasText: /^Run All Cells$/ }).click();
+    const slider = page.locator(".jp-OutputArea-output input[type=range]").first(); await slider.waitFor({ timeout: 120000 });
+    const words = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output input[type=range]").getAttribute("aria-valuetext"));
+    const picture = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output figure img")?.src.slice(-60)), turned = () => page.evaluate(() => document.querySelector(".jp-OutputArea-output canvas").toDataURL());
+    const cell = () => page.evaluate(() => [...document.querySelectorAll(".jp-Notebook .jp-Cell")].findIndex(c => c.classList.contains("jp-mod-active")));
+    seen.widgets = await page.locator(".jp-OutputArea-output canvas").count(); await page.waitForFunction(() => document.querySelectorAll(".jp-Notebook .jp-InputPrompt").length && ![...document.querySelectorAll(".jp-InputPrompt")].some(p => p.textContent.includes("*")), null, { timeout: 120000 });
+    await slider.scrollIntoViewIfNeeded(); await slider.focus(); 
+    const reaches = async start => { for (let i = 0; i < 100 && !(await words()).startsWith(start); i++) await wait(100); return words() };
+    await reaches(options.from); await page.keyboard.press("Home"); seen.words = [await reaches("frame 0;")]; seen.pictures = [await picture()]; seen.cell = await cell();
+    for (const k of [1, 2, 3]) { await page.keyboard.press("ArrowRight"); seen.words.push(await reaches(`frame ${k};`)); seen.pictures.push(await picture()) }
+    await page.locator(".jp-OutputArea-output canvas").first().focus(); const before = await turned(); for (const k of ["ArrowUp", "ArrowUp", "ArrowLeft"]) await page.keyboard.press(k);
+    for (let i = 0; i < 50 && !(seen.turned = await turned() !== before); i++) await wait(100);
+    seen.last_cell = await cell(); await page.screenshot({ path: path.join(folder, "lab.png") });
+    await page.locator(".jp-CodeCell").last().locator(".cm-content").click(); await page.keyboard.press("Shift+Enter");   // the last cell says what Python knows
+    await page.waitForFunction(wanted => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.includes(wanted), options.wanted, { timeout: 30000 }).catch(() => 0);
+    seen.told = await page.evaluate(() => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.trim()); seen.errors = await page.locator("[data-mime-type='application/vnd.jupyter.error']").count(); await close();
+    return seen;
+  },
+
   // pages that only have to open: nothing said, nothing fetched
   async silent(browser, url) {
     const seen = {};
@@ -161,5 +200,5 @@ const TASKS = {
 
 (async () => {
   const browser = await chromium.launch({ executablePath: process.env.CAMFLOW_CHROMIUM || "chromium", args: FLAGS, timeout: 120000 });
-  try { console.log(JSON.stringify(await TASKS[task](browser, pathToFileURL(path.resolve(file)).href))) } finally { await browser.close() }
+  try { console.log(JSON.stringify(await TASKS[task](browser, /^http:/.test(file) ? file : pathToFileURL(path.resolve(file)).href))) } finally { await browser.close() }
 })().catch(e => { console.error(e); process.exit(1) });

@@ -18,10 +18,11 @@ def sheet(rows: list,            # of rows of uint8 [3,H,W]; None leaves a place
           heads: list,           # above the columns
           sides: list = (),      # left of the rows
           zoom: int = 1,         # pixels of the sheet per pixel
-          font: int = 13) -> Image.Image:
+          scale: float = 1.0,    # the same, by interpolation
+          font: int = 17) -> Image.Image:
     "Pictures in a table with words above and beside it."
     letters = ImageFont.load_default(font)
-    h, w = (zoom * n for n in next(p for row in rows for p in row if p is not None).shape[1:])
+    h, w = (round(zoom * scale * n) for n in next(p for row in rows for p in row if p is not None).shape[1:])
     left = max((int(letters.getlength(line)) for side in sides for line in side.split("\n")), default=0) + (10 if sides else 0)
     top = (font + 4) * max(head.count("\n") + 1 for head in heads) + 4
     out = Image.new("RGB", (left + len(heads) * (w + GAP) - GAP, top + len(rows) * (h + GAP) - GAP), PAPER)
@@ -112,7 +113,7 @@ def joint() -> Image.Image:
 
 
 def stereo() -> Image.Image:
-    "A held-out clip: the network against semi-global matching, frames 0, 7 and 15."
+    "A held-out clip: the network against semi-global matching, frames 0 and 15."
     from camflow.assets import tiny_path
     from camflow.stereo.baselines import sgbm
     from camflow.stereo.network import load_stereo
@@ -124,8 +125,15 @@ def stereo() -> Image.Image:
     found = stereo_video(load_stereo(tiny_path("stereo")).eval(), clip.left, clip.right)
     truth, matched, scale = clip.disparity, sgbm(clip.left, clip.right)[0], fit_scale(clip.disparity.numpy())
     error = lambda maps, t: colours((maps[t] - truth[t]).abs(), Scale(0.0, 4.0, "px"), "magma")
-    shown = [[clip.left[t], colours(truth[t], scale), colours(found[t], scale), colours(matched[t], scale), error(found, t), error(matched, t)] for t in (0, 7, 15)]
-    return sheet([list(column) for column in zip(*shown)], ["frame 0", "frame 7", "frame 15"], ["left view", "disparity, truth", "network", "semi-global\nmatching", "error of the network\n(white: 4 pixels)", "error of the\nmatching"])
+    shown = [[clip.left[t], colours(truth[t], scale), colours(found[t], scale), colours(matched[t], scale), error(found, t), error(matched, t)] for t in (0, 15)]
+    return sheet([list(column) for column in zip(*shown)], ["frame 0", "frame 15"], ["left view", "disparity, truth", "network", "semi-global\nmatching", "error of the network\n(white: 4 pixels)", "error of the\nmatching"], zoom=1, scale=1.4)
+
+
+def save_jpeg(picture: Image.Image, path: Path, most: int = 60_000): # bytes
+    "As good as the size allows."
+    for quality in range(86, 40, -4):
+        picture.save(path, quality=quality, optimize=True)
+        if path.stat().st_size < most: return
 
 
 SQUARES = ("joint",) # large pixels, for which PNG is smaller
@@ -143,7 +151,7 @@ def main(argv=None):
     for name in given.names or DRAWN:
         picture, path = DRAWN[name](), given.out/f"{name}.{'png' if name in SQUARES else 'jpg'}"
         if path.suffix == ".png": picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        else: picture.save(path, quality=80, optimize=True)
+        else: save_jpeg(picture, path)
         print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -1,5 +1,8 @@
-"""Pictures of the systems' pages, made with the tiny weights: `python -m tools.doc_pictures omnicam stereo`, all without a name; written to docs/pictures."""
+"""Pictures of the systems' pages, made with the tiny weights or taken from the gallery: `python -m tools.doc_pictures omnicam stereo`, all without a name; written to docs/pictures."""
 import argparse
+import base64
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,24 +69,14 @@ def omnicam() -> Image.Image:
 
 
 def gflow() -> Image.Image:
-    "The world's clip, fitted with depth that is 3 % wrong in every frame (profile `tiny` of gflow_fit): frames 0, 6, 11."
-    import tempfile
-    from camflow.gflow.fit_video import fit_video
-    from camflow.gflow.pictures import depth_video, draw_tracks, renderings
-    from camflow.gflow.priors import gather_priors
-    from camflow.gflow.tracks import follow
-    from camflow.gflow.truth import noisy_depth, truth_clip
-    clip = truth_clip("plain", frames=12)
-    priors = gather_priors(clip.frames, K=clip.cameras.K[0].numpy(), depth=noisy_depth(clip.depth, 0.03, 0.27 * 0.03, 0), flow="dis")
-    with tempfile.TemporaryDirectory() as work: fitted = fit_video(priors, Path(work)/"fit", "fast", progress=lambda line: print("{stage}: {psnr:.1f} dB".format(**line), flush=True), shots=0)
-    colour, depth, _ = renderings(fitted)
-    white = (fitted.moving[:, None].expand(-1, 3, -1, -1) * 255).to(torch.uint8)
-    H, W = clip.frames.size
-    y, x = np.mgrid[8:H:12, 8:W:12]
-    tracks = follow(fitted, np.stack([np.zeros(x.size), x.ravel() + 0.5, y.ravel() + 0.5], -1))
-    drawn = draw_tracks(clip.frames, tracks.points_TN2, tracks.visible_TN, tracks.moving_N)
-    columns = [clip.frames.byte().data, colour.byte().data, depth_video(depth).byte().data, white, drawn.byte().data]
-    return sheet([[column[t] for column in columns] for t in (0, 6, 11)], ["video", "drawn by the Gaussians", "their depth", "what moves", "points followed"], ["frame 0", "6", "11"])
+    "Frames 0, 6 and 11 of the clips in the gallery's report of `camflow run gflow_fit -f tiny`."
+    page = (ROOT/"reports/gallery/gflow_fit.html").read_text(encoding="utf-8")
+    clips = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)]
+    if len(clips) != 5: raise SystemExit(f"gflow: {len(clips)} clips in reports/gallery/gflow_fit.html where five were expected (video, drawn, depth, moves, trajectories)")
+    def frame(clip, t):
+        clip.seek(min(t, clip.n_frames - 1))
+        return torch.from_numpy(np.array(clip.convert("RGB").resize(clips[0].size))).permute(2, 0, 1)
+    return sheet([[frame(clip, t) for clip in clips] for t in (0, 6, 11)], ["video", "drawn", "depth", "what moves", "points followed"], ["frame 0", "6", "11"], scale=200 / clips[0].width)
 
 
 def joint() -> Image.Image:

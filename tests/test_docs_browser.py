@@ -15,13 +15,13 @@ PAGES = ["book/geometry/camera.html", "book/rl/advantage.html", "tutorials/camer
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "A site of four notebooks, three of them executed, and all prose pages."
+    "A site of four notebooks and the overview, executed but for the run, and all prose pages."
     pytest.importorskip("myst_nb", reason="the extra docs is not installed")
     pytest.importorskip("pydata_sphinx_theme", reason="the extra docs is not installed")
     folder = tmp_path_factory.mktemp("docs")
     chosen = ["geometry/00_camera", "rl/04_advantage", "tutorials/cameras", "runs/recam_grpo.ipynb"]
     done = subprocess.run([sys.executable, "-m", "camflow.lab.docs", "--out", folder/"site", "--execute", "--kept", folder/"kept", "--only", *chosen], cwd=repo_root(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "3 notebooks executed" in done.stdout and " 0 problems" in done.stdout, (done.stdout + done.stderr)[-3000:]
+    assert done.returncode == 0 and "4 notebooks executed" in done.stdout and " 0 problems" in done.stdout, (done.stdout + done.stderr)[-3000:]
     env = {**os.environ, "CAMFLOW_CHROMIUM": CHROMIUM, "CAMFLOW_PLAYWRIGHT": str(PLAYWRIGHT)}
     out = subprocess.run(["node", HERE/"site.js", folder/"site", json.dumps({"pages": PAGES, "words": ["Cameras", "advantage"]})], capture_output=True, text=True, timeout=400, env=env, check=False)
     assert out.returncode == 0, out.stderr[-3000:]

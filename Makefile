@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,10 +18,10 @@ test: $(STAMP)  ## everything that must hold before a commit lands
 	$(BIN)/python -m tools.checks exported clean
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
 test-all: test browser  ## also the long faults and browser tests; what is skipped prints its reason
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow
 
 browser:  ## what the browser tests need beside node and Debian's chromium; without npm they are skipped and say so
 	@if command -v npm > /dev/null; then cd tests/browser && { PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --no-audit --no-fund || echo "browser: npm ci failed, the browser tests are skipped"; }; else echo "browser: npm is not installed, the browser tests are skipped"; fi

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'repo_root', 'list_runs', 'run_notebook', 'list_profiles', 'profile_path', 'list_tiny', 'tiny_path',
-           'reports_dir', 'user_path']
+           'licence_note', 'reports_dir', 'user_path']
 
 # %% ../nbs/02_assets.ipynb #c69a134f
 import os
@@ -80,6 +80,12 @@ def tiny_path(name: str # folder of data/tiny, e.g. "recam"
 def _tiny_homes() -> list:
     override = os.environ.get("CAMFLOW_TINY")
     return [*([Path(override)] if override else []), _home("tiny")]
+
+# %% ../nbs/02_assets.ipynb #ced4d3a8
+def licence_note(**taken) -> str: # what a training took, by parameter; None, "", "tiny" and "world" are this project's own
+    "The licence line of a model card."
+    outside = [f"{name} {value}" for name, value in taken.items() if value not in (None, "", "tiny", "world")]
+    return "Apache-2.0; no outside data or weights" if not outside else f"not this project's alone: the licences of {', '.join(outside)} apply"
 
 # %% ../nbs/02_assets.ipynb #7d3e29ac
 def reports_dir() -> Path:

@@ -23,7 +23,7 @@ def die_with_parent(sig: int = signal.SIGKILL): # what this process gets when it
     _libc.prctl(PDEATHSIG, int(sig), 0, 0, 0)
 
 
-def adopt_orphans(on: bool = True):
+def adopt_orphans(on: bool = True):  # False: no longer
     "Makes this process the parent of every orphan among its descendants (Linux)."
     _libc.prctl(SUBREAPER, int(on), 0, 0, 0)
 

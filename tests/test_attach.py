@@ -11,7 +11,8 @@ import pytest
 
 from camflow.files import InputError
 from camflow.servers.attach import attached, free_ports, planned, toml_value
-from camflow.servers.supervisor import ask, read_plan
+from camflow.servers.plan import read_plan
+from camflow.servers.supervisor import ask
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARP = {"reward": "camflow.rewards.appearance:AppearanceReward", "env": {"OMP_NUM_THREADS": 1}}

@@ -2,7 +2,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,12 +142,38 @@ def test_the_index_sorts_filters_and_leads_to_a_running_run(reports, tmp_path):
     assert seen["tabs"][:2] == ["INPUT", "TH"] and seen["followed"] == "training" and seen["status"] == "running"
 
 
-def test_camera_paths_turn_by_keyboard(tmp_path):
+def test_the_page_of_a_running_run_renews_itself_until_it_is_final(tmp_path):
+    root = tmp_path/"reports"
+    env = {**os.environ, "CAMFLOW_REPORTS": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", "run", "flow_train", "-f", "smoke", "-q", "-p", "steps=40", "-p", "validate_every=40"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        for _ in range(600):
+            if (root/"index.html").exists() or process.poll() is not None: break
+            time.sleep(0.1)
+        seen = drive("live", root/"index.html", tmp_path, follow="flow_train", patience=240)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out
+    assert fits(seen), seen
+    assert seen["listed"] == ["running"] and seen["listed_last"] == ["ok"] and seen["first"]["status"] == "running" and seen["first"]["elapsed"]
+    looks = seen["looks"]
+    assert looks[-1]["status"] == "ok" and len({look.get("words") for look in looks}) > 3 and seen["loads"] > 4, looks
+    assert any("step " in (look["words"] or "") and look["curves"] for look in looks[:-1]), looks   # a step and curves were seen while it ran
+    shares = [look["share"] for look in looks[:-1]]
+    assert all(0 <= share <= 1 for share in shares) and len(set(shares)) > 2
+    assert seen["rests"] and seen["sections"] > 1
+
+
+def test_camera_paths_turn_and_play_by_keyboard(tmp_path):
     clip = truth_clip("crossing", frames=4, size=(68, 120))
     page = tmp_path/"cameras.html"
-    page.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>cameras</title><body>{camera_viewer({"path": clip.cameras})}</body></html>')
+    page.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>cameras</title><body>{camera_viewer({"path": clip.cameras}, clips={"path": clip.frames}, fps=12)}</body></html>')
     seen = drive("cameras", page, tmp_path)
     assert fits(seen) and seen["drawn"] and seen["focus"] == "CANVAS" and all(seen["steps"].values()), seen
+    assert [f["at"] for f in seen["frames"]] == [0, 1, 0, 3, 0] and [f["at"] for f in seen["slider"]] == [0, 1, 3]
+    assert len({f["picture"] for f in seen["frames"]}) == 3 and seen["slider"][2]["picture"] == seen["frames"][3]["picture"]
+    assert seen["slider"][2]["said"].startswith("frame 3; path: right ") and seen["button"] == "BUTTON" and seen["played"] == 3 and seen["stopped"]
 
 
 def test_a_comparison_fits_a_narrow_screen(tmp_path):

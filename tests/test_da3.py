@@ -48,7 +48,7 @@ def test_bad_files_are_named(tmp_path):
     save_da3(model, tmp_path)
     assert next(load_da3(tmp_path).parameters()).dtype == torch.float32
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"embed_dim": 32', '"embed_dim": 48'))
-    with pytest.raises(InputError, match="wanted"): load_da3(tmp_path)
+    with pytest.raises(InputError, match="instead of"): load_da3(tmp_path)
     (tmp_path / "config.json").write_text('{"model_name": "da3-enormous"}')
     with pytest.raises(InputError, match="da3-enormous"): load_da3(tmp_path)
     shutil.rmtree(tmp_path)

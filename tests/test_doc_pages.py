@@ -14,7 +14,7 @@ from camflow.lab.run import find_notebook, prepare
 from camflow.lab.sweep import axis
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").rglob("*.md"))]
+PAGES = [ROOT/"README.md", ROOT/"CONTRIBUTING.md", *sorted((ROOT/"docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*?$", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -17,8 +17,8 @@ from camflow.wan import finetune
 from camflow.wan.finetune import Levels, LatentScenes, export_recam, flow_loss, main, world_scenes
 from camflow.wan.recam import ReCamTransformer3DModel, tiny_recam
 from camflow.wan.text import build_tiny_text
-from camflow.wan.vae import tiny_vae
-from camflow.wan.vae_train import WorldBank, configuration, signed, vae_quality
+from camflow.wan.vae import signed, tiny_vae
+from camflow.wan.vae_train import WorldBank, configuration, vae_quality
 from camflow.world.clips import HELD_OUT
 
 ROOT = Path(__file__).resolve().parents[1]

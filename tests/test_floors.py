@@ -9,10 +9,10 @@ LEVEL = {name: len(FLOORS) - n for n, row in enumerate(FLOORS) for name in row.s
 
 
 @lru_cache
-def imports(path, inside_functions=True):
-    "(module, line) of everything in the package that a file imports, at its top and, if wanted, inside functions."
+def imports(path):
+    "(module, line) of everything in the package that a file imports, at its top and inside functions."
     package, found, tree = ["camflow", *path.relative_to(ROOT).parts[:-1]], [], ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree) if inside_functions else tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import): found += [(a.name, node.lineno) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[:len(package) - node.level + 1]) if node.level else ""
@@ -36,22 +36,39 @@ def test_imports_go_down():
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_needs_itself():
-    "When it is imported; a few pairs (a class and its files) look each other up inside functions."
-    known = modules()
-    graph = {name: {other for other, _ in imports(path, False) if other in known and other != name} for name, path in known.items()}
+def knots(graph):
+    "What is left of {module: modules that it imports} when everything that is in no cycle, nor on the way between two, is taken away."
     left = dict(graph)
     while ends := [name for name, others in left.items() if not others & left.keys()]:
         for name in ends: del left[name]
     while starts := [name for name in left if not any(name in others for others in left.values())]:
         for name in starts: del left[name]
-    assert not left, f"these need each other: {sorted(left)}"
+    return sorted(left)
+
+
+def test_no_module_needs_itself():
+    "Not when it is imported, and not later either: imports inside functions count, too."
+    known = modules()
+    left = knots({name: {other for other, _ in imports(path) if other in known and other != name} for name, path in known.items()})
+    assert not left, f"these need each other: {left}"
+
+
+def test_a_lazy_cycle_is_seen(tmp_path, monkeypatch):
+    (tmp_path/"joint").mkdir()
+    for name, text in (("a", "from .b import x\n"), ("b", "def x():\n    from camflow.joint.a import y\n"), ("c", "from .a import y\n"), ("d", "")):
+        (tmp_path/"joint"/f"{name}.py").write_text(text)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    imports.cache_clear()
+    known = modules()
+    graph = {name: {other for other, _ in imports(path) if other in known and other != name} for name, path in known.items()}
+    imports.cache_clear()
+    assert knots(graph) == ["camflow.joint.a", "camflow.joint.b"]
 
 
 def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     (tmp_path/"media").mkdir()
     (tmp_path/"media"/"frames.py").write_text("def f():\n    from ..rl import losses\n")
-    monkeypatch.setattr("tests.test_floors.ROOT" if __name__.startswith("tests.") else f"{__name__}.ROOT", tmp_path)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     imports.cache_clear()
     assert [name for name, _ in imports(tmp_path/"media"/"frames.py")] == ["camflow.rl", "camflow.rl.losses"]
     imports.cache_clear()

@@ -213,6 +213,8 @@ def test_davis_is_organised_once(tmp_path, clip):
     assert layout.organise_davis(tmp_path/"DAVIS", tmp_path/"sets") == {"bear": "there", "cat": "linked"}
     assert [s.name for s in layout.sequences(tmp_path/"sets")] == ["bear", "cat"] and len(layout.frame_files(tmp_path/"sets"/"cat")) == 3
     with pytest.raises(InputError, match="dog"): layout.organise_davis(tmp_path/"DAVIS", tmp_path/"sets", ["dog"])
+    (tmp_path/"file").write_text("")   # where a folder cannot be
+    with pytest.raises(InputError, match="file.* cannot be written .*organise_davis; give a target"): layout.organise_davis(tmp_path/"DAVIS", tmp_path/"file"/"sets", ["bear"])
 
 
 def test_networks_that_know_nothing_still_fit(clip):

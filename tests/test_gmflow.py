@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from camflow.files import InputError
-from camflow.flow.gmflow import GMFlow, GMFlowConfig, config_of, gmflow_flow, load_gmflow, load_state, save_gmflow, tiny_gmflow
+from camflow.flow.gmflow import GMFlow, GMFlowConfig, config_of, gmflow_flow, load_gmflow, save_gmflow, tiny_gmflow
 from camflow.flow.gmflow_matching import LocalCorrelation
 from camflow.media.frames import Frames
+from camflow.training.checkpoint import load_whole
 from tests.oracles.gmflow_plain import PlainGMFlow
 from tests.parity import gmflow
 from tests.parity.seeded import seeded_state_dict
@@ -73,7 +74,7 @@ def _pictures(seed=0, size=(64, 96)):
 def _soft(model):
     "Weights under which matching is soft, so that rounding stays rounding."
     state = {k: torch.from_numpy(v) for k, v in seeded_state_dict({k: list(v.shape) for k, v in model.state_dict().items()}, 0.5).items()}
-    return load_state(model, state).eval()
+    return load_whole(model, state).eval()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -108,8 +109,8 @@ def test_what_does_not_fit_is_listed(tmp_path):
     state = tiny_gmflow().state_dict()
     state["backbone.conv9.weight"] = state.pop("backbone.conv1.weight")
     with pytest.raises(InputError, match="no tensor 'backbone.conv1.weight'"): config_of(state)
-    with pytest.raises(InputError, match=r"1 missing: backbone.conv1.weight; 1 unexpected: backbone.conv9.weight"): load_state(tiny_gmflow(), state)
-    with pytest.raises(InputError, match="of another shape"): load_state(GMFlow(GMFlowConfig(reg_refine=True)), {**GMFlow().state_dict(), "refine_proj.bias": torch.zeros(3)})
+    with pytest.raises(InputError, match=r"1 missing: backbone.conv1.weight; 1 unexpected: backbone.conv9.weight"): load_whole(tiny_gmflow(), state)
+    with pytest.raises(InputError, match="of another shape"): load_whole(GMFlow(GMFlowConfig(reg_refine=True)), {**GMFlow().state_dict(), "refine_proj.bias": torch.zeros(3)})
     (tmp_path/"broken.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="cannot be read safely"): load_gmflow(tmp_path/"broken.pth")
     with pytest.raises(InputError, match="does not exist"): load_gmflow(tmp_path/"none.pth")

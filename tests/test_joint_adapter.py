@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from camflow.files import InputError
 from camflow.joint.adapter import JointAdapter, target_gate
-from camflow.joint.adapter_files import FileReport, read_unicon, unicon_state, write_unicon
+from camflow.joint.adapter_files import FileReport, load_adapter, read_unicon, save_adapter, unicon_state, write_unicon
 from camflow.joint.branch import attend, prepare
 from camflow.joint.layout import Layout, adapter_name, grouped, lora_masks
 from camflow.wan.omnicam import tiny_omnicam
@@ -354,19 +354,19 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 def test_own_folder_is_strict_and_peft_opens_it(tmp_path):
     from peft import set_peft_model_state_dict
     adapter = draw(JointAdapter(svd(), attention="both", alpha=8))
-    adapter.save(tmp_path)
-    back = JointAdapter.load(svd(), tmp_path)
+    save_adapter(adapter, tmp_path)
+    back = load_adapter(svd(), tmp_path)
     assert back.attention == "both" and all(torch.equal(a, b) for a, b in zip(back.parameters(), adapter.parameters(), strict=True))
     plain = JointAdapter(svd(), attention="both", alpha=8)
     loaded = set_peft_model_state_dict(plain.model, {k.removeprefix("base_model.model."): v for k, v in load_file(tmp_path / "y_lora/adapter_model.safetensors").items()}, adapter_name="y_lora")
     assert not loaded.unexpected_keys
     assert all(torch.equal(p, adapter.parameters_by_name()[n]) for n, p in plain.parameters_by_name().items() if ".y_lora." in n)
-    with pytest.raises(InputError, match="adapter of a UNetSpatio"): JointAdapter.load(sd(), tmp_path)
+    with pytest.raises(InputError, match="adapter of a UNetSpatio"): load_adapter(sd(), tmp_path)
     save_file({k: v + 1 for k, v in load_file(tmp_path / "post.safetensors").items()}, tmp_path / "post.safetensors")
-    with pytest.raises(InputError, match="not the file that joint.json was written with"): JointAdapter.load(svd(), tmp_path)
+    with pytest.raises(InputError, match="not the file that joint.json was written with"): load_adapter(svd(), tmp_path)
     (tmp_path / "y_lora/adapter_model.safetensors").unlink()
     (tmp_path / "post.safetensors").unlink()
-    with pytest.raises(InputError, match="lacks"): JointAdapter.load(svd(), tmp_path)
+    with pytest.raises(InputError, match="lacks"): load_adapter(svd(), tmp_path)
 
 
 def test_named_models_are_written_without_their_name():

@@ -23,7 +23,7 @@ from camflow.joint import train
 from camflow.joint.codecs import DepthCodec, load_coded, save_coded
 from camflow.joint.data import Source, draw_size, read_depth, shape_items
 from camflow.media.frames import Depth, Frames
-from camflow.training.loop import configuration
+from camflow.training.config import configuration
 
 SMALL = dict(batch_size=2, items=64, held_out=0, sample_steps=2, warmup=0, size=[32, 32], aspect=2.0, schedule="constant")
 

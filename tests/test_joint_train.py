@@ -10,7 +10,7 @@ from camflow.files import InputError
 from camflow.joint import coupling, train
 from camflow.joint.codecs import codec_from_dict
 from camflow.joint.timesteps import Draw, LossGrid
-from camflow.training.loop import configuration
+from camflow.training.config import configuration
 
 TINY = dict(steps=4, batch_size=2, items=4, held_out=0, sample_steps=2, frames=3, prefetch=False, warmup=0)
 

@@ -101,6 +101,7 @@ def test_a_run_leaves_everything_and_repeats(lab):
     for name in ("run.ipynb", "report.html", "config.json", "metrics.jsonl", "result.json", "env.json", "train.log", "run.json"):
         assert (run.path/name).exists(), name
     page = (run.path/"report.html").read_text()
+    assert not (run.path/"live.log").exists() and "location.reload" not in page
     assert needs_network(page) == [] and "<h1>A toy training</h1>" in page and 'href="#Results"' in page and "optimizer steps" in page
     assert "0.6561" in (run.path.parents[1]/"index.html").read_text()
     again, comparison = running.rerun(str(run))
@@ -142,18 +143,22 @@ def test_termination_leaves_no_orphans(hanging):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 143 and gone(pids), err
     run = scan(reports)[0]
-    assert run.status == "killed" and run.info["error"] == "stopped by SIGTERM" and (run.path/"report.html").exists()
+    assert run.status == "killed" and run.info["error"] == "stopped by SIGTERM" and "location.reload" not in (run.path/"report.html").read_text()
 
 
 def test_kill_nine_leaves_no_orphans_and_no_lie(hanging):
     process, reports = hanging["kill"]
     pids = pids_of(reports)
     run = scan(reports)[0]
-    assert run.status == "running"
+    page = run.path/"report.html"
+    assert run.status == "running" and "location.reload" in page.read_text() and 'class="status running"' in (reports/"index.html").read_text()
+    wait_for(lambda: "step 1 of 5" in page.read_text())
     process.kill()
     process.wait()
     assert run.status == "killed" and "left no status" in run.info["error"]
     wait_for(lambda: gone(pids))
+    wait_for(lambda: "location.reload" not in page.read_text() and 'class="status running"' not in (reports/"index.html").read_text())   # without anybody's command
+    assert "left no status" in page.read_text() and "<h1>A toy training</h1>" in page.read_text() and not (run.path/"live.log").exists()
     assert "killed" in build_index(reports).read_text() and (write_report(run.path)).exists()
 
 

@@ -12,7 +12,8 @@ from camflow.data import omnicam_cache
 from camflow.data.buckets import EXTRACTIONS, bucket_sizes, cut, kept_frames, select_bucket, video_windows
 from camflow.data.musubi import Dataset, camera_name, latent_name, parse_latent_name, read_cache_file, read_toml
 from camflow.data.musubi_exchange import write_musubi
-from camflow.data.omnicam_cache import CacheOptions, OmniCamCache, gc, list_clips, load_frames, make_cache, read_manifest, verify_cache
+from camflow.data.omnicam_cache import CacheOptions, OmniCamCache, gc, load_frames, make_cache, read_manifest, verify_cache
+from camflow.data.omnicam_items import list_clips
 from camflow.files import InputError
 from camflow.geometry.camera import Cameras, focal_K
 from camflow.geometry.rigid import homogeneous, inverse

@@ -12,7 +12,8 @@ import pytest
 from camflow.files import InputError
 from camflow.processes import die_with_parent, free_port, started
 from camflow.servers import supervisor
-from camflow.servers.supervisor import ask, check_venvs, down, prepare, read_plan, status, supervisor_pid, up
+from camflow.servers.plan import check_venvs, read_plan
+from camflow.servers.supervisor import ask, down, prepare, status, supervisor_pid, up
 from tests.serving import ENV, ROOT, wait_for
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

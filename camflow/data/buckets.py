@@ -53,7 +53,7 @@ def select_bucket(size,                        # (W, H) of the video
 EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
-def round_frames(frames: int) -> int:
+def round_frames(frames: int) -> int:  # at least 1
     "Largest 4k + 1 that is not above."
     return (frames - 1) // 4 * 4 + 1
 
@@ -127,7 +127,7 @@ def cut(cameras,        # Cameras of the whole video: one pose per frame of the 
 
 # %% ../../nbs/data/17_buckets.ipynb #da22693a
 def batch_table(latents,          # (F, H, W) in latent units of every clip
-                batch_size: int = 1,
+                batch_size: int = 1,       # clips per step
                 repeats: int = 1) -> list: # rows of dicts
     "Clips, whole batches and left-over clips of every shape."
     counts = {}

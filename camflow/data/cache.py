@@ -139,7 +139,7 @@ def read_ahead(load: Callable, keys, workers: int): # threads; 0: none
         for key, future in waiting: yield key, future.result()
 
 # %% ../../nbs/data/02_cache.ipynb #05ddfc1d
-def fill(cache: LatentCache,
+def fill(cache: LatentCache,            # to be filled
          keys,               # all keys wanted
          load: Callable,     # key -> input of one item
          encode: Callable,   # list of inputs -> {name: tensor [n, ...]} or list of {name: tensor}
@@ -174,7 +174,7 @@ def text_key(caption: str): # as written
     return "text:" + content_hash(caption, 24)
 
 
-def fill_texts(cache: LatentCache,
+def fill_texts(cache: LatentCache,             # to be filled
                captions,            # any number, repeats welcome
                encode: Callable,    # list of captions -> [n,L,D], zeros after each prompt
                batch: int = 32,     # captions per call

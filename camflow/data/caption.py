@@ -83,9 +83,9 @@ def _write_down(ledger: Ledger, answers: dict, lost: int) -> int: # {record name
 def caption_videos(folder, items,                # of the ledger; of `prepare.list_items`
                    captioner,                    # function that makes an object with ask(clips, prompts, max_new_tokens=..) -> texts; called when needed
                    identity,                     # names the model: other answers belong to another identity
-                   prompt: str = PROMPT,
+                   prompt: str = PROMPT,                             # what is asked of every video
                    frames: int = 16,             # shown of each video; 0: all
-                   max_new_tokens: int = 256,
+                   max_new_tokens: int = 256,                        # of an answer
                    batch: int = 4,               # questions at a time
                    workers: int = 2,             # threads that read ahead
                    rank: int = 0, world: int = 1, wait=lambda: None, # share of this process; a barrier

@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'EXCLAMATIONS', 'Finding', 'Row', 'decode_line', 'cell_text'
 
 # %% ../../nbs/data/12_captions.ipynb #1849ec78
 import csv
-import io
 import re
 import unicodedata
 from dataclasses import asdict, dataclass, field
@@ -39,17 +38,17 @@ class Finding:
     file_name: str   # "" where the row has none
     row: int         # line of the table, from 1; 0: not in the table
     action: str      # what was done
-    detail: str = ""
-    before: str = ""
-    after: str = ""
+    detail: str = "" # why
+    before: str = "" # text that was there
+    after: str = ""  # text that stands there now
 
 
 @dataclass
 class Row:
     "A row as read: line number, file name, caption."
-    number: int
-    name: str
-    text: str
+    number: int  # line in the file, from 1
+    name: str  # as it stands there
+    text: str  # the caption
 
 # %% ../../nbs/data/12_captions.ipynb #f5333f5b
 _MARKS = "‘’“”–—…"
@@ -129,7 +128,7 @@ class _Reader:
             self.note("name", "", number, "dropped", "the row does not begin with a video's name", line[:200])
 
 
-def normal_name(name: str) -> str:
+def normal_name(name: str) -> str:  # as it stands in a table
     "A video's name as `camflow.data.multicam` looks it up."
     return name.strip().replace("\\", "/").removeprefix("./").removeprefix("train/")
 
@@ -195,6 +194,7 @@ def check_texts(rows) -> tuple: # Rows -> ({name: (line, caption or None)}, find
 
 # %% ../../nbs/data/12_captions.ipynb #5a70dd98
 def scene_of(name: str) -> str: # a video's name -> its scene; a video of no scene is its own
+    "The scene that a video is of."
     return name.rsplit("/videos/", 1)[0] if "/videos/" in name else name
 
 
@@ -264,7 +264,7 @@ def split_scenes(names, test: float = 0.1, seed: int = 0): # videos; share of sc
 class Cleaned:
     "A clean table and what was found on the way."
     captions: dict                               # {name: text}
-    findings: list
+    findings: list                                # list of Finding
     rows: int = 0                                # in the raw table
     suggested: dict = field(default_factory=dict) # {name: text} overrides for contradictions, to be looked at by a person
 
@@ -294,6 +294,7 @@ def clean(table,               # metadata.csv, as it is
 
 # %% ../../nbs/data/12_captions.ipynb #43cc1616
 def lens(name: str) -> str: # f24_aperture5/scene1/... -> "f24"; "" for a video outside a lens folder
+    "The lens folder of a video, without its aperture."
     match = re.match(r"(f\d+(?:\.\d+)?)_aperture", name)
     return match[1] if match else ""
 

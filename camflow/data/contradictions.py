@@ -31,6 +31,7 @@ _SINGLE = re.compile(rf"\b(?:a|an|the|one|single)(?: [\w-]+){{0,3}}? {_ONE}\b", 
 
 
 def sentences(text: str) -> list: # a caption -> its sentences that are not about pictures
+    "The sentences that speak of the scene, not of the picture."
     return [part for part in re.split(r"(?<=[.!?])\s+", text) if not _PICTURE.search(part)]
 
 
@@ -54,8 +55,12 @@ def says(text: str, pattern) -> bool: # a caption; _MOVES or _FALLS
     return any(not _THINGS.search(part[:match.start()]) for part in sentences(text) for match in pattern.finditer(part))
 
 
-def moves(text: str) -> bool: return says(text, _MOVES) # walks, runs, comes closer
-def falls(text: str) -> bool: return says(text, _FALLS)
+def moves(text: str) -> bool:  # walks, runs, comes closer
+    "Whether somebody in the caption walks, runs or comes closer."
+    return says(text, _MOVES)
+def falls(text: str) -> bool:  # a caption
+    "Whether somebody in the caption falls."
+    return says(text, _FALLS)
 
 # %% ../../nbs/data/13_contradictions.ipynb #7dfb512c
 @functools.lru_cache(maxsize=4096)
@@ -118,7 +123,7 @@ def read_luminance(manifest) -> dict: # manifest.csv of multicam_prepare -> {nam
 
 
 def dark_findings(luminance: dict,            # {name: mean luminance 0..255}, e.g. from a manifest of multicam_prepare
-                  threshold: float = DARK) -> list:
+                  threshold: float = DARK) -> list:  # mean luminance 0..255
     "A finding per dark clip."
     why = f"below {threshold:g}; CameraFlow advises against scenes this dark (the f18 folder)"
     return [Finding("dark", name, 0, "kept", f"mean luminance {value:.0f} of 255, {why}") for name, value in luminance.items() if value < threshold]

@@ -24,11 +24,11 @@ from ..files import InputError, one_at_a_time, read_json, write_json
 @dataclass(frozen=True)
 class Link:
     "One file to fetch."
-    url: str
+    url: str                    # where it is
     name: str                   # of the file on disk
     size: int | None = None     # bytes
-    sha256: str | None = None
-    md5: str | None = None
+    sha256: str | None = None   # of the whole file, if it is known
+    md5: str | None = None      # likewise
 
 
 def parse_link(entry, where: str, name: str | None = None) -> Link: # URL or object; place in the list; file name

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .stereo_clip import PictureSource, StereoClip, StereoSet, number_frames
+from .stereo_clip import PictureSource, StereoSet, number_frames
 from .stereo_files import _open_image, read_mask, read_replica_depth, read_replica_flow
 from ..files import InputError, atomic_write
 from ..geometry.rigid import homogeneous, inverse

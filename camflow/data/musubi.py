@@ -30,21 +30,21 @@ class Dataset:
     line: int = 0                         # of its header
     resolution: tuple = (960, 544)        # W, H
     caption_extension: str = ".txt"       # of files beside the videos
-    batch_size: int = 1
-    num_repeats: int = 1
-    enable_bucket: bool = False
-    bucket_no_upscale: bool = False
-    image_directory: str = ""
-    image_jsonl_file: str = ""
-    video_directory: str = ""
-    video_jsonl_file: str = ""
-    control_directory: str = ""
-    cache_directory: str = ""
+    batch_size: int = 1                   # clips per step
+    num_repeats: int = 1                  # how often an epoch shows it
+    enable_bucket: bool = False           # sizes by the original's shape
+    bucket_no_upscale: bool = False       # no size above the original's
+    image_directory: str = ""             # images with .txt captions beside
+    image_jsonl_file: str = ""            # or a table of images
+    video_directory: str = ""             # videos with .txt captions beside
+    video_jsonl_file: str = ""            # or a table of videos
+    control_directory: str = ""           # conditions of the same names
+    cache_directory: str = ""             # where caches lie; empty: the data's own folder
     target_frames: tuple = (1,)           # rounded down to 4k + 1
-    frame_extraction: str = "head"
-    frame_stride: int = 1
-    frame_sample: int = 1
-    max_frames: int = 129
+    frame_extraction: str = "head"        # head, chunk, slide, uniform or full
+    frame_stride: int = 1                 # of slide
+    frame_sample: int = 1                 # windows of uniform
+    max_frames: int = 129                 # of full
     source_fps: float | None = None       # given: frames are left out until 16 a second remain
 
     @property
@@ -144,7 +144,9 @@ def latent_name(stem: str,            # of the video or image
     return f"{stem}{'' if first is None else f'_{first:05d}-{frames:03d}'}_{size[0]:04d}x{size[1]:04d}_{ARCHITECTURE}.safetensors"
 
 
-def text_name(stem: str) -> str: return f"{stem}_{ARCHITECTURE}_te.safetensors"
+def text_name(stem: str) -> str:  # of the video's name
+    "Name of a text's cache file."
+    return f"{stem}_{ARCHITECTURE}_te.safetensors"
 
 
 def camera_name(stem: str,                    # of the video

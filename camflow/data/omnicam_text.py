@@ -30,7 +30,7 @@ _PATH = re.compile(r"\b[a-z][a-z0-9+]*://[^\s,;}]+|\b[A-Za-z]:\\[^\s,;}]+|(?<![\
 @dataclass
 class T5Text:
     "What the text encoder reads, and what was taken out."
-    text: str
+    text: str                                   # what is encoded
     removed: list = field(default_factory=list) # (kind, piece): "camera", "trajectory", "path"
 
 
@@ -55,7 +55,7 @@ class TextItem:
     id: str         # stem of the file name
     caption: str    # the whole prompt
     path: str = ""  # as in the table
-    line: int = 0
+    line: int = 0   # in its file, from 1; 0: none
 
 
 def read_metadata(path) -> list: # metadata.jsonl -> TextItems

@@ -27,7 +27,7 @@ from ..media.video import probe, read_video
 class Item:
     "A video of a set."
     name: str   # f24_aperture5/scene1/videos/cam01.mp4
-    path: Path
+    path: Path  # the file
 
     @property
     def scene(self): return self.name.rsplit("/videos/", 1)[0]

@@ -32,7 +32,7 @@ class StereoClip:
     disparity: Any = None     # float32 [T,1,H,W] pixels of the left view; 0 where not valid
     valid: Any = None         # bool [T,1,H,W]; default: finite and positive
     rig: Any = None           # camflow.geometry.stereo_rig.StereoRig, when calibrated
-    name: str = ""
+    name: str = ""                             # in messages and tables
     extras: dict = field(default_factory=dict) # tensors [T,...] per frame: flow, occlusion, moving, ...; anything else is kept as it is
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".ts")
 
 
-def list_images(folder) -> list:
+def list_images(folder) -> list:  # of pictures
     "The pictures of a folder, hidden files left out."
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(f"no folder {folder}; check the path")
@@ -188,7 +188,7 @@ class PictureSource(StereoSource):
                  extras=None,          # {name: function of a position -> tensor}
                  rig=None,             # a rig, or a function of the positions
                  calibration=None,     # or a calibration file, or a folder that holds one
-                 fps: float | None = None,
+                 fps: float | None = None,  # of the pictures; None: not known
                  numbers=None):        # frame numbers as in the names
         if len(left) != len(right) or not left: raise InputError(f"{len(left)} left and {len(right)} right pictures; {name}; both views need the same frames, at least one")
         self.name, self.left, self.right, self.fps, self.total = name, list(left), list(right), fps, len(left)
@@ -230,7 +230,7 @@ def folder_pair(left, right,              # folders of pictures
                 name: str | None = None,  # default: their parent's name
                 calibration=None,         # file; None: looked for in the parent folder
                 gaps: bool = False,       # True: numbers missing on both sides are fine
-                fps: float | None = None) -> PictureSource:
+                fps: float | None = None) -> PictureSource:  # of the pictures; None: not known
     "Two folders with frames of the same numbers."
     parent = Path(left).parent
     name = name or parent.name
@@ -238,7 +238,7 @@ def folder_pair(left, right,              # folders of pictures
     return PictureSource(name, a, b, calibration=calibration or find_calibration(parent), fps=fps, numbers=numbers)
 
 
-def find_calibration(folder):
+def find_calibration(folder):  # searched, not its subfolders
     "The calibration file of a folder, None without one; two are an error."
     from camflow.geometry.stereo_rig import PATTERNS
     found = sorted({p for pattern in PATTERNS for p in Path(folder).glob(pattern)})
@@ -264,7 +264,7 @@ class PackedVideo(StereoSource):
     "One video file with both eyes in every frame."
     def __init__(self, path, layout: str,      # "side-by-side" or "top-bottom"
                  squeezed: bool = False,       # True: each eye is at half width (height)
-                 calibration=None):
+                 calibration=None):            # file or StereoRig; None: not known
         if layout not in ("side-by-side", "top-bottom"): raise InputError(f"layout {layout!r}; {path}; use side-by-side or top-bottom")
         self.path, self.axis, self.squeezed, self.calibration = Path(path), -1 if layout == "side-by-side" else -2, squeezed, calibration
         info = probe(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .stereo_clip import PackedVideo, PictureSource, StereoClip, StereoSet, StereoSource, VideoPair, folder_pair, list_images, match_frames, open_stereo
+from .stereo_clip import PictureSource, StereoClip, StereoSet, folder_pair, list_images, match_frames, open_stereo
 from .dynamic_replica import DynamicReplica
 from .stereo_files import read_kitti, read_middlebury, read_pfm, read_sintel, read_vkitti_depth, usable
 from ..files import InputError
@@ -50,7 +50,7 @@ class SceneFlow(StereoSet):
                  render: str = "frames_cleanpass",    # or frames_finalpass
                  sample_len: int | None = None,       # frames per clip; None: whole sequences
                  compat: str | None = None,           # "reference": the original's windows
-                 skip_bad: bool = False):
+                 skip_bad: bool = False):             # leave files out that cannot be read, instead of an error
         super().__init__(root, skip_bad)
         if subset not in SCENEFLOW: raise InputError(f"subset {subset!r}; SceneFlow; use one of {', '.join(SCENEFLOW)}")
         if split not in ("train", "test", "validation"): raise InputError(f"split {split!r}; SceneFlow; use train, test or validation")
@@ -79,7 +79,7 @@ class Sintel(StereoSet):
     def __init__(self, root,                       # sintel_stereo, or its training folder
                  render: str = "final",            # clean or final
                  outofframe: bool = False,         # True: matches outside the right picture are not valid
-                 skip_bad: bool = False):
+                 skip_bad: bool = False):          # leave files out that cannot be read, instead of an error
         super().__init__(root, skip_bad)
         if render not in ("clean", "final"): raise InputError(f"render {render!r}; Sintel; use clean or final")
         self.base, self.outofframe = self.root / "training" if (self.root / "training").is_dir() else self.root, outofframe
@@ -102,7 +102,7 @@ class Kitti(StereoSet):
     def __init__(self, root,                     # holds training
                  year: int = 2015,               # or 2012
                  occluded: bool = True,          # False: truth only where both cameras see
-                 skip_bad: bool = False):
+                 skip_bad: bool = False):        # leave files out that cannot be read, instead of an error
         super().__init__(root, skip_bad)
         if year not in KITTI: raise InputError(f"year {year}; KITTI; use 2012 or 2015")
         base = self.root / "training" if (self.root / "training").is_dir() else self.root
@@ -119,7 +119,7 @@ class Middlebury(StereoSet):
     def __init__(self, root,                   # folders with im0.png and im1.png
                  truth=None,                   # folder with the same scenes, when the truth lies apart
                  occluded: bool = True,        # False: truth only where both cameras see (needs mask0nocc.png)
-                 skip_bad: bool = False):
+                 skip_bad: bool = False):      # leave files out that cannot be read, instead of an error
         super().__init__(root, skip_bad)
         self.occluded = occluded
         for scene in sorted(p.parent for p in self.root.glob("*/im0.png")): self.add(lambda: self._source(scene, Path(truth) / scene.name if truth else scene))
@@ -144,7 +144,7 @@ class VirtualKitti(StereoSet):
     def __init__(self, root,                     # holds Scene01, ...
                  variant: str = "clone",         # or fog, morning, 15-deg-left, ...; "*": all
                  baseline: float = 0.532725,     # metres
-                 skip_bad: bool = False):
+                 skip_bad: bool = False):        # leave files out that cannot be read, instead of an error
         super().__init__(root, skip_bad)
         self.baseline = baseline
         for sequence in sorted(p.parent for p in self.root.glob(f"Scene*/{variant}/frames")): self.add(lambda: self._source(sequence))

@@ -80,14 +80,14 @@ def photometric(left, right, disparity, valid, # tensors [T,3,H,W] 0..255; of th
 @dataclass
 class FrameTruth:
     "What the witnesses say about one frame; NaN: not asked."
-    frame: int
+    frame: int            # number in the clip
     valid: float          # part of the pixels that count
     through: float        # part of the tested pixels that the other eye looks through
     steps: tuple          # parts contradicted along the flow (from the frame before, to the frame after)
     difference: float     # median grey difference with the truth
     blind: float          # with the best constant disparity
     status: str = "ok"    # ok, suspect, broken or empty
-    reason: str = ""
+    reason: str = ""      # what is wrong with it
 
 
 def _part(hit, tested) -> list:

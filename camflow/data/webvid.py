@@ -37,7 +37,7 @@ COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 class Entry:
     "A row of the table."
     id: str           # digits, letters, - and _
-    url: str
+    url: str          # of the video
     seconds: float    # as the table says; NaN when it does not
     page: str         # page_dir
     text: str         # the caption

@@ -25,18 +25,18 @@ class DA3Config:
     "Everything that fixes the tensors' names and shapes."
     embed_dim: int = 384             # C
     depth: int = 12                  # transformer blocks
-    num_heads: int = 6
+    num_heads: int = 6                                                                    # of the attention
     img_size: int = 518              # side of the square for which the position table is stored, pixels
-    patch_size: int = 14
-    mlp_ratio: float = 4.0
+    patch_size: int = 14                                                                  # pixels
+    mlp_ratio: float = 4.0                                                                # width of the feed-forward part
     ffn: str = "mlp"                 # "mlp" (exact GELU) or "swiglu"
     alt_start: int = 4               # first block of the alternating part; also of q/k norms and RoPE; -1: single-view model
-    out_layers: tuple = (5, 7, 9, 11)
+    out_layers: tuple = (5, 7, 9, 11)                                                     # whose tokens the heads read
     head: str | None = "dual"        # "dual" (depth + rays), "sky" (single-view metric and mono models) or None
-    head_features: int = 64
-    head_channels: tuple = (48, 96, 192, 384)
-    cam_dec: bool = True
-    cam_enc: bool = True
+    head_features: int = 64                                                               # width of the heads
+    head_channels: tuple = (48, 96, 192, 384)                                             # width of their four levels
+    cam_dec: bool = True                                                                  # reads the camera from the tokens
+    cam_enc: bool = True                                                                  # takes known cameras
     in_channels: int = 3             # of the images
 
     @property
@@ -103,7 +103,7 @@ def _rope_on(device: torch.device, *key):
     return tuple(table.to(device) for table in _rope_table(*key)[1:])
 
 
-def rope_positions(h: int, w: int, local: bool = True) -> Tensor:
+def rope_positions(h: int, w: int, local: bool = True) -> Tensor:  # rows of patches; columns of patches; False: all patches at one place
     "Token positions [1+h*w, 2] (row, column) as rotary angles see them."
     return _rope_table(h, w, 4, 1, local)[0]
 
@@ -118,7 +118,7 @@ def _turn(x, table, every):
 
 class Attention(nn.Module):
     "Multi-head self-attention with packed qkv, optional norms of q and k, optional rotary positions."
-    def __init__(self, dim, heads, qk_norm=False):
+    def __init__(self, dim, heads, qk_norm=False):  # width; of the attention; normalise queries and keys
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -136,7 +136,9 @@ class Attention(nn.Module):
 # %% ../../nbs/depth/00_da3.ipynb #eacff9b2
 class Mlp(nn.Module):
     "Linear, exact GELU, linear."
-    def __init__(self, dim, hidden, out=None):
+    def __init__(self, dim,     # width
+                       hidden,  # width between the layers
+                       out=None):  # width that goes out; None: dim
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out or dim)
 
@@ -145,7 +147,7 @@ class Mlp(nn.Module):
 
 class SwiGlu(nn.Module):
     "Gated MLP; its hidden width is two thirds of the plain one's, rounded up to a multiple of 8."
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden):  # width; width between the layers
         super().__init__()
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
@@ -157,7 +159,7 @@ class SwiGlu(nn.Module):
 
 class LayerScale(nn.Module):
     "One factor per channel."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
@@ -166,7 +168,12 @@ class LayerScale(nn.Module):
 # %% ../../nbs/depth/00_da3.ipynb #cedb3cb0
 class Block(nn.Module):
     "x + ls1(attention(norm1 x)), then x + ls2(mlp(norm2 x))."
-    def __init__(self, dim, heads, hidden, ffn="mlp", qk_norm=False, eps=1e-6):
+    def __init__(self, dim,            # width
+                       heads,          # of the attention
+                       hidden,         # width between the layers
+                       ffn="mlp",      # mlp or swiglu
+                       qk_norm=False,  # normalise queries and keys
+                       eps=1e-6):      # of the norms
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, heads, qk_norm)
@@ -202,14 +209,14 @@ def select_reference(tokens_BSC: Tensor,               # class tokens of the vie
     return sum((_min_max(a) - 0.5).abs() for a in stats).argmin(1)
 
 
-def view_order(index_B: Tensor, S: int) -> Tensor:
+def view_order(index_B: Tensor, S: int) -> Tensor:  # the view that goes first; views
     "Order [B,S] that moves view `index` to the front and keeps the others as they were."
     rest = torch.arange(S, device=index_B.device).expand(len(index_B), S)
     key = torch.where(rest == index_B[:, None], torch.full_like(rest, -1), rest)
     return key.argsort(1)
 
 
-def take_views(x: Tensor, order_BS: Tensor) -> Tensor:
+def take_views(x: Tensor, order_BS: Tensor) -> Tensor:  # one entry per view; of `view_order`
     "x [B,S,...] with its views in the given order; `take_views(y, order.argsort(1))` undoes it."
     if len(x) == 1: return x.index_select(1, order_BS[0])
     return x.gather(1, order_BS.reshape(*order_BS.shape, *[1] * (x.dim() - 2)).expand(*order_BS.shape, *x.shape[2:]))
@@ -217,7 +224,7 @@ def take_views(x: Tensor, order_BS: Tensor) -> Tensor:
 # %% ../../nbs/depth/00_da3.ipynb #72d6e078
 class PatchEmbed(nn.Module):
     "One linear map per patch, written as a strided convolution."
-    def __init__(self, dim, patch, channels=3):
+    def __init__(self, dim, patch, channels=3):  # width; pixels; of the image
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
 
@@ -226,7 +233,7 @@ class PatchEmbed(nn.Module):
 # %% ../../nbs/depth/00_da3.ipynb #ec006faa
 class Backbone(nn.Module):
     "DINOv2 vision transformer with alternating single-view and all-view attention."
-    def __init__(self, config: DA3Config):
+    def __init__(self, config: DA3Config):  # sizes of the network
         super().__init__()
         self.config, C = config, config.embed_dim
         self.patch_embed = PatchEmbed(C, config.patch_size, config.in_channels)
@@ -266,7 +273,7 @@ class Features:
     maps: list                      # each [B,V,h*w,width] of the views asked for: first half raw, second half normalised
     tokens: list                    # each [B,S,width]: the camera token, raw
     reference: Tensor | None = None # [B], None where no view was chosen
-    trace: dict = field(default_factory=dict)
+    trace: dict = field(default_factory=dict)  # by layer, for tests
 
 
 @patch
@@ -381,7 +388,7 @@ def invert_pose(P: Tensor  # [...,3 or 4,4] rigid
 # %% ../../nbs/depth/00_da3.ipynb #6067d7ed
 class CameraDecoder(nn.Module):
     "Camera token -> pose encoding."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.backbone = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
         self.fc_t, self.fc_qvec = nn.Linear(dim, 3), nn.Linear(dim, 4)
@@ -392,7 +399,7 @@ class CameraDecoder(nn.Module):
         return torch.cat([self.fc_t(y), self.fc_qvec(y), self.fc_fov(y)], -1)
 
 # %% ../../nbs/depth/00_da3.ipynb #669d97d7
-def normalize_extrinsics(w2c_BS44: Tensor) -> Tensor:
+def normalize_extrinsics(w2c_BS44: Tensor) -> Tensor:  # world-to-camera
     "World-to-camera matrices relative to view 0, translations divided by the median distance of the cameras (at least 0.1)."
     full = lambda P: torch.cat([P, torch.tensor([0., 0, 0, 1], dtype=P.dtype, device=P.device).expand(*P.shape[:-2], 1, 4)], -2)
     E = w2c_BS44 @ full(invert_pose(w2c_BS44[:, :1]))
@@ -402,7 +409,7 @@ def normalize_extrinsics(w2c_BS44: Tensor) -> Tensor:
 
 class CameraEncoder(nn.Module):
     "Known cameras -> camera tokens; always 16 heads, no rotary positions."
-    def __init__(self, dim, depth=4, heads=16):
+    def __init__(self, dim, depth=4, heads=16):  # width; blocks; of the attention
         super().__init__()
         self.trunk = nn.Sequential(*[Block(dim, heads, 4 * dim, eps=1e-5) for _ in range(depth)])
         self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -451,7 +458,7 @@ class DepthAnything3(nn.Module):
         return {"pose_enc": pose, "extrinsics": invert_pose(c2w), "intrinsics": K}
 
 # %% ../../nbs/depth/00_da3.ipynb #52862f1c
-def init_weights(model: DepthAnything3, generator: torch.Generator, std: float = 0.02) -> DepthAnything3:
+def init_weights(model: DepthAnything3, generator: torch.Generator, std: float = 0.02) -> DepthAnything3:  # filled in place; of the draw; of matrices
     "Draws starting weights from an explicit generator; the camera decoder starts at the identity."
     with torch.no_grad():
         for name, p in model.named_parameters():

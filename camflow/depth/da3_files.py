@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .da3 import CONFIGS, DA3Config, DepthAnything3, init_weights
 from .da3_head import fill_sky, metric_scale
 from ..device import generator
-from ..files import InputError, atomic_write, read_json, write_json
+from ..files import InputError, read_json
+from ..training.checkpoint import load_whole, save_folder
 
 # shape suffixes: B samples, S views, C channels, H W pixels
 
@@ -67,16 +68,11 @@ def published_names(raw: dict  # tensors of a raw training checkpoint
     return found
 
 # %% ../../nbs/depth/06_da3_files.ipynb #ca75f8be
-def load_state(model: nn.Module, state: dict, where: str = "the state dict") -> nn.Module:
+def load_state(model: nn.Module, state: dict, where: str = "the state dict") -> nn.Module:  # filled in place; {name: tensor}; for the message
     "Strict load of tensors with or without the published prefix; Gaussian-head tensors of the giant model are left aside."
     state = {k.removeprefix("model."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if "gs_head" not in k.split(".")[:2]}
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {list(state[k].shape)}, wanted {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong: raise InputError(f"{len(wrong)} tensors of {where} do not fit: {'; '.join(wrong[:5])}; load the configuration that the file was made with")
-    model.load_state_dict(state)
-    return model
+    return load_whole(model, state, where)
 
 
 def _model(meta: dict, where) -> nn.Module:
@@ -116,17 +112,11 @@ def load_da3(folder  # config.json and model.safetensors: of `save_da3`, or a pu
     return load_state(model, read_tensors(folder/"model.safetensors"), str(folder)).eval()
 
 # %% ../../nbs/depth/06_da3_files.ipynb #87c67738
-def _write(folder, meta, state):
-    from safetensors.torch import save
-    with atomic_write(Path(folder)/"model.safetensors") as file: file.write(save(state))
-    write_json(Path(folder)/"config.json", meta)
-
-
-def save_da3(model: nn.Module, folder, dtype=torch.float16):
+def save_da3(model: nn.Module, folder, dtype=torch.float16):  # a DepthAnything3 or NestedDA3; to write; of what is stored
     "Writes config.json and model.safetensors (published names)."
     parts = {"config": model.da3.config, "metric": model.da3_metric.config} if isinstance(model, NestedDA3) else {"config": model.config}
-    state = {f"model.{k}": v.detach().to("cpu", dtype).contiguous().clone() for k, v in model.state_dict().items()}
-    _write(folder, {"model": type(model).__name__, **{k: asdict(v) for k, v in parts.items()}}, state)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    save_folder(folder, state, {"model": type(model).__name__, **{k: asdict(v) for k, v in parts.items()}}, dtype)
 
 
 def convert_raw(path,       # raw checkpoint, a .pt or .pth of tensors, or of {"model": tensors}
@@ -139,7 +129,7 @@ def convert_raw(path,       # raw checkpoint, a .pt or .pth of tensors, or of {"
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict): state = state[key]
     model = load_state(_model({"model_name": name}, path), published_names(state), str(path))
-    _write(folder, {"model_name": name}, {f"model.{k}": v.contiguous().clone() for k, v in model.state_dict().items()})
+    save_folder(folder, {f"model.{k}": v for k, v in model.state_dict().items()}, {"model_name": name}, dtype=None)
     return Path(folder)
 
 # %% ../../nbs/depth/06_da3_files.ipynb #a449682d

@@ -55,7 +55,7 @@ def _resize(x, size): return F.interpolate(x, size=size, mode="bilinear", align_
 
 class ResidualUnit(nn.Module):
     "Two 3x3 convolutions around an un-activated skip."
-    def __init__(self, f):
+    def __init__(self, f):  # channels
         super().__init__()
         self.conv1, self.conv2 = _conv3(f, f), _conv3(f, f)
 
@@ -64,7 +64,7 @@ class ResidualUnit(nn.Module):
 
 class Fusion(nn.Module):
     "One level: add the refined skip, refine, enlarge, mix channels."
-    def __init__(self, f, skip=True):
+    def __init__(self, f, skip=True):  # channels; whether a second map is added
         super().__init__()
         if skip: self.resConfUnit1 = ResidualUnit(f)
         self.resConfUnit2, self.out_conv = ResidualUnit(f), nn.Conv2d(f, f, 1)
@@ -116,7 +116,7 @@ class _DPT(nn.Module):
 # %% ../../nbs/depth/01_da3_head.ipynb #4f5146e7
 class DualDPT(_DPT):
     "Depth with confidence, and optionally rays with confidence."
-    def __init__(self, width, features, channels):
+    def __init__(self, width, features, channels):  # of the tokens; width inside; width of each level
         super().__init__(width, features, channels, 2)
         f, s, shared = features, self.scratch, nn.LayerNorm(32)
         self.norm = nn.LayerNorm(width)
@@ -144,7 +144,7 @@ class DualDPT(_DPT):
 # %% ../../nbs/depth/01_da3_head.ipynb #f25e5a8a
 class SkyDPT(_DPT):
     "Depth and sky of the single-view models: no norm, no position embedding, no confidence."
-    def __init__(self, width, features, channels):
+    def __init__(self, width, features, channels):  # of the tokens; width inside; width of each level
         super().__init__(width, features, channels, 1)
         self.scratch.sky_output_conv2 = nn.Sequential(_conv3(features // 2, 32), nn.ReLU(), nn.Conv2d(32, 1, 1))
 
@@ -169,7 +169,9 @@ def fill_sky(depth: Tensor,            # any shape
     return torch.where(rest, depth, far)
 
 
-def metric_scale(out: dict, metric: dict, generator=None) -> dict:
+def metric_scale(out: dict,     # any-view result: depth, depth_conf, extrinsics, intrinsics
+                 metric: dict,  # single-view result in metres: depth, sky
+                 generator=None) -> dict:  # draws the sample of a large image
     "Any-view result in metres: depth, translations and sky set by a metric single-view result on the same images."
     K = out["intrinsics"]
     metric_depth = metric["depth"] * ((K[..., 0, 0] + K[..., 1, 1]) / 600)[..., None, None]

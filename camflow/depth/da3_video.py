@@ -48,8 +48,8 @@ def _resample(image, size):
 
 # %% ../../nbs/depth/03_da3_video.ipynb #6a36bdcb
 def process_image(image_HW3: np.ndarray,               # uint8 RGB
-                  process_res: int = 504,
-                  method: str = "upper_bound_resize",
+                  process_res: int = 504,              # pixels of the longer side (of the shorter one for lower_bound)
+                  method: str = "upper_bound_resize",  # one of METHODS
                   K: np.ndarray | None = None          # [3,3] pixels of the image
                  ) -> tuple:
     "(uint8 image with sides of multiples of 14, K of that image or None)."
@@ -69,8 +69,8 @@ def _crop(image, size, K):
 
 
 def preprocess(images,                             # uint8 RGB [H,W,3] each, sizes may differ
-               process_res: int = 504,
-               method: str = "upper_bound_resize",
+               process_res: int = 504,             # pixels of the longer side (of the shorter one for lower_bound)
+               method: str = "upper_bound_resize", # one of METHODS
                K=None                              # [S,3,3] or None
               ) -> tuple:
     "(normalised images [1,S,3,h,w], K [1,S,3,3] or None); views of different size are cropped to the smallest."
@@ -125,7 +125,7 @@ def camera_from_rays(ray_Spq6: Tensor,        # direction and origin per cell
                      conf_Spq: Tensor,        # confidences
                      size: tuple,             # (H, W) pixels
                      index: Tensor | None = None, # [100,8] samples among the 30% most confident; None: drawn
-                     seed: int = 0,
+                     seed: int = 0,               # of the sampled rays
                      tolerance: float = 0.2,  # residual of an inlier in a 2x2 image
                      most: int = 8000         # inliers in the last fit
                     ) -> dict:

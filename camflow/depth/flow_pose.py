@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .pose_train import clip_bytes, to_pose, to_vector
 from ..files import InputError
+from ..flow.consistency import follow
 from ..flow.dis import contrast, tuned_search
 
 # shape suffixes: T frames, N points, 3HW image, 2HW flow, 44 pose
@@ -27,11 +28,8 @@ def _searches(): # a search keeps state once it was given a first guess, so ther
 def flow_to_first(frames_T3HW: np.ndarray  # uint8 RGB
                  ) -> tuple:
     "(flow of every frame to frame 0 in pixels, float32 [T,H,W,2]; grey levels 0..1 by which the pixels then differ [T,H,W])."
-    import cv2
     gray, (steps, again) = contrast(frames_T3HW), _searches()
     T, H, W = gray.shape
-    y, x = np.mgrid[:H, :W].astype(np.float32)
-    follow = lambda image, flow: cv2.remap(image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     flow, rest = [np.zeros((H, W, 2), np.float32)], [np.zeros((H, W), np.float32)]
     for before, now in zip(gray[:-1], gray[1:]):
         step = steps.calc(now, before, None)
@@ -62,7 +60,7 @@ def robust_pose(pixels_N2,          # where the points are seen
                 weight_N,           # 0..1
                 lens,               # (fx, fy, cx, cy) in pixels
                 w2c_44,             # start
-                iterations=15):
+                iterations=15):     # of Gauss-Newton
     "(world-to-camera [4,4] that projects the points to their pixels; share of the weight that kept its vote)."
     fx, fy, cx, cy = lens
     T, total, zero = w2c_44, weight_N.sum(), np.zeros(len(points_N3))

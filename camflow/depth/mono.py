@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from ..assets import tiny_path
 from ..data.cache import LatentCache
 from .da3_files import load_state
 from ..device import generator, ranks_share
-from ..files import InputError, atomic_write, read_json, write_json
-from ..training.checkpoint import load_checkpoint
+from ..files import InputError, read_json
+from ..training.checkpoint import load_checkpoint, save_folder
 from ..training.loop import TrainConfig, at_least, configuration, fit, positions, run_main, shuffled
 from ..world.clips import DETAIL, HELD_OUT, first_depth
 from ..world.render import default_K, render_clips
@@ -118,9 +118,7 @@ def depth_errors(net: MonoNet, images, depth, nearer: float = 8.0): # uint8; met
 
 def save_mono(net: MonoNet, folder): # to write
     "Writes config.json and model.safetensors (float16)."
-    write_json(Path(folder)/"config.json", net.config)
-    state = {k: v.detach().to("cpu", torch.float16).contiguous().clone() for k, v in net.state_dict().items()}
-    with atomic_write(Path(folder)/"model.safetensors") as file: file.write(save(state))
+    save_folder(folder, net.state_dict(), net.config)
 
 
 def load_mono(folder=None) -> MonoNet: # of `save_mono`; None: the tiny weights of this repository
@@ -161,7 +159,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 def export(run_dir, folder): # of a run; to write
     "Writes the averaged weights of a run's newest checkpoint."
     ckpt, net = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema")), MonoNet()
-    save_mono(load_state(net, {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}"), folder)
+    save_mono(load_state(net, ckpt.weights, f"checkpoint {ckpt.step}"), folder)
     return net
 
 # %% ../../nbs/depth/07_mono.ipynb #e4c80023

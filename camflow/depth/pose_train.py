@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from .da3 import DA3Config, DepthAnything3, init_weights
 from .da3_files import load_state
+from ..assets import licence_note
 from ..device import generator, ranks_share
 from ..files import InputError, atomic_write, content_hash, one_at_a_time, read_json, write_json
 from ..flow.dis import contrast, tuned_search
 from ..media.frames import Frames
+from ..training.checkpoint import save_folder
 
 # %% ../../nbs/depth/02_pose_train.ipynb #f37cd2fd
 _searcher = lru_cache(maxsize=1)(tuned_search)
@@ -73,21 +75,23 @@ def rotation_matrix(w: Tensor) -> Tensor:  # [...,3] radians
 
 
 def to_vector(pose: Tensor) -> Tensor:  # [...,4,4] -> [...,6]
+    "Twists [...,6] of poses: rotation vector in radians, position in metres."
     return torch.cat([rotation_vector(pose[..., :3, :3]), pose[..., :3, 3]], -1)
 
 
 def to_pose(v: Tensor) -> Tensor:  # [...,6] -> [...,4,4]
+    "Poses [...,4,4] of such vectors."
     top = torch.cat([rotation_matrix(v[..., :3]), v[..., 3:, None]], -1)
     last = torch.tensor([0., 0, 0, 1], dtype=v.dtype, device=v.device).expand(*v.shape[:-1], 1, 4)
     return torch.cat([top, last], -2)
 
 # %% ../../nbs/depth/02_pose_train.ipynb #a24c879d
-def steps_of(c2w_BT44: Tensor) -> Tensor:
+def steps_of(c2w_BT44: Tensor) -> Tensor:  # camera-to-world, of neighbouring frames
     "Motion since the frame before as vectors, [B,T-1,6]."
     return to_vector(torch.linalg.inv(c2w_BT44[:, :-1]) @ c2w_BT44[:, 1:])
 
 
-def path_of(steps_BN6: Tensor) -> Tensor:
+def path_of(steps_BN6: Tensor) -> Tensor:  # of `steps_of`
     "Poses relative to the first frame [B,N+1,4,4]: the product of the steps."
     poses = [torch.eye(4, dtype=steps_BN6.dtype, device=steps_BN6.device).expand(len(steps_BN6), 4, 4)]
     for step in to_pose(steps_BN6).unbind(1): poses.append(poses[-1] @ step)
@@ -131,7 +135,7 @@ def degrade(frames_T3HW: Tensor,  # uint8
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../../nbs/depth/02_pose_train.ipynb #ec8396cb
-def draw_path(g: torch.Generator, frames: int = FRAMES) -> tuple:
+def draw_path(g: torch.Generator, frames: int = FRAMES) -> tuple:  # of the draws; poses of the path
     "A camera path relative to frame 0 [T,4,4] float64 and its kind: a preset at scale 0..1.5, a smooth random path, or none."
     from camflow.geometry.trajectory import PRESETS, preset, random_trajectory, rescale, static
     u = torch.rand(3, generator=g).tolist()
@@ -179,7 +183,12 @@ def vae_round_trip(folder="tiny", noise: float = 0.4):  # a diffusers Autoencode
 # %% ../../nbs/depth/02_pose_train.ipynb #00471bbb
 class Bank:
     "Features and poses of the items first .. first+count-1; made once, found again later, and as far as they go after an interruption."
-    def __init__(self, folder, first: int = 0, count: int = 6000, part: int = 500, through=None, **options):
+    def __init__(self, folder,             # where the parts are kept
+                       first: int = 0,     # number of the first item
+                       count: int = 6000,  # items
+                       part: int = 500,    # items per file
+                       through=None,       # function that frames pass first, such as a VAE; None: none
+                       **options):         # of `make_item`
         self.count, key = count, content_hash(options | ({"through": True} if through else {}))[:8]
         parts = [(Path(folder) / f"{a}_{n}_{key}.safetensors", a, n) for a in range(first, first + count, part) for n in [min(part, first + count - a)]]
         for path, a, n in [*ranks_share(parts), *parts]:  # each rank makes its share, then waits for the others'
@@ -242,7 +251,7 @@ class PoseNet(nn.Module):
         return path_of(self(flow.to(where), colour.to(where)).cpu().double())
 
 
-def start(model: PoseNet, g: torch.Generator) -> PoseNet:
+def start(model: PoseNet, g: torch.Generator) -> PoseNet:  # filled in place; of the draws
     "Starting weights from an explicit generator; the model starts by saying that nothing moves."
     init_weights(model.da3, g)
     with torch.no_grad():
@@ -254,7 +263,7 @@ def start(model: PoseNet, g: torch.Generator) -> PoseNet:
     return model
 
 # %% ../../nbs/depth/02_pose_train.ipynb #18d1b258
-def pose_loss(steps_BN6: Tensor, c2w_BT44: Tensor) -> tuple:
+def pose_loss(steps_BN6: Tensor, c2w_BT44: Tensor) -> tuple:  # of the network; the truth
     "Smooth L1 of the steps and, half as heavy, of the path that they add up to; and its parts."
     huber = lambda error: F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.1)
     step = huber((steps_BN6 - steps_of(c2w_BT44)) / UNIT)
@@ -263,7 +272,7 @@ def pose_loss(steps_BN6: Tensor, c2w_BT44: Tensor) -> tuple:
     return step + 0.5 * huber(error), {"loss_step": step.detach(), "loss_path": huber(error).detach()}
 
 # %% ../../nbs/depth/02_pose_train.ipynb #2fde618a
-def clip_bytes(frames) -> Tensor:
+def clip_bytes(frames) -> Tensor:  # Frames, or uint8 [T,3,H,W]
     "uint8 [T,3,H,W] of Frames or of a uint8 tensor."
     data = frames.byte().data if hasattr(frames, "range") else torch.as_tensor(frames)
     if data.dtype != torch.uint8 or data.dim() != 4 or data.shape[1] != 3:
@@ -271,7 +280,9 @@ def clip_bytes(frames) -> Tensor:
     return data
 
 # %% ../../nbs/depth/02_pose_train.ipynb #a7940420
-def fill_poses(poses_S44: Tensor, index: list, total: int) -> Tensor:
+def fill_poses(poses_S44: Tensor,  # of the frames read
+               index: list,        # their numbers, the first 0 and the last total - 1
+               total: int) -> Tensor:  # frames of the clip
     "Poses of all frames from those at `index`, along screws."
     from camflow.geometry.camera import se3_exp, se3_log
     if len(index) == total: return poses_S44
@@ -299,14 +310,14 @@ def estimate_cameras(model: PoseNet, frames) -> Tensor:  # Frames or uint8 [T,3,
     return estimate_batch(model, [frames])[0]
 
 # %% ../../nbs/depth/02_pose_train.ipynb #95cdc9f0
-def judge(model: PoseNet, batch: dict) -> dict:
+def judge(model: PoseNet, batch: dict) -> dict:  # in eval mode; of `Bank.batch`
     "Errors of a batch of items: rotation in degrees and distance in metres per frame, [B,T-1] each, and both sets of end poses [B,6]."
     pred, true = model.predict(batch["flow"], batch["colour"]), batch["c2w"].double()
     rot = rotation_vector(pred[:, 1:, :3, :3].mT @ true[:, 1:, :3, :3]).norm(dim=-1).rad2deg()
     return {"rot": rot, "trans": (pred[:, 1:, :3, 3] - true[:, 1:, :3, 3]).norm(dim=-1), "end": to_vector(pred[:, -1]), "true": to_vector(true[:, -1])}
 
 
-def headline(j: dict) -> dict:
+def headline(j: dict) -> dict:  # of `judge`
     "Medians over frames, and the correlation of each end coordinate."
     names = ("pitch", "yaw", "roll", "x", "y", "z")
     corr = {f"corr_{n}": float(np.corrcoef(j["end"][:, k], j["true"][:, k])[0, 1]) for k, n in enumerate(names)}
@@ -319,10 +330,10 @@ def _items(seeds, sigma, path=None, through=None) -> dict:
     return {"flow": torch.stack(flow), "colour": torch.stack(colour), "c2w": torch.from_numpy(np.stack([r[2] for r in rows]))}
 
 
-def evaluate(model: PoseNet,
+def evaluate(model: PoseNet,                # in eval mode
              clips: int = 120,              # held-out clips with random paths, per blur
              per_preset: int = 24,          # held-out clips of each preset at scales 0.2 .. 1.5
-             sigmas: tuple = (0., 0.5, 1., 2.),
+             sigmas: tuple = (0., 0.5, 1., 2.),  # blur of the clips, pixels
              through=None                   # also judged on frames that went through this
             ) -> dict:
     "Held-out numbers: medians and correlations per blur, slope and correlation per preset."
@@ -344,14 +355,17 @@ def evaluate(model: PoseNet,
     return out
 
 # %% ../../nbs/depth/02_pose_train.ipynb #0e69709a
-def save_pose(model: PoseNet, folder, notes: str = "", numbers: dict | None = None):
+def save_pose(model: PoseNet,   # a PoseNet
+              folder,           # to write
+              notes: str = "",  # of the training, for the card
+              numbers: dict | None = None, # of `evaluate`; None: not measured
+              licence: str = ""):  # of the weights; empty: `licence_note`
     "Writes config.json, model.safetensors (float16) and card.md."
     folder = Path(folder)
     c = model.da3.config
-    write_json(folder / "config.json", {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)})
-    state = {k: v.detach().to("cpu", torch.float16).contiguous().clone() for k, v in model.state_dict().items()}
-    with atomic_write(folder / "model.safetensors") as file: file.write(save(state))
-    with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers))
+    about = {"model": "PoseNet", "width": c.embed_dim, "depth": c.depth, "side": list(SIDE), "frames": FRAMES, "grid": list(GRID)}
+    save_folder(folder, model.state_dict(), about)
+    with atomic_write(folder / "card.md", "w") as file: file.write(card(model, notes, numbers, licence or licence_note()))
     if numbers is not None: write_json(folder / "metrics.json", numbers)
 
 
@@ -366,19 +380,24 @@ def load_pose(folder=None) -> PoseNet:  # default: the tiny weights of this repo
     return load_state(model, {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}, str(folder)).eval()
 
 # %% ../../nbs/depth/02_pose_train.ipynb #696d9ee5
-def card(model: PoseNet, notes: str, numbers: dict | None) -> str:
+def card(model: PoseNet,  # a PoseNet
+         notes: str,      # of the training
+         numbers: dict | None, # of `evaluate`; None: not measured
+         licence: str = "") -> str: # of the weights
     "The model card in markdown."
     count = sum(p.numel() for p in model.parameters())
-    lines = ["# Tiny camera estimator", "", f"Depth Anything 3 (backbone with alternating attention, camera decoder) of {count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor).", "",
-             "- Data: camflow.world only (procedural rooms with moving figures and things), degraded as in `camflow.depth.pose_train.degrade`.",
-             "- Use: `load_pose(folder)`, `estimate_cameras(model, frames)`. Made for the tiny family of this project; not for real video.", "- Licence: Apache-2.0.", f"- Training: {notes}", ""]
+    lines = ["# Tiny camera estimator", "", f"Depth Anything 3 (backbone with alternating attention, camera decoder) of {count / 1e6:.2f} M parameters on classical flow and colours of nine 48x80 frames; reads each frame's motion since the frame before", "(rad, metres; 24 mm lens on a 23.76 mm sensor). Use: `load_pose(folder)`, `estimate_cameras(model, frames)`; not for real video.", "",
+             "## Data", "", "- camflow.world only (procedural rooms with moving figures and things), degraded as in `camflow.depth.pose_train.degrade`.",
+             "", "## Training", "", f"- {notes}", "", "## Held-out numbers", ""]
     if numbers:
-        lines += ["Held-out scenes, median over frames (poses relative to frame 0; correlation of the end pose):", "",
+        lines += ["Scenes, median over frames (poses relative to frame 0; correlation of the end pose):", "",
                   "| frames: blur in px, or VAE | rotation, deg | position, m | pitch | yaw | roll | x | y | z |", "|---|---|---|---|---|---|---|---|---|"]
         for s, r in numbers["blur"].items():
             lines.append(f"| {s} | {r['rot_deg']:.2f} | {r['trans_m']:.3f} | " + " | ".join(f"{r['corr_' + n]:.2f}" for n in ("pitch", "yaw", "roll", "x", "y", "z")) + " |")
         lines += ["", "Measured size of a preset against its asked size 0.2..1.5 (slope 1 is right):", "", "| preset | slope | correlation |", "|---|---|---|"]
         lines += [f"| {k} | {r['slope']:.2f} | {r['corr']:.2f} |" for k, r in numbers["preset"].items()]
+    else: lines += ["- not measured"]
+    lines += ["", "## Licence", "", f"- {licence}", "", "## Published weights of this architecture", "", "`camflow weights da3` says what is published, under which licence, and how it is loaded."]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/depth/02_pose_train.ipynb #86819863
@@ -386,7 +405,7 @@ DEFAULTS = dict(items=6000, vae=None, vae_items=3000, clips=300, bank=None, widt
                 ema_decay=0.998, checkpoint_every=250, validate_every=250, log_every=10, seed=0, evaluate=True)
 
 
-def vary(batch: dict, g: torch.Generator) -> tuple:
+def vary(batch: dict, g: torch.Generator) -> tuple:  # of `Bank.batch`; of the draws
     "Flow and colours of a training batch: slightly wrong flow, permuted colours, sometimes none."
     flow, colour = batch["flow"], batch["colour"]
     flow = flow + 0.03 * torch.rand(len(flow), 1, 1, 1, 1, generator=g) * torch.randn(flow.shape, generator=g)
@@ -425,15 +444,20 @@ def main(config: dict,   # see DEFAULTS
     return result
 
 # %% ../../nbs/depth/02_pose_train.ipynb #e0c26e0a
-def export(run_dir, folder, config: dict, notes: str = "", numbers: bool = True, through=None) -> PoseNet:
+def export(run_dir,               # of the training
+           folder,                # to write
+           config: dict,          # of the run
+           notes: str = "",       # for the card
+           numbers: bool = True,  # measure held-out numbers, minutes
+           through=None) -> PoseNet:  # as for `Bank`
     "Writes the averaged weights of a run's newest checkpoint as a model folder with its card."
     from camflow.training.checkpoint import load_checkpoint
     config, ckpt = {**DEFAULTS, **config}, load_checkpoint(Path(run_dir) / "checkpoints")
     model = start(PoseNet(config["width"], config["depth"]), generator(config["seed"], "init")).eval()
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    load_state(model, {**frozen, **ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.step}")
+    load_state(model, {**frozen, **ckpt.weights}, f"checkpoint {ckpt.step}")
     more = f" and {config['vae_items']} that went through the tiny VAE" if config["vae"] else ""
-    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None)
+    save_pose(model, folder, f"{ckpt.step} steps of {config['batch_size']} clips out of {config['items']}{more}; {notes}", evaluate(model, through=through) if numbers else None, licence_note(vae=config["vae"]))
     return model
 
 # %% ../../nbs/depth/02_pose_train.ipynb #3d9443b1

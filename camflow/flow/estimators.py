@@ -21,7 +21,7 @@ class FlowEstimator(Protocol):
     def __call__(self, frames: Frames, bidirectional: bool = False): ...
 
 
-def estimate_flow(estimator: FlowEstimator,
+def estimate_flow(estimator: FlowEstimator,     # Frames -> Flow
                   frames: Frames,               # at least two
                   bidirectional: bool = False): # also backward
     "What the estimator finds, checked: Flow, or (forward, backward)."

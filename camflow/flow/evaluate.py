@@ -9,7 +9,6 @@ __all__ = ['SPEEDS', 'PICTURES', 'endpoint_error', 'regions_of', 'flow_errors', 
 import math
 
 import torch
-from torch import Tensor
 
 from ..files import InputError
 from .clips import REGIONS

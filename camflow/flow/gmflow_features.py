@@ -39,7 +39,7 @@ def normalise(image_BCHW: Tensor # RGB 0..255
     return (image_BCHW.float() - mean) / deviation
 
 # %% ../../nbs/flow/00_gmflow_features.ipynb #53e70bec
-def instance_norm(x_BCHW: Tensor) -> Tensor:
+def instance_norm(x_BCHW: Tensor) -> Tensor:  # features
     "Zero mean and unit variance of every channel of every image."
     if torch.is_grad_enabled() and len(x_BCHW) > 1: return F.instance_norm(x_BCHW, eps=1e-5)
     out = [F.batch_norm(x, None, None, training=True, eps=1e-5) for x in x_BCHW.split(1)]
@@ -48,7 +48,7 @@ def instance_norm(x_BCHW: Tensor) -> Tensor:
 
 class ResidualBlock(nn.Module):
     "Two normalised 3x3 convolutions beside a shortcut."
-    def __init__(self, channels, out, stride=1):
+    def __init__(self, channels, out, stride=1):  # that come in; that go out; of the first layer
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride)) if stride > 1 or channels != out else None

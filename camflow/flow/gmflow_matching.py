@@ -50,7 +50,7 @@ def upsample_flow(flow_B2hw: Tensor, factor: int) -> Tensor: # [B,2,factor*h,fac
     return F.interpolate(flow_B2hw, scale_factor=factor, mode="bilinear", align_corners=True) * factor
 
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #359f4ba6
-def global_matching(feature0_BChw: Tensor, feature1_BChw: Tensor,
+def global_matching(feature0_BChw: Tensor, feature1_BChw: Tensor,  # features of the first picture; features of the second
                     bidirectional: bool = False     # also from the second image to the first
                    ) -> tuple:                      # flow [B or 2B,2,h,w], probabilities [B or 2B,hw,hw]
     "Mean place of the softmax over all cells of the other image."
@@ -89,7 +89,9 @@ def blend(product_Bhwn: Tensor, fraction_B2hw: Tensor, r: int) -> Tensor: # [B,R
 
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #fbe29fbd
 @jit(fastmath={"reassoc", "contract"})
-def products_blended(f0, f1, x, y, fx, fy, r, scale, out):
+def products_blended(f0, f1,        # features of the two pictures
+                     x, y, fx, fy,  # upper left cell of the window; fractions right and down from it
+                     r, scale, out):  # radius, cells; of a product; [B,h,w,R], filled
     "Maps [B,h,w,C], corners and fractions [B,h,w], to correlations [B,h,w,R]."
     B, h, w, C = f0.shape
     n, m = 2 * r + 2, 2 * r + 1
@@ -126,7 +128,7 @@ PAIRS = 2 ** 21 # numbers of the table of all pairs of one image up to which it 
 
 class LocalCorrelation:
     "Products of the first image's features with those around a moving place of the second; made once, asked at every iteration."
-    def __init__(self, feature0_BChw: Tensor, feature1_BChw: Tensor, r: int = 4,
+    def __init__(self, feature0_BChw: Tensor, feature1_BChw: Tensor, r: int = 4,  # features of the first picture; features of the second; radius, cells
                  way: str | None = None,     # "pairs", "rows", "compiled"; None: what suits
                  rows: int = 4):             # of cells at a time
         self.f0, self.f1, self.r, self.rows = feature0_BChw, feature1_BChw, r, rows
@@ -164,7 +166,7 @@ def outside(h: int, w: int, r: int) -> Tensor: # [R,h,w] bool
 
 
 def local_matching(score_BRhw: Tensor,  # `LocalCorrelation` at zero flow
-                   r: int
+                   r: int               # radius, cells
                   ) -> tuple:           # flow [B,2,h,w] in cells, probabilities [B,R,h,w]
     "Mean offset of the softmax over the neighbourhood."
     probability = score_BRhw.masked_fill(outside(*score_BRhw.shape[-2:], r, device=score_BRhw.device), -1e9).softmax(1)
@@ -173,7 +175,7 @@ def local_matching(score_BRhw: Tensor,  # `LocalCorrelation` at zero flow
 # %% ../../nbs/flow/02_gmflow_matching.ipynb #4cc3a3d7
 class FlowPropagation(nn.Module):
     "Self-attention that carries flow; global with r None, else over (2r+1)^2 cells."
-    def __init__(self, C: int = 128):
+    def __init__(self, C: int = 128):  # width
         super().__init__()
         self.q_proj, self.k_proj = nn.Linear(C, C), nn.Linear(C, C)
         for p in self.parameters():

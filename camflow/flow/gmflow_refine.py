@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # %% ../../nbs/flow/03_gmflow_refine.ipynb #8b8014de
 class MotionEncoder(nn.Module):
     "What the correlations and the flow say."
-    def __init__(self, correlations: int = 81, D: int = 128):
+    def __init__(self, correlations: int = 81, D: int = 128):  # numbers per cell of the correlation; width
         super().__init__()
         self.convc1, self.convc2 = nn.Conv2d(correlations, 2 * D, 1), nn.Conv2d(2 * D, D * 3 // 2, 3, padding=1)
         self.convf1, self.convf2 = nn.Conv2d(2, D, 7, padding=3), nn.Conv2d(D, D // 2, 3, padding=1)
@@ -28,7 +28,7 @@ class MotionEncoder(nn.Module):
 # %% ../../nbs/flow/03_gmflow_refine.ipynb #4c1691d6
 class SeparableGRU(nn.Module):
     "A 1x5 and a 5x1 gated pass; names of the published tensors."
-    def __init__(self, D: int = 128):
+    def __init__(self, D: int = 128):  # width
         super().__init__()
         self.D = D
         for i, (kernel, pad) in enumerate((((1, 5), (0, 2)), ((5, 1), (2, 0))), 1):
@@ -67,7 +67,7 @@ def convex_upsample(flow_B2hw: Tensor, mask: Tensor, # logits [B,9*s*s,h,w]
 # %% ../../nbs/flow/03_gmflow_refine.ipynb #1909873d
 class FlowHead(nn.Module):
     "State to a correction of the flow."
-    def __init__(self, D: int = 128):
+    def __init__(self, D: int = 128):  # width
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(D, 2 * D, 3, padding=1), nn.Conv2d(2 * D, 2, 3, padding=1)
 
@@ -76,7 +76,7 @@ class FlowHead(nn.Module):
 
 class Refinement(nn.Module):
     "Motion encoder, gated unit, flow head and the weights of the upsampling."
-    def __init__(self, correlations: int = 81, D: int = 128, factor: int = 4):
+    def __init__(self, correlations: int = 81, D: int = 128, factor: int = 4):  # numbers per cell of the correlation; width; pixels per cell
         super().__init__()
         self.encoder, self.gru, self.flow_head = MotionEncoder(correlations, D), SeparableGRU(D), FlowHead(D)
         self.mask = nn.Sequential(nn.Conv2d(D, 2 * D, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2 * D, 9 * factor ** 2, 1))

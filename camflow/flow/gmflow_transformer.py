@@ -15,7 +15,7 @@ from ..files import InputError
 from .gmflow_features import table
 
 # %% ../../nbs/flow/01_gmflow_transformer.ipynb #292e3c94
-def check_windows(h: int, w: int, splits: int):
+def check_windows(h: int, w: int, splits: int):  # rows of cells; columns; windows along each side
     "Raises unless the map can be cut."
     if h % splits or w % splits:
         raise InputError(f"a feature map of {h} x {w} cells cannot be cut into {splits} x {splits} windows; GMFlow; give images whose sides are multiples of 32, or use gmflow_flow, which resizes")
@@ -79,7 +79,7 @@ TOKENS = 1440 # at a time, without gradients
 
 class TransformerBlock(nn.Module):
     "One layer: self-attention, then cross-attention with the perceptron."
-    def __init__(self, C, expansion):
+    def __init__(self, C, expansion):  # width; of the feed-forward part
         super().__init__()
         self.self_attn, self.cross_attn_ffn = AttentionLayer(C), AttentionLayer(C, expansion)
 
@@ -97,7 +97,7 @@ class TransformerBlock(nn.Module):
 # %% ../../nbs/flow/01_gmflow_transformer.ipynb #631f6834
 class FeatureTransformer(nn.Module):
     "Rewrites the features of image pairs."
-    def __init__(self, C: int = 128, layers: int = 6, expansion: int = 4):
+    def __init__(self, C: int = 128, layers: int = 6, expansion: int = 4):  # width; pairs of self- and cross-attention; of the feed-forward part
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(C, expansion) for _ in range(layers))
 

@@ -32,7 +32,7 @@ def motion_speed(flow: Flow,          # T-1 entries, pixels
     return float(known.mean()) / math.hypot(*flow.size) * fps if len(known) else math.nan
 
 
-def clip_speed(estimator: FlowEstimator,
+def clip_speed(estimator: FlowEstimator, # Frames -> Flow
                frames: Frames,           # at least two
                fps: float | None = None  # frames per second; None: that of the frames
               ) -> float:
@@ -40,7 +40,7 @@ def clip_speed(estimator: FlowEstimator,
     return motion_speed(estimate_flow(estimator, frames), frames.fps if fps is None else fps)
 
 # %% ../../nbs/flow/15_motion_bucket.ipynb #93a7848e
-def sampled_speed(estimator: FlowEstimator,
+def sampled_speed(estimator: FlowEstimator,  # Frames -> Flow
                   read,                    # list of frame numbers -> Frames
                   total: int, fps: float,  # frames and frames per second of the clip
                   pairs: int = 16,         # successive frames measured, equally spaced
@@ -67,7 +67,7 @@ def _bucket(value: float, speed) -> int:
 class QuantileMap:
     "Bucket by the share of the fitted clips that are slower; straight lines between the knots."
     speeds: tuple  # r at equally spaced quantiles, ascending; the middle one is the median
-    kind: str = "quantile"
+    kind: str = "quantile"                 # in files
 
     def bucket(self, speed: float) -> int: # r
         last = len(self.speeds) - 1
@@ -84,9 +84,9 @@ class QuantileMap:
 @dataclass(frozen=True)
 class LogMap:
     "Bucket a + b ln r."
-    a: float
-    b: float
-    kind: str = "log"
+    a: float                               # bucket at speed 1
+    b: float                               # buckets per factor e of the speed
+    kind: str = "log"                      # in files
 
     def bucket(self, speed: float) -> int: # r
         return _bucket(self.a + self.b * math.log(speed) if isinstance(speed, (int, float)) and speed > 0 else 0, speed)
@@ -95,8 +95,8 @@ class LogMap:
 @dataclass(frozen=True)
 class FixedBucket:
     "The same bucket for every clip, as is usual: the other arm of the comparison."
-    value: int = MIDDLE
-    kind: str = "fixed"
+    value: int = MIDDLE                                                      # 0..255
+    kind: str = "fixed"                                                      # in files
 
     def bucket(self, speed: float = math.nan) -> int: return int(self.value) # whatever the speed
 
@@ -133,7 +133,7 @@ def load_map(path): # of `save_map`
     except TypeError as error: raise InputError(f"{path}: {error}; load_map; it was written by another version, fit it again") from None
 
 # %% ../../nbs/flow/15_motion_bucket.ipynb #c9f56497
-def motion_bucket_ids(estimator: FlowEstimator,
+def motion_bucket_ids(estimator: FlowEstimator, # Frames -> Flow
                       clips: list,              # Frames
                       mapping,                  # of `fit_map`, or FixedBucket
                       fps: float | None = None  # frames per second; None: each clip's own

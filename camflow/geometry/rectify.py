@@ -61,9 +61,9 @@ def match_pairs(left: Frames,         # left video
 @dataclass
 class RowFit:
     "How rows of the right image map to rows of the left: y_l - c_y = alpha (y_r - c_y) + beta (x_r - c_x) + gamma."
-    alpha: float
-    beta: float
-    gamma: float
+    alpha: float            # scale of the rows
+    beta: float             # tilt against the columns
+    gamma: float            # shift, pixels
     errors: tuple       # standard errors of the three
     inliers: np.ndarray # [N] bool
 
@@ -84,7 +84,7 @@ def fit_rows(uv_left, uv_right,  # [N,2] positions of matches
              size,               # (H, W)
              tolerance: float = 1.0, # px, of an inlier
              rounds: int = 600,  # candidates
-             seed: int = 0):
+             seed: int = 0):         # of the random picks
     "The `RowFit` that most matches agree with, or None."
     H, W = size
     A = np.column_stack([uv_right[:, 1] - H / 2, uv_right[:, 0] - W / 2, np.ones(len(uv_right))])
@@ -118,14 +118,14 @@ class RectificationReport:
     vertical_px: float = math.nan # median row of right minus left
     error_px: float = math.nan    # median absolute row difference
     worst_px: float = math.nan    # largest row difference that the fit predicts in a corner
-    roll_deg: float = math.nan
-    scale: float = math.nan
+    roll_deg: float = math.nan                    # of the right picture against the left
+    scale: float = math.nan                       # of the right picture against the left
     residual_px: float = math.nan # median absolute row difference that shift, roll and zoom leave
     negative: float = math.nan    # share of matches with a negative disparity
     disparity: tuple = (math.nan, math.nan) # 2nd and 98th percentile, px
     per_frame: dict = field(default_factory=dict) # {frame: median row difference}
-    swapped: bool = False
-    fit: RowFit | None = field(default=None, repr=False)
+    swapped: bool = False                         # left and right are exchanged
+    fit: RowFit | None = field(default=None, repr=False)  # what the numbers are made of
 
     def as_dict(self): # JSON-ready
         return {k: v for k, v in asdict(replace(self, fit=None)).items() if k != "fit"}
@@ -178,8 +178,8 @@ class Rectifier:
     how: str = "nothing"       # in words
     swap: bool = False         # exchange left and right first
     left: object = None        # None, [3,3] matrix source -> rectified, or OpenCV's two sampling maps
-    right: object = None
-    rig: StereoRig | None = None
+    right: object = None                             # likewise
+    rig: StereoRig | None = None                     # of the pair after it
     metric: bool = True        # a calibration of the images still holds afterwards
     shift: float = 0.0         # px that the right view was moved to the left: doffs is smaller by it
 
@@ -278,12 +278,12 @@ def _try_projective(left, right, plan, after, tolerance):
 @dataclass
 class Rectified:
     "A pair after `rectify`."
-    left: Frames
-    right: Frames
+    left: Frames                  # as it was, or rectified
+    right: Frames                 # likewise
     rig: StereoRig | None         # of these images; None: no metres
-    before: RectificationReport
-    after: RectificationReport
-    how: str
+    before: RectificationReport   # report of the pair as it came
+    after: RectificationReport    # report of this pair
+    how: str                      # what was done
 
 
 def rectify(left: Frames,      # left video

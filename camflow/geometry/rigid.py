@@ -10,34 +10,34 @@ import torch
 # Shapes: T any batch, 3 / 33 / 34 / 44 vectors and matrices, 6 twists (rotation vector, velocity).
 
 # %% ../../nbs/geometry/00_rigid.ipynb #1692e5e4
-def homogeneous(pose_T34: torch.Tensor) -> torch.Tensor:
+def homogeneous(pose_T34: torch.Tensor) -> torch.Tensor:  # [...,3,4], or [...,4,4], whose last row is written anew
     "[...,3,4] to [...,4,4] by the row 0 0 0 1."
     row = pose_T34.new_tensor([0, 0, 0, 1]).expand(*pose_T34.shape[:-2], 1, 4)
     return torch.cat([pose_T34[..., :3, :], row], -2)
 
 
-def inverse(pose_T44: torch.Tensor) -> torch.Tensor:
+def inverse(pose_T44: torch.Tensor) -> torch.Tensor:  # [...,4,4] or [...,3,4]
     "Inverse of rigid transforms, [...,4,4]."
     # A printed rotation is only nearly orthonormal; the true inverse keeps inverse(a) @ a exactly the identity.
     return homogeneous(torch.linalg.inv(pose_T44)[..., :3, :])
 
 
 def geodesic(Ra_T33: torch.Tensor,  # rotations; [...,3,3]
-             Rb_T33: torch.Tensor) -> torch.Tensor:
+             Rb_T33: torch.Tensor) -> torch.Tensor:  # likewise
     "Angle between rotations in radians, [...]; exact near 0 and pi."
     D = Ra_T33.mT @ Rb_T33
     vee = torch.stack([D[..., 2, 1] - D[..., 1, 2], D[..., 0, 2] - D[..., 2, 0], D[..., 1, 0] - D[..., 0, 1]], -1)
     return torch.atan2(vee.norm(dim=-1) / 2, (D.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2)
 
 # %% ../../nbs/geometry/00_rigid.ipynb #9eb54891
-def skew(w_T3: torch.Tensor) -> torch.Tensor:
+def skew(w_T3: torch.Tensor) -> torch.Tensor:  # vectors
     "Cross-product matrices: skew(a) @ b = a x b, [...,3,3]."
     x, y, z = w_T3.unbind(-1)
     zero = torch.zeros_like(x)
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
-def quaternion(R_T33: torch.Tensor) -> torch.Tensor:
+def quaternion(R_T33: torch.Tensor) -> torch.Tensor:  # rotations
     "Unit quaternions (w, x, y, z) with w >= 0 of rotations, [...,4]."
     d = R_T33.diagonal(dim1=-2, dim2=-1)
     x, y, z = d.unbind(-1)
@@ -51,20 +51,20 @@ def quaternion(R_T33: torch.Tensor) -> torch.Tensor:
     return torch.where(q[..., :1] < 0, -q, q)
 
 
-def rotation(q_T4: torch.Tensor) -> torch.Tensor:
+def rotation(q_T4: torch.Tensor) -> torch.Tensor:  # w, x, y, z
     "Rotations of quaternions (w, x, y, z), which need not be unit, [...,3,3]."
     q = q_T4 / q_T4.norm(dim=-1, keepdim=True)
     S = skew(q[..., 1:])
     return torch.eye(3, dtype=q.dtype) + 2 * q[..., :1, None] * S + 2 * S @ S
 
 # %% ../../nbs/geometry/00_rigid.ipynb #b82522a2
-def so3_exp(w_T3: torch.Tensor) -> torch.Tensor:
+def so3_exp(w_T3: torch.Tensor) -> torch.Tensor:  # axis times radians
     "Rotations of rotation vectors (axis times radians), [...,3,3]."
     half = w_T3.norm(dim=-1, keepdim=True) / 2
     return rotation(torch.cat([half.cos(), w_T3 / 2 * torch.sinc(half / torch.pi)], -1))
 
 
-def so3_log(R_T33: torch.Tensor) -> torch.Tensor:
+def so3_log(R_T33: torch.Tensor) -> torch.Tensor:  # rotations
     "Rotation vectors of rotations, length in [0, pi], [...,3]."
     q = quaternion(R_T33)
     sine = q[..., 1:].norm(dim=-1, keepdim=True)
@@ -80,13 +80,13 @@ def _left_jacobian(w_T3):
     return torch.eye(3, dtype=w_T3.dtype) + b * S + c * S @ S
 
 
-def se3_exp(twist_T6: torch.Tensor) -> torch.Tensor:
+def se3_exp(twist_T6: torch.Tensor) -> torch.Tensor:  # rotation vector in radians, velocity
     "Rigid motions of twists (rotation vector, velocity), [...,4,4]."
     w, v = twist_T6[..., :3], twist_T6[..., 3:]
     return homogeneous(torch.cat([so3_exp(w), _left_jacobian(w) @ v[..., None]], -1))
 
 
-def se3_log(pose_T44: torch.Tensor) -> torch.Tensor:
+def se3_log(pose_T44: torch.Tensor) -> torch.Tensor:  # rigid motions
     "Twists (rotation vector, velocity) of rigid motions, [...,6]."
     w = so3_log(pose_T44[..., :3, :3])
     return torch.cat([w, torch.linalg.solve(_left_jacobian(w), pose_T44[..., :3, 3:]).squeeze(-1)], -1)

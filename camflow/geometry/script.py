@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..files import InputError
 from .camera import Cameras, focal_K
-from .rigid import homogeneous, inverse
+from .rigid import inverse
 from .script_omnicam import omnicam_c2w, omnicam_frame_index, omnicam_poses
 _all_ = ["omnicam_poses"]
 # Shapes: T frames or times, 6 = phi (right), theta (down), r (outwards), pan (right), tilt (up), roll (clockwise); degrees, r in distances; 44 matrices.
@@ -42,8 +42,8 @@ class Segment:
     start: float            # seconds
     end: float              # seconds
     speed: float | str = 1.0 # factor on the rates, or "high" (1), "low" (0.5)
-    direction: str = "stay"
-    rotate: str = "stay"
+    direction: str = "stay"  # the way that the camera goes, or stay
+    rotate: str = "stay"     # the way that it turns, or stay
 
 # %% ../../nbs/geometry/08_script.ipynb #299e4665
 _NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?"

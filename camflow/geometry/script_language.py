@@ -188,7 +188,7 @@ Description: "{text}"
 @dataclass
 class Understood:
     "Segments of a text and who read it."
-    segments: list
+    segments: list    # list of Segment
     source: str       # "model" or "rules"
     reason: str = ""  # why the model's answer was not taken
 

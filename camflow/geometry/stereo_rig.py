@@ -223,11 +223,11 @@ class Calibration:
     K_left: Any      # [3,3] pixels, pixel centres from 0 as in OpenCV
     D_left: Any      # lens distortion, OpenCV's order
     K_right: Any     # [3,3]
-    D_right: Any
+    D_right: Any     # distortion, as D_left
     R: Any           # [3,3], X_right = R X_left + T
     T: Any           # [3] metres
     size: tuple      # (H, W)
-    source: str = ""
+    source: str = "" # file that it is of
 
     def rectified(self):
         "(R1, R2, P1, P2) of OpenCV's stereoRectify, numpy, with one common principal point and no black borders."

@@ -50,7 +50,7 @@ class PointTracks:
 @dataclass(eq=False)
 class Annotated:
     "A sequence and what is known of it; None: the set does not have it."
-    name: str
+    name: str                                                                                   # of the sequence
     frames: Any                 # Frames [T,3,H,W] bytes
     numbers: list               # of each frame among those of the source, from 0
     cameras: Any = None         # Cameras of those frames that have a pose, `cameras.frames` are source numbers
@@ -89,7 +89,7 @@ class Annotated:
 # %% ../../nbs/gflow/24_datasets.ipynb #9011b59c
 def from_truth(clip,                     # TruthClip
                points=None,              # [N,2] in the first frame, pixels; None: every 8th
-               name: str = "") -> Annotated:
+               name: str = "") -> Annotated:  # of the sequence; empty: the variant's
     "All that is true of a rendered clip."
     T, (H, W) = len(clip.frames), clip.frames.size
     if points is None: points = np.stack(np.meshgrid(np.arange(4, W, 8) + 0.5, np.arange(4, H, 8) + 0.5), -1).reshape(-1, 2)

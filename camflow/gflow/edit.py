@@ -80,7 +80,7 @@ def _grown(points, known, verdict, k):
     return verdict
 
 
-def movers(tl: Timeline) -> torch.Tensor:
+def movers(tl: Timeline) -> torch.Tensor:  # the timeline
     "Numbers of the Gaussians that are labelled as moving in most of their frames."
     ids = torch.unique(torch.cat(tl.ids))
     votes = torch.zeros(len(ids), 2)
@@ -103,13 +103,13 @@ def propagate(tl: Timeline, mask_HW, frame: int = 0): # as in `select`
     return shares_of(tl, numbers) > 0.5, numbers
 
 # %% ../../nbs/gflow/23_edit.ipynb #b4de8ff5
-def remove(tl: Timeline, numbers) -> Timeline:
+def remove(tl: Timeline, numbers) -> Timeline:  # the timeline; of Gaussians
     "Without them."
     keep = [~torch.isin(ids, numbers) for ids in tl.ids]
     return replace(tl, frames=[g[k] for g, k in zip(tl.frames, keep)], ids=[i[k] for i, k in zip(tl.ids, keep)])
 
 
-def keep_only(tl: Timeline, numbers) -> Timeline:
+def keep_only(tl: Timeline, numbers) -> Timeline:  # the timeline; of Gaussians
     "Nothing but them."
     return remove(tl, torch.cat([i[~torch.isin(i, numbers)] for i in tl.ids]))
 
@@ -123,7 +123,7 @@ def recolour(tl: Timeline, numbers, colour,        # (r, g, b) in 0..1
     return replace(tl, frames=[mix(g, ids) for g, ids in zip(tl.frames, tl.ids)])
 
 
-def move(tl: Timeline, numbers,
+def move(tl: Timeline, numbers,     # the timeline; of Gaussians
          shift=(0., 0., 0.),        # right, down, forward of the first camera, units of the scene
          turn=(0., 0., 0.)          # degrees about these axes through the middle of the thing
         ) -> Timeline:

@@ -7,8 +7,7 @@ __all__ = ['BACKGROUNDS', 'FitConfig', 'check_config', 'Known', 'Fit']
 
 # %% ../../nbs/gflow/27_fit.ipynb #f051f52b
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,20 +45,20 @@ class FitConfig:
     settle: float = 20.                 # steps after which the rates of a Gaussian begin to fall
     lr_means: float = 0.1               # pixels
     lr_scales: float = 0.06             # of the logarithm
-    lr_quats: float = 0.06
+    lr_quats: float = 0.06              # step of the turns
     lr_opacities: float = 0.15          # of the logit
-    lr_colours: float = 0.03
+    lr_colours: float = 0.03            # step of the colours
     lr_bend: float = 0.1                # pixels, of what moves
     lambda_own: float = 0.3             # what a moving Gaussian does for itself, as a share of lambda_bend, pixels^2
     lr_camera: float = 0.02             # pixels; 0: poses stay
     lambda_rgb: float = 10.             # mean square
-    lambda_ssim: float = 0.2
+    lambda_ssim: float = 0.2            # share of SSIM in the colour loss
     lambda_depth: float = 0.1           # relative error
     lambda_needle: float = 0.01         # axes more than 10 times as long as others
     lambda_bend: float = 0.05           # neighbours that bend differently, pixels^2
     densify_err_thre: float = 5e-4      # mean square beyond which a pixel asks for more Gaussians
     background: str = "black"           # of BACKGROUNDS
-    seed: int = 0
+    seed: int = 0                       # of all draws
 
     def rates(self): return {name: self.lr * getattr(self, f"lr_{name}") for name in (*MovingScene.NAMES, "bend")}
 
@@ -67,7 +66,7 @@ class FitConfig:
 BACKGROUNDS = {"black": (0., 0., 0.), "white": (1., 1., 1.), "cyan": (0., 0.33, 0.33)}
 
 
-def check_config(config, size, frames: int):
+def check_config(config, size, frames: int):  # settings, None where they follow from the size; (H, W) pixels; of the clip
     "The settings with their defaults filled in for that size; InputError for those that cannot be."
     filled = replace(config, num_points=config.num_points or max(64, round(0.11 * size[0] * size[1])), budget=config.budget or max(96, round((0.15 + 0.0035 * frames) * size[0] * size[1])))
     for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_after", 0), ("iterations_global", 0), ("iterations_polish", 0), ("window", 1), ("replay", 2), ("lr", 0)):
@@ -80,7 +79,7 @@ def check_config(config, size, frames: int):
 # %% ../../nbs/gflow/27_fit.ipynb #3bbc76e8
 class Known:
     "Priors and path as the steps want them: float32 tensors, everything of a frame at hand."
-    def __init__(self, priors: Priors, path: Path):
+    def __init__(self, priors: Priors, path: Path):  # of `gather_priors`; of `find_path`
         T = len(priors)
         if len(path.c2w_T44) != T: raise InputError(f"a path of {len(path.c2w_T44)} poses for {T} frames; fit; find the path of these priors")
         self.size, self.T, self.fps, self.numbers = priors.size, T, priors.frames.fps or 12., priors.numbers or list(range(T))
@@ -124,7 +123,7 @@ class Known:
 # %% ../../nbs/gflow/27_fit.ipynb #e1850e2c
 class Fit:
     "The state of a fit, and its steps."
-    def __init__(self, known: Known, config: FitConfig):
+    def __init__(self, known: Known, config: FitConfig):  # what is known of the clip; settings
         self.known, self.config = known, check_config(config, known.size, known.T)
         self.scene = MovingScene(self.config.rates(), config.settle)
         self.poses = {"pose": torch.zeros(known.T, 6, requires_grad=True)}    # turn and shift after the path's, in pixels

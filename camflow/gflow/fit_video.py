@@ -59,7 +59,7 @@ def check_memory(frames: int, size, config, room: int | None = None): # bytes; N
     return need
 
 # %% ../../nbs/gflow/29_fit_video.ipynb #417725dd
-def priors_hash(priors: Priors, *more) -> str:
+def priors_hash(priors: Priors, *more) -> str:  # of `gather_priors`; what else the fit depends on, for JSON
     "Of everything that a fit reads."
     arrays = [priors.frames.data, priors.depth.data, *(torch.as_tensor(x) for x in (priors.K_33, priors.flow_forward, priors.flow_backward, priors.hidden_forward, priors.hidden_backward)),
               *(torch.as_tensor(x) for x in (priors.moving, priors.c2w_T44) if x is not None)]
@@ -118,7 +118,7 @@ def load_shots(out, stages=None) -> dict: # folder of a fit; numbers of stages, 
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def fit_video(priors: Priors,
+def fit_video(priors: Priors,                   # of `gather_priors`
               out,                             # folder, made if need be
               preset: str = "fast",            # or "paper"
               path=None,                       # Path of `find_path`, for "fast"; None: found here

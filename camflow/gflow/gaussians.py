@@ -52,7 +52,7 @@ class Gaussians:
 SHAPES = dict(means=(3,), scales=(3,), quats=(4,), opacities=(), colours=(3,), moving=())
 
 # %% ../../nbs/gflow/00_gaussians.ipynb #7c2e5a13
-def join(*parts: Gaussians) -> Gaussians:
+def join(*parts: Gaussians) -> Gaussians:  # sets of Gaussians
     "All of them in one, in the order given."
     return Gaussians(*(torch.cat([getattr(p, name) for p in parts]) for name in SHAPES))
 
@@ -71,7 +71,7 @@ def check_gaussians(g: Gaussians, where: str = "Gaussians"): # for the message
 def ball(n: int = 200,          # how many
          radius: float = 1.0,   # of the sphere
          centre=(0., 0., 4.),   # of the sphere
-         seed: int = 0):
+         seed: int = 0):        # of the draws
     "Gaussians spread over a sphere, coloured by direction: a thing to look at."
     from camflow.device import generator
     direction = torch.randn(n, 3, generator=generator(seed, "ball"))
@@ -95,7 +95,7 @@ def _ply_bytes(g):
 
 
 def save_gaussians(path,              # .ply, .npz or .safetensors
-                   g: Gaussians) -> Path:
+                   g: Gaussians) -> Path:  # the Gaussians
     "Writes float32, atomically."
     path, g = Path(path), check_gaussians(g).to("cpu", torch.float32)
     tensors = {name: getattr(g, name).detach().contiguous() for name in SHAPES}

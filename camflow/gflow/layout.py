@@ -129,7 +129,8 @@ def read_depth(seq, numbers=None) -> np.ndarray: # frames; None: all
     return np.stack(maps)
 
 
-def read_cameras(seq, numbers=None):
+def read_cameras(seq,  # folder of the sequence
+                 numbers=None):  # of the frames; None: all
     "(K [3,3] in pixels of the files: mean focal length and principal point; camera-to-world poses [T,4,4])."
     stems, size = _stems(seq, numbers)
     own = beside(sequence(seq), "priors.json").is_file()
@@ -144,7 +145,8 @@ def read_cameras(seq, numbers=None):
     return np.array([[focal.mean(), 0, cx], [0, focal.mean(), cy], [0, 0, 1]]), np.linalg.inv(w2c)
 
 # %% ../../nbs/gflow/09_layout.ipynb #e292e5cf
-def read_flows(seq, numbers=None):
+def read_flows(seq,  # folder of the sequence
+               numbers=None):  # of the frames; None: all
     "(forward, backward float32 [T-1,2,H,W]; hidden in the next frame, hidden in the frame before, bool [T-1,H,W] or None where not all files are there)."
     stems, size = _stems(seq, numbers)
     if numbers is not None and any(b - a != 1 for a, b in zip(numbers, numbers[1:])):
@@ -169,7 +171,8 @@ def read_masks(paths, size) -> np.ndarray: # files; (H, W)
     return np.stack(maps) if maps else np.zeros((0, *size), bool)
 
 
-def read_moving(seq, numbers=None) -> np.ndarray:
+def read_moving(seq,  # folder of the sequence
+                numbers=None) -> np.ndarray:  # of the frames; None: all
     "bool [T or T-1,H,W]: the epipolar masks; those of the original lack the last frame."
     stems, size = _stems(seq, numbers)
     last = beside(sequence(seq), EPIPOLAR) / f"{stems[-1]}_open.png"
@@ -261,7 +264,8 @@ def organise_davis(source,    # DAVIS (with JPEGImages/480p), or a folder of fol
     for folder in found:
         if not folder.is_dir(): raise InputError(f"{folder} does not exist; organise_davis; choose from the folders of {inner}")
     if not found: raise InputError(f"{source} holds no JPEGImages/480p and no folders; organise_davis; give the DAVIS folder")
-    return {folder.name: _organise(folder, target / folder.name) for folder in found}
+    try: return {folder.name: _organise(folder, target / folder.name) for folder in found}
+    except OSError as error: raise InputError(f"{error.filename or target} cannot be written ({error.strerror}); organise_davis; give a target folder that can be written, with room for the frames") from None
 
 
 def _organise(folder, home):

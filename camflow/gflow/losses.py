@@ -67,7 +67,9 @@ class Similarity(torch.autograd.Function):
         return g * (blur(by_mean) + 2 * x * blur(by_square) + y * blur(by_both)), None
 
 
-def similarity(image_3HW: Tensor, target: Target) -> Tensor: return Similarity.apply(image_3HW, target)
+def similarity(image_3HW: Tensor, target: Target) -> Tensor:  # 0..1; of `Target`
+    "Mean SSIM of a picture and a Target, differentiable in the picture."
+    return Similarity.apply(image_3HW, target)
 
 # %% ../../nbs/gflow/15_losses.ipynb #4a19406e
 def depth_error(depth_HW: Tensor, alpha_HW: Tensor, prior_HW: Tensor, # of a Rendering; NaN unknown
@@ -91,7 +93,9 @@ def needle_error(scales_N3: Tensor, most: float = 10.): # longest over shortest 
     return F.relu((high / low.clamp_min(1e-12)).log() - float(np.log(most))).mean()
 
 
-def roundness_error(scales_N3: Tensor): return scales_N3.std(1).mean() # GFlow's lambda_var: spread of the three axes, in the unit of the means
+def roundness_error(scales_N3: Tensor):  # GFlow's lambda_var: spread of the three axes, in the unit of the means
+    "Mean standard deviation of the three sizes of a Gaussian."
+    return scales_N3.std(1).mean()
 
 
 def flow_error(uv_N2: Tensor, before_N2: Tensor, flow_2HW: Tensor, # projections now and in the frame before; flow from there to here

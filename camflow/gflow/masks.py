@@ -44,13 +44,13 @@ def log_odds(residual_HW, tau: float, # pixels
     return np.nan_to_num(np.clip(steep * np.log(np.maximum(residual_HW, 1e-3) / tau), -most, most))
 
 # %% ../../nbs/gflow/07_masks.ipynb #87277a87
-def _carried(map_HW, flow_2HW, fill=0.):
-    "The map of the frame that the flow leads to, looked up along the flow; `fill` outside."
+def _carried(map_HW, flow_2HW):
+    "The map of the frame that the flow leads to, looked up along the flow; 0 outside."
     import cv2
     H, W = map_HW.shape
     x, y = np.meshgrid(np.arange(W, dtype=np.float32), np.arange(H, dtype=np.float32))
     flow = np.nan_to_num(np.asarray(flow_2HW, np.float32), nan=1e6)
-    return cv2.remap(map_HW.astype(np.float32), x + flow[0], y + flow[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    return cv2.remap(map_HW.astype(np.float32), x + flow[0], y + flow[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
 
 
 def fuse(evidence_THW, forward, backward,                # log-odds; flows [T-1,2,H,W] of t to t+1, and of t+1 to t
@@ -121,7 +121,7 @@ def jaccard(mask_THW, truth_THW): # bool
 def epipolar_error(flow_2HW,              # pixels
                    compat: bool = False,  # GFlow's estimator, from all pixels, and its measure: squared, in half pictures, divided by the largest
                    sample: int = 3000,    # pixels used otherwise
-                   seed: int = 0):
+                   seed: int = 0):        # of the sample
     "Sampson distance of every pixel, pixels [H,W]; NaN everywhere if no matrix was found."
     import cv2
     flow = np.asarray(flow_2HW, np.float64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..depth.flow_pose import robust_pose
-from .pose import seen_at, texture_weight
+from .pose import seen_at
 from ..geometry.rigid import quaternion
 
 # Shapes: M Gaussians, k neighbours, H W rows and columns.
@@ -27,7 +27,7 @@ def look_up(map_HW: Tensor, uv_N2: Tensor) -> Tensor: # [...,H,W]
     return map_HW[..., row, column]
 
 
-def look_between(map_CHW: Tensor, uv_N2: Tensor) -> Tensor:
+def look_between(map_CHW: Tensor, uv_N2: Tensor) -> Tensor:  # what is looked up; places, pixels
     "Bilinear values [N,C]; places outside get the edge's."
     H, W = map_CHW.shape[-2:]
     at = (uv_N2.nan_to_num(0) / torch.tensor([W, H]) * 2 - 1)[None, None].to(map_CHW)
@@ -42,7 +42,7 @@ def inside(uv_N2: Tensor, size: tuple) -> Tensor: # (H, W)
 @dataclass
 class Opinion:
     "Where frame t shows each Gaussian, as seen from one other frame."
-    uv_M2: Tensor
+    uv_M2: Tensor       # pixels
     good_M: Tensor      # bool: it was seen there and can be seen here
     weight_M: Tensor    # 0..1
 
@@ -80,11 +80,11 @@ class Pieces:
 
 def rigid_pieces(points_M3: Tensor,      # in the camera of the frame before
                  opinions: list,         # Opinion of each frame asked
-                 K_33: Tensor,
+                 K_33: Tensor,           # pixels
                  most: int = 4,          # pieces
                  threshold: float = 1.5, # pixels that an opinion may be off
                  fewest: int = 20,       # opinions that make a piece
-                 seed: int = 0) -> Pieces:
+                 seed: int = 0) -> Pieces:  # of the random picks
     "Consensus after consensus; each Gaussian joins the piece that its neighbours' opinions fit best, or none."
     import cv2
     from scipy.spatial import cKDTree
@@ -129,7 +129,7 @@ def quaternion_product(a_N4: Tensor, b_N4: Tensor) -> Tensor: # (w, x, y, z)
 
 
 def follow_neighbours(points_M3: Tensor, landed_M3: Tensor, good_M: Tensor, # before; now, where good
-                      k: int = 16, rounds: int = 3):
+                      k: int = 16, rounds: int = 3):                        # neighbours; of reweighting
     "(places [M,3], turns [M,3,3]) by a robust rigid fit to the k nearest (Arun et al. 1987)."
     from scipy.spatial import cKDTree
     M, k = len(points_M3), min(k, len(points_M3))
@@ -153,9 +153,9 @@ def follow_neighbours(points_M3: Tensor, landed_M3: Tensor, good_M: Tensor, # be
 
 # %% ../../nbs/gflow/17_motion.ipynb #010af1f4
 def carry(means_M3: Tensor, quats_M4: Tensor,        # world, in the frame before
-          w2c_before_44: Tensor, w2c_44: Tensor, K_33: Tensor,
+          w2c_before_44: Tensor, w2c_44: Tensor, K_33: Tensor,   # of the frame that the Gaussians are in; of the frame that they go to; pixels
           opinions: list,                            # the first is the frame before's
-          depth_before_HW: Tensor, depth_HW: Tensor,
+          depth_before_HW: Tensor, depth_HW: Tensor,             # of the one; of the other
           most: int = 4, threshold: float = 1.5, seed: int = 0): # of `rigid_pieces`
     "(means [M,3], quats [M,4], Pieces) in the world, in the frame that the opinions are about."
     before = means_M3 @ w2c_before_44[:3, :3].T + w2c_before_44[:3, 3]
@@ -177,7 +177,7 @@ def carry(means_M3: Tensor, quats_M4: Tensor,        # world, in the frame befor
 @dataclass(eq=False)
 class Bending:
     "Nodes that move the Gaussians around them; without motion at first."
-    nodes_K3: Tensor
+    nodes_K3: Tensor                               # places of the nodes, world
     of_M: Tensor            # int [M,4]: nodes of each Gaussian
     weight_M: Tensor        # [M,4], sum 1
     beside_K: Tensor        # int [K,k]: neighbours of each node

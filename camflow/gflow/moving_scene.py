@@ -46,7 +46,7 @@ def _rows_step_torch(p, g, m, v, n, rate, b1, b2):
 class RowAdam:
     "Adam whose rows may be added and dropped."
     def __init__(self, rates: dict,                # learning rate of each parameter
-                 betas: tuple = (0.9, 0.99),
+                 betas: tuple = (0.9, 0.99),       # of the two averages
                  settle: float | None = None):     # steps after which a row's rate begins to fall, as 1 / sqrt(1 + steps / settle); None: never
         self.rates, self.betas, self.settle, self.memory = dict(rates), betas, settle, {}
 
@@ -101,7 +101,9 @@ class Moment:
 BENT = ("turn", "shift", "own")
 
 
-def bend_optimiser(rate: float): return RowAdam(dict.fromkeys(BENT, rate)) # pixels
+def bend_optimiser(rate: float):  # pixels
+    "Adam for the nodes of a bending."
+    return RowAdam(dict.fromkeys(BENT, rate))
 
 
 class MovingScene:
@@ -209,7 +211,7 @@ class MovingScene:
 _BEND = ("nodes_K3", "of_M", "weight_M", "beside_K", "reach_K", "pixel_K")
 
 
-def scene_state(scene: MovingScene) -> dict:
+def scene_state(scene: MovingScene) -> dict:  # the scene as it is
     "name -> tensor."
     out = {f"p.{name}": p.detach() for name, p in scene.parameters.items()}
     out |= {"ids": scene.ids, "births": scene.births, "labels": scene.labels, "next": torch.tensor([scene.next_id])}

@@ -7,7 +7,7 @@ __all__ = ['PaperConfig', 'scaled_points', 'PaperFit', 'camera_stage', 'relocate
            'quality', 'timeline', 'state', 'restore']
 
 # %% ../../nbs/gflow/28_paper.ipynb #e57429a5
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -37,26 +37,26 @@ class PaperConfig:
     lr_after: float = 4e-3              # later frames
     lr_camera: float = 0.               # of the pose while the first frame is fitted
     lr_camera_after: float = 1e-3       # camera stage
-    iterations_first: int = 500
-    iterations_camera: int = 150
-    iterations_after: int = 300
+    iterations_first: int = 500         # steps on the first frame
+    iterations_camera: int = 150        # steps on the pose of a later frame
+    iterations_after: int = 300         # steps on its Gaussians
     camera_first: bool = True           # camera stage before the Gaussians; False: poses stay as they are loaded
     load_extr: bool = False             # start from the depth prior's poses
     lambda_rgb: float = 1.              # mean square plus 1 - SSIM
-    lambda_depth: float = 0.1
+    lambda_depth: float = 0.1           # weight of the depth loss
     lambda_var: float = 50.             # spread of a Gaussian's axes
-    lambda_flow: float = 0.01
+    lambda_flow: float = 0.01           # weight of the flow loss
     lambda_still: float = 0.            # movement of resting points
     lambda_scale: float = 0.            # size over depth
     densify_interval: int = 150         # first frame: every so many steps
     densify_times: int = 2              # so often
     densify_interval_after: int = 100   # later frames
-    densify_times_after: int = 2
+    densify_times_after: int = 2        # times that points are added in a later frame
     densify_occ_percent: float = 0.5    # share of num_points per share of the picture that came into view
     densify_err_thre: float = 0.01      # mean square beyond which a pixel is wrong
     densify_err_percent: float = 1.     # share of num_points per share of the picture that is wrong
     background: str = "black"           # black, white or cyan
-    seed: int = 0
+    seed: int = 0                       # of all draws
 
 
 def scaled_points(num_points: int, size) -> int: # meant for 480 x 854; (H, W)
@@ -68,7 +68,7 @@ class PaperFit:
     "State and stages; the same interface as `fit.Fit`."
     NAMES = dict(means=3, scales=3, quats=4, opacities=0, colours=3)
 
-    def __init__(self, priors: Priors, config: PaperConfig):
+    def __init__(self, priors: Priors, config: PaperConfig):  # of `gather_priors`; settings
         if config.background not in BACKGROUNDS: raise InputError(f"background {config.background!r}; PaperConfig; choose from {', '.join(BACKGROUNDS)}")
         for name, least in (("num_points", 1), ("iterations_first", 1), ("iterations_camera", 0), ("iterations_after", 0), ("densify_interval", 0), ("densify_interval_after", 0), ("lr", 0), ("lr_after", 0)):
             if getattr(config, name) < least: raise InputError(f"{name}={getattr(config, name)}; PaperConfig; at least {least} is needed")
@@ -127,7 +127,7 @@ def _free_pose(w2c):
     return [quat, shift], lambda: torch.cat([torch.cat([rotation(quat), shift[:, None]], 1), torch.tensor([[0., 0, 0, 1]])])
 
 
-def camera_stage(self: PaperFit, t: int):
+def camera_stage(self: PaperFit, t: int):  # number of the frame, from 1
     "The pose of frame t by descent; what moves is black in both pictures."
     c, w2c = self.config, self.poses[t] if self.config.load_extr else self.poses[t - 1]
     with torch.no_grad():
@@ -153,7 +153,7 @@ def camera_stage(self: PaperFit, t: int):
 
 
 @torch.no_grad()
-def relocate(self: PaperFit, t: int):
+def relocate(self: PaperFit, t: int):  # number of the frame, from 1
     "Moving points go where the flow carries them, at the depth found there."
     go = ~self.still & self.uv.isfinite().all(1) & motion.inside(self.uv, self.size)
     landed = self.uv + motion.look_up(self.flow[t - 1], self.uv).T
@@ -162,7 +162,7 @@ def relocate(self: PaperFit, t: int):
     self.p["means"].data[go] = seeding.to_world(seeding.lift(landed[go], z[go], self.K), torch.linalg.inv(self.poses[t]))
 
 
-def gaussian_stage(self: PaperFit, t: int, rng):
+def gaussian_stage(self: PaperFit, t: int, rng):  # number of the frame; generator of the draws
     "Steps on the Gaussians, with new ones where the error is large."
     c = self.config
     its, rate, every, times = (c.iterations_first, c.lr, c.densify_interval, c.densify_times) if t == 0 else (c.iterations_after, c.lr_after, c.densify_interval_after, c.densify_times_after)
@@ -195,7 +195,7 @@ def gaussian_stage(self: PaperFit, t: int, rng):
         self.steps += 1
 
 
-def first_points(self: PaperFit, rng):
+def first_points(self: PaperFit, rng):  # generator of the draws
     "Points of the first frame: by the Sobel gradient, small where they are many."
     c, grey = self.config, self.images[0].mean(0).numpy()
     edge = np.hypot(*(cv2.Sobel(grey, cv2.CV_32F, *way, ksize=3) for way in ((1, 0), (0, 1))))
@@ -207,7 +207,7 @@ def first_points(self: PaperFit, rng):
     self.add(0, p, c.num_points, size, rng)
 
 
-def do(self: PaperFit, t: int):
+def do(self: PaperFit, t: int):  # number of the frame
     "All of frame t."
     from time import process_time
     start, rng = process_time(), generator(self.config.seed, "paper", t)
@@ -228,7 +228,7 @@ def do(self: PaperFit, t: int):
 PaperFit.do, PaperFit.stages = do, lambda self: list(range(self.T))
 
 # %% ../../nbs/gflow/28_paper.ipynb #575eeeab
-def quality(self: PaperFit, t: int) -> float:
+def quality(self: PaperFit, t: int) -> float:  # number of the frame
     "Peak signal-to-noise ratio of a fitted frame, dB."
     picture = rasterise(self.history[t], self.poses[t], self.K, self.size, BACKGROUNDS[self.config.background]).colour_3HW
     return float(-10 * (picture.clamp(0, 1) - self.images[t]).square().mean().clamp_min(1e-10).log10())
@@ -248,7 +248,7 @@ def state(self: PaperFit) -> dict:
     return out | {f"{t}.{name}": getattr(g, name).clone() for t, g in enumerate(self.history) for name in SHAPES}
 
 
-def restore(self: PaperFit, state: dict):
+def restore(self: PaperFit, state: dict):  # of `state`
     "Goes on where that was."
     self.p = {name: state[f"p.{name}"].clone().requires_grad_() for name in self.NAMES}
     self.still, self.poses, self.steps = state["still"], state["poses"].clone(), int(state["steps"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['renderings', 'depth_video', 'centre_picture', 'hull_mask', 'mover_masks', 'track_colours', 'draw_tracks',
-           'write_optimisation', 'write_pictures']
+           'write_pictures']
 
 # %% ../../nbs/gflow/21_pictures.ipynb #27b3ec2c
 from pathlib import Path
@@ -148,12 +148,9 @@ def _save_pictures(folder, name, frames: Frames, numbers):
 def _mask_video(masks_THW, fps): return Frames(torch.as_tensor(np.asarray(masks_THW)).to(torch.uint8)[:, None].mul(255), "byte", fps)
 
 
-def write_optimisation(folder, pictures: dict, fps: float = 30) -> dict: # {"training_rgb": list of [3,H,W] in 0..1 as the fit went on, "sequence_optimize": ...}
-    "Videos of a fit at work: what its progress gave, one picture after the other."
-    return {name: write_video(Path(folder)/f"{name}.mp4", Frames(torch.stack([p.detach().cpu().float().clamp(0, 1) for p in shots]), "unit", fps)) for name, shots in pictures.items() if len(shots)}
 
 
-def write_pictures(folder, tl: Timeline,
+def write_pictures(folder, tl: Timeline,      # to write; the timeline
                    frames: Frames = None,     # the source clip, for trajectories upon it; None: upon the rendering
                    fps: float = 5,            # of the videos; the original's
                    images: bool = True,       # single pictures too

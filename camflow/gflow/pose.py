@@ -17,7 +17,6 @@ from ..depth.flow_pose import robust_pose
 from ..files import InputError
 from ..geometry.camera import Cameras
 from ..geometry.rigid import se3_exp
-from ..media.frames import Depth, Flow
 
 # Shapes: T frames, N matches, H W rows and columns; numpy float64 on the host: the problems are small.
 
@@ -25,8 +24,8 @@ from ..media.frames import Depth, Flow
 @dataclass
 class Matches:
     "Where points of frame i are seen in frame j."
-    i: int
-    j: int
+    i: int                    # number of the one frame
+    j: int                    # of the other
     pixels_N2: np.ndarray     # in frame i, pixels, centres at +0.5
     depth_N: np.ndarray       # z in frame i as the prior gives it
     landed_N2: np.ndarray     # in frame j
@@ -55,7 +54,7 @@ def _lookup(map_HW, places_N2):
     return np.where(inside, map_HW[row.clip(0, H - 1), column.clip(0, W - 1)], np.nan)
 
 
-def matches(i: int, j: int,
+def matches(i: int, j: int,           # number of the one frame; of the other
             depth_i_HW, depth_j_HW,   # float [H,W], NaN or <= 0 where unknown
             flow_2HW,                 # frame i to j, pixels, NaN unknown
             hidden_HW=None,           # bool: the point is not seen in frame j
@@ -100,12 +99,12 @@ class PairPose:
     status: str                # "ok", "few matches", "no consensus"
 
 
-def lifted(pixels_N2, depth_N, K_33):
+def lifted(pixels_N2, depth_N, K_33):  # places; along the axis; pixels
     "Points in the camera's axes, [N,3]."
     return np.stack([(pixels_N2[:, 0] - K_33[0, 2]) / K_33[0, 0] * depth_N, (pixels_N2[:, 1] - K_33[1, 2]) / K_33[1, 1] * depth_N, depth_N], 1)
 
 
-def seen_at(points_N3, K_33):
+def seen_at(points_N3, K_33):  # in the camera's axes; pixels
     "Pixels [N,2] where camera points are seen; NaN behind."
     z = np.where(points_N3[:, 2] > 1e-6, points_N3[:, 2], np.nan)
     return points_N3[:, :2] / z[:, None] * (K_33[0, 0], K_33[1, 1]) + K_33[:2, 2]
@@ -122,7 +121,7 @@ def pair_pose(m: Matches, K_33: np.ndarray, size: tuple, # pixels of `size`
               threshold: float = 1.5,  # pixels that a match may be off
               groups: int = 3,         # how many motions are looked for
               fewest: int = 24,        # matches
-              seed: int = 0) -> PairPose:
+              seed: int = 0) -> PairPose:                # of the random picks
     "The camera's motion from frame i to frame j."
     import cv2
     none = lambda why: PairPose(np.full((4, 4), np.nan), float("nan"), 0., float("nan"), why)
@@ -151,7 +150,7 @@ def pair_pose(m: Matches, K_33: np.ndarray, size: tuple, # pixels of `size`
     return PairPose(motion, depth_ratio(m, points @ motion[:3, :3].T + motion[:3, 3], agree), share, float(np.median(off[agree])), "ok")
 
 
-def depth_ratio(m: Matches, moved_N3, agree_N):
+def depth_ratio(m: Matches, moved_N3, agree_N):  # of `matches`; points of frame i in the axes of frame j; bool, those that count
     "Median of (depth that the moved points have) / (depth that frame j claims), over the agreeing matches."
     ratio = (moved_N3[:, 2] / m.depth_j_N)[agree_N]
     return float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else float("nan")
@@ -160,8 +159,8 @@ def depth_ratio(m: Matches, moved_N3, agree_N):
 @dataclass
 class Path:
     "A camera path, and how good it is."
-    c2w_T44: np.ndarray
-    K_33: np.ndarray
+    c2w_T44: np.ndarray                        # camera-to-world
+    K_33: np.ndarray                           # pixels
     scale_T: np.ndarray                        # factors of the depth priors
     status: list = field(default_factory=list) # per frame: "ok", or why its pose is only carried on from the frame before
     residual: float = float("nan")             # weighted median of the distances, pixels
@@ -216,7 +215,7 @@ def bundle(path: Path,                       # start
            pairs: list,                      # Matches; only frames that they connect are moved
            fixed=(0,),                       # frames whose pose and scale stay
            focal: bool = False,              # also the focal length, one for all frames
-           iterations: int = 12,
+           iterations: int = 12,               # of Gauss-Newton
            width: float = 0.7,               # pixels at which a match loses most of its vote, at the end
            depth_pixels: float = 20.) -> Path: # what a factor e of depth weighs, in pixels; 0: scales stay
     "Poses, scales and focal length that explain all pairs best."
@@ -246,7 +245,7 @@ def bundle(path: Path,                       # start
 # %% ../../nbs/gflow/06_pose.ipynb #1a72cab9
 def chain(pairs: list,              # Matches of (0,1), (1,2), ..., (T-2,T-1)
           K_33, size: tuple,        # pixels of `size`
-          seed: int = 0) -> Path:
+          seed: int = 0) -> Path:   # of the random picks
     "Poses relative to frame 0 and scales relative to its depth, from frame to frame."
     K, c2w, scale, status = np.asarray(K_33, np.float64), [np.eye(4)], [1.0], ["ok"]
     for t, m in enumerate(pairs):

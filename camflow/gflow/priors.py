@@ -8,7 +8,6 @@ __all__ = ['FEWEST', 'PICTURE_MEAN', 'PICTURE_STD', 'DEPTH', 'MASKS', 'Priors', 
            'write_priors', 'read_priors', 'kept_priors']
 
 # %% ../../nbs/gflow/10_priors.ipynb #ec863958
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,7 +133,7 @@ class Answer:
     "What is known of the depth of a clip."
     depth: Depth            # of the frames' length, any size
     K_33: Any = None        # pixels of the frames
-    c2w_T44: Any = None
+    c2w_T44: Any = None     # poses, if the depth prior knows them
     note: str = ""          # what a reader should know
 
 
@@ -250,7 +249,7 @@ def _two_way(flow, ask: Ask):
     return *estimate_flow(flow if callable(flow) else load_flow(flow), frames, bidirectional=True), None, None
 
 
-def both_flows(flow, ask: Ask):
+def both_flows(flow, ask: Ask):  # name, path, arrays or estimator; the clip
     "(forward, backward, hidden forward, hidden backward), checked; hidden where the way there and back misses the start by a pixel and more."
     found = _two_way(flow, ask)
     if len(found) != 4: raise InputError(f"{len(found)} arrays as flow; gather_priors; give (forward, backward) or (forward, backward, hidden forward, hidden backward)")
@@ -311,8 +310,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
                   weights=None,            # of the depth network: folder, or "random"
                   flow_weights=None,       # of flow="gmflow": path; None: the tiny one
                   prompt=None,             # bool [H,W]: user's mask in the first frame; None: SEQ_mask of `folder`, if there is one
-                  options=None,            # dict for the depth estimator
-                  mask_options=None) -> Priors: # dict for the mask prior
+                  options=None) -> Priors: # dict for the depth estimator
     "Everything that the fit needs, checked."
     if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; gather_priors; give Frames (one size for all, and a known value range)")
     frames, T = Frames(frames.byte().data.cpu().expand(-1, 3, -1, -1).contiguous(), "byte", frames.fps), len(frames)
@@ -331,7 +329,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
     priors = Priors(frames, known_depth(answer.depth, frames, f"depth prior {_named(depth)!r}"), known_K(K_33), *ask.flows, None, answer.c2w_T44,
                     known_mask(prompt, frames.size, "the user's mask"), ask.numbers, names)
     if masks is None: return priors
-    moving = masks if isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")(priors, truth, folder, **(mask_options or {}))
+    moving = masks if isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")(priors, truth, folder)
     return replace(priors, moving=known_mask(moving, (T, *frames.size), "the moving mask"))
 
 

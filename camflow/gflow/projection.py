@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files import InputError
 
 # Shapes: N Gaussians, D channels, H W rows and columns; 44 / 33 are sizes of matrices.
 
@@ -67,15 +66,15 @@ def project(means_N3: Tensor, scales_N3: Tensor, quats_N4: Tensor, # as in `Gaus
 @dataclass(frozen=True)
 class BlendRules:
     "What all backends agree on."
-    alpha_min: float = 1 / 255
-    alpha_max: float = 0.99
-    t_min: float = 1e-4
+    alpha_min: float = 1 / 255  # below it a Gaussian is not drawn
+    alpha_max: float = 0.99  # no pixel is covered by more
+    t_min: float = 1e-4  # less light left: the pixel is done
 
 
-def blend_dense(p: Projected, opacities_N: Tensor,
+def blend_dense(p: Projected, opacities_N: Tensor,  # ellipses in the picture; 0..1
                 features_ND: Tensor,       # what is blended: colour, depth, anything
                 size: tuple,               # (H, W)
-                rules: BlendRules = BlendRules()):
+                rules: BlendRules = BlendRules()):  # thresholds of the blending
     "(features [H,W,D] without background, light left [H,W]); N x H x W numbers, so for tests and lessons only."
     H, W = size
     order = p.depth_N.detach().argsort(stable=True)

@@ -76,9 +76,9 @@ WORDS = {
 @dataclass
 class Verdict:
     "What was found about one sequence."
-    name: str
+    name: str                                    # of the sequence
     numbers: dict                                # medians over the frames, and J where there is truth
-    per_frame: dict = field(default_factory=dict)
+    per_frame: dict = field(default_factory=dict)  # {check: numbers}
     reasons: list = field(default_factory=list)  # plain words, the worst first
     suspicion: float = 0.0                       # worst number over its limit; above 1 is suspicious
     status: str = "ok"                           # or why it could not be judged
@@ -129,7 +129,7 @@ def guarded(name: str, make) -> Verdict: # of the sequence; called without argum
     except InputError as error: return Verdict(name, {}, reasons=[str(error)], suspicion=float("inf"), status="failed")
 
 
-def rows(verdicts) -> list:
+def rows(verdicts) -> list:  # list of Verdict
     "Rows of a table: name, verdict, numbers, reasons."
     show = lambda v, key, text="{:.2f}": text.format(v.numbers[key]) if np.isfinite(v.numbers.get(key, np.nan)) else "-"
     return [[v.name, v.status if v.status != "ok" else "suspicious" if v.suspicion > 1 else "fine", show(v, "cycle"), show(v, "warp", "{:.3f}"), show(v, "rigid"), show(v, "depth", "{:.3f}"),

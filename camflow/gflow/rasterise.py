@@ -28,7 +28,7 @@ class Rendering:
     alpha_HW: Tensor            # 1 - light left
     depth_HW: Tensor            # mean depth of what is seen (blended depth / alpha), in the unit of the means; NaN where nothing is seen
     channels_DHW: Tensor        # the further channels, blended over 0
-    projected: projection.Projected
+    projected: projection.Projected  # ellipses in the picture
 
 # %% ../../nbs/gflow/04_rasterise.ipynb #89f0a5a4
 def best_backend(where: torch.device) -> str: # where the tensors are
@@ -37,7 +37,9 @@ def best_backend(where: torch.device) -> str: # where the tensors are
     return "gsplat" if has_gsplat(where) else "tiles"
 
 
-def has_gsplat(where: torch.device) -> bool: return where.type != "cpu" and torch.version.cuda is not None and find_spec("gsplat") is not None
+def has_gsplat(where: torch.device) -> bool:  # device of the tensors
+    "Whether gsplat's CUDA kernels can draw tensors on this device."
+    return where.type != "cpu" and torch.version.cuda is not None and find_spec("gsplat") is not None
 
 
 def _blend_gsplat(g, features, w2c, K, size, near, eps2d, rules):
@@ -50,7 +52,7 @@ def _blend_gsplat(g, features, w2c, K, size, near, eps2d, rules):
     return picture[0], 1 - alpha[0, ..., 0]
 
 # %% ../../nbs/gflow/04_rasterise.ipynb #43b50c6c
-def rasterise(g: Gaussians,
+def rasterise(g: Gaussians,                      # the Gaussians
               w2c_44: Tensor,                  # world to camera (OpenCV axes), of the Gaussians' device and type
               K_33: Tensor,                    # pixels of `size`, pixel centres at +0.5
               size: tuple,                     # (H, W)
@@ -59,7 +61,7 @@ def rasterise(g: Gaussians,
               backend: str = "auto",           # "auto", "splat", "tiles", "gsplat" or "dense"
               near: float = 0.01,              # nothing closer is drawn, in the unit of the means
               eps2d: float = 0.3,              # pixels^2 added to each ellipse
-              rules: projection.BlendRules = projection.BlendRules()
+              rules: projection.BlendRules = projection.BlendRules()  # thresholds of the blending
              ) -> Rendering:
     "Draws the Gaussians; an empty set, or one that is all behind the camera, gives the background and zero gradients."
     if min(size) < 1: raise InputError(f"size {size}; rasterise; give (height, width) of at least one pixel")

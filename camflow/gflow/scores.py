@@ -27,7 +27,7 @@ from ..metrics.perceptual import psnr, ssim
 # Shapes: T frames, N points, Q queries, H W rows and columns.
 
 # %% ../../nbs/gflow/25_scores.ipynb #90d63f02
-def skipped(name: str, reason: str) -> Result:
+def skipped(name: str, reason: str) -> Result:  # of the score; why
     "A score that could not be had."
     return Result(name, status="skipped", reason=reason)
 
@@ -54,7 +54,7 @@ def boundary_f(mask_HW, truth_HW,           # bool
 # %% ../../nbs/gflow/25_scores.ipynb #655d2f67
 def mask_scores(masks_THW,             # bool, ours
                 truth_THW,             # bool, or objects: > 0 is inside, -1 not annotated
-                prefix: str = "mask") -> dict:
+                prefix: str = "mask") -> dict:  # what the names begin with
     "{J, F: means over frames as DAVIS does, J_pooled: over all pixels at once}."
     masks, truth = np.asarray(masks_THW, bool), np.asarray(truth_THW).astype(np.int64)
     if masks.shape != truth.shape: raise InputError(f"masks {masks.shape} against {truth.shape}; mask_scores; give one per frame, of one size")
@@ -87,7 +87,7 @@ def _similarity(true, est):
 
 
 def camera_scores(est: Cameras, true: Cameras,   # matched by their frame numbers
-                  prefix: str = "camera",
+                  prefix: str = "camera",        # what the names begin with
                   still: float = 1e-3            # a path that reaches less far than this does not translate, units of the truth
                  ) -> dict:
     "{ate, rpe_trans: units of the truth; rpe_rot: degrees}, root mean squares."
@@ -115,7 +115,7 @@ def camera_scores(est: Cameras, true: Cameras,   # matched by their frame number
 THRESHOLDS = (1, 2, 4, 8, 16) # pixels
 
 
-def tap_queries(tracks: PointTracks,
+def tap_queries(tracks: PointTracks,   # the truth
                 mode: str = "first",   # or "strided"
                 stride: int = 5):      # frames between the queries of a point
     "(queries [Q,3]: frame, x, y; which point each asks about [Q])."
@@ -135,7 +135,7 @@ def tap_scores(points_TQ2, visible_TQ,     # the answers, pixels of tracks.size
                raster=(256, 256),          # (H, W) of the pictures whose pixels count; None: those of tracks.size
                answers_raster=None,        # GFlow multiplies its answers by 255: (255, 255)
                which=None,                 # bool [Q]: only these
-               prefix: str = "track") -> dict:
+               prefix: str = "track") -> dict:  # what the names begin with
     "{OA, delta_avg, AJ}, shares of 1."
     names = [f"{prefix}_{x}" for x in ("OA", "delta_avg", "AJ")]
     T, (H, W) = len(tracks.points), tracks.size

@@ -21,10 +21,13 @@ def lift(uv_N2: Tensor, depth_N: Tensor, K_33: Tensor) -> Tensor: # pixels; z
     return torch.stack([(uv_N2[:, 0] - K_33[0, 2]) / K_33[0, 0] * depth_N, (uv_N2[:, 1] - K_33[1, 2]) / K_33[1, 1] * depth_N, depth_N], 1)
 
 
-def to_world(points_N3: Tensor, c2w_44: Tensor) -> Tensor: return points_N3 @ c2w_44[:3, :3].T + c2w_44[:3, 3]
+def to_world(points_N3: Tensor, c2w_44: Tensor) -> Tensor:  # in the camera's axes; camera-to-world
+    "Camera points [N,3] in the world."
+    return points_N3 @ c2w_44[:3, :3].T + c2w_44[:3, 3]
 
 
-def surface_normals(depth_HW: Tensor, K_33: Tensor) -> Tensor:
+def surface_normals(depth_HW: Tensor,  # along the axis; 0: unknown
+                    K_33: Tensor) -> Tensor:  # pixels
     "Unit normals [3,H,W] in the camera's axes, pointing away from it; at edges from the side whose depth is closer; (0,0,1) where depth is unknown."
     H, W = depth_HW.shape
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
@@ -72,13 +75,13 @@ def draw_pixels(density_HW: Tensor, count: int, generator: torch.Generator, agai
 
 # %% ../../nbs/gflow/18_seeding.ipynb #3b8c7613
 def seed(image_3HW: Tensor, depth_HW: Tensor, normals_3HW: Tensor, # 0..1; NaN unknown; of `surface_normals`
-         c2w_44: Tensor, K_33: Tensor,
+         c2w_44: Tensor, K_33: Tensor,                             # camera-to-world; pixels
          density_HW: Tensor,            # where they are wanted
          count: int,                    # how many
-         generator: torch.Generator,
+         generator: torch.Generator,                               # of the draw
          spread: float = 0.6,           # standard deviation in units of the distance to neighbours
          flat: float = 0.3,             # thickness in units of the standard deviation
-         opacity: float = 0.9,
+         opacity: float = 0.9,                                     # at the start
          most: float = 12.):            # pixels: largest distance to neighbours that is believed
     "(Gaussians [M], rows [M], columns [M]); only where the depth is known."
     y, x, p = draw_pixels(torch.where(depth_HW > 0, density_HW, 0.), count, generator)

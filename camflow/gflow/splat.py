@@ -22,7 +22,8 @@ from ..world.cast import jit
 
 # %% ../../nbs/gflow/03_splat.ipynb #98546a2b
 @jit
-def row_spans(uv, conic, opacity, H, alpha_min, level, rows):
+def row_spans(uv, conic, opacity, H, alpha_min,  # centres [N,2], pixels; [N,3]; [N]; rows of the picture; below it nothing is drawn
+              level, rows):                      # [N] and [N,2], filled
     "Level 2 ln(o / alpha_min) of each ellipse, and the rows [first, end) that it reaches; no rows if it is seen nowhere."
     for i in range(len(uv)):
         a, b, c, o, v = float(conic[i, 0]), float(conic[i, 1]), float(conic[i, 2]), float(opacity[i]), float(uv[i, 1])
@@ -36,7 +37,8 @@ def row_spans(uv, conic, opacity, H, alpha_min, level, rows):
 
 
 @jit
-def interval(a, b, det, level, u, dy, W):
+def interval(a, b, det, level,  # conic xx and xy; its determinant; of `row_spans`
+             u, dy, W):         # column of the centre; rows below it; columns of the picture
     "Columns [first, end) of the ellipse in a row at distance dy from its centre."
     rest = level * a - det * dy * dy
     if not rest >= 0: return 0, 0
@@ -176,10 +178,10 @@ class Splat(torch.autograd.Function):
         return *(torch.from_numpy(sum(found[k][n] for k in sorted(found))) for n in range(4)), None, None
 
 
-def blend_splat(p: projection.Projected, opacities_N: Tensor,
+def blend_splat(p: projection.Projected, opacities_N: Tensor,               # ellipses in the picture; 0..1
                 features_ND: Tensor,                                        # what is blended; each D is compiled once
                 size: tuple,                                                # (H, W)
-                rules: projection.BlendRules = projection.BlendRules()):
+                rules: projection.BlendRules = projection.BlendRules()):    # thresholds of the blending
     "(features [H,W,D] without background, light left [H,W]); differentiable in the ellipses, opacities and features. On the CPU."
     if features_ND.device.type != "cpu": raise InputError(f"tensors on {features_ND.device}; blend_splat; it runs on the CPU, use blend_tiles there")
     order = p.depth_N.detach().argsort(stable=True)
@@ -209,7 +211,7 @@ def _shares(uv, conic, opacity, level, rows, alpha_max, t_min, light, total, mos
 
 
 def shares(p: projection.Projected, opacities_N: Tensor, size: tuple, # as in `blend_splat`
-           rules: projection.BlendRules = projection.BlendRules()):
+           rules: projection.BlendRules = projection.BlendRules()):   # thresholds of the blending
     "(pixels that each Gaussian makes up [N]; index of the one with the largest share of each pixel [H,W], -1 where there is none). On the CPU."
     order = p.depth_N.detach().argsort(stable=True)
     order = order[p.visible_N[order]]

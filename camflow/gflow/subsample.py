@@ -36,7 +36,7 @@ def normalised(depth_HW, subsample: int): # any unit, also where it is wrong: ne
     return depth / core[cell_of(depth.shape, subsample)], core
 
 
-def core_depth(ratio_HW, subsample: int) -> np.ndarray:
+def core_depth(ratio_HW, subsample: int) -> np.ndarray:  # depth divided by that of the grid's centre; pixels between the anchors
     "What the ratio is at the centres of a grid, [A]: one, if it is the grid that it was normalised on."
     return ratio_HW[np.ix_(*centres(ratio_HW.shape, subsample))].ravel()
 
@@ -56,7 +56,7 @@ class AlignConfig:
 @dataclass(eq=False)
 class AlignedScene:
     "Images whose anchors were aligned: the owner of `subsample`."
-    config: AlignConfig
+    config: AlignConfig                                       # settings of the alignment
     ratios: list           # [H,W] per image, of `normalised`
     factors: list          # [A] per image: depth of the anchors
 

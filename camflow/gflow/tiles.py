@@ -14,7 +14,7 @@ import camflow.gflow.projection as projection
 # Shapes: N Gaussians, T tiles of a block, K Gaussians of a tile, P pixels of a tile, D channels.
 
 # %% ../../nbs/gflow/02_tiles.ipynb #16754e0e
-def extents(p: projection.Projected, opacities_N: Tensor, alpha_min: float):
+def extents(p: projection.Projected, opacities_N: Tensor, alpha_min: float):  # ellipses in the picture; 0..1; below it a Gaussian is not drawn
     "Half width and half height of the box around each ellipse where it is above alpha_min, pixels [N] each; negative: nowhere."
     a, b, c = p.conic_N3.detach().unbind(1)
     seen = p.visible_N & (opacities_N.detach() > alpha_min)
@@ -23,7 +23,11 @@ def extents(p: projection.Projected, opacities_N: Tensor, alpha_min: float):
     return torch.where(seen, (level * c / det).sqrt(), -1.), torch.where(seen, (level * a / det).sqrt(), -1.)
 
 
-def bin_tiles(p: projection.Projected, opacities_N: Tensor, size: tuple, tile: int, alpha_min: float):
+def bin_tiles(p: projection.Projected,  # ellipses in the picture
+              opacities_N: Tensor,      # 0..1
+              size: tuple,              # (H, W) pixels
+              tile: int,                # pixels along a side
+              alpha_min: float):        # below it a Gaussian is not drawn
     "(Gaussian of each entry [M], sorted by tile and then by depth; first entry of each tile [tiles + 1])."
     H, W = size
     across, down = -(-W // tile), -(-H // tile)
@@ -70,7 +74,12 @@ def _light(alpha, rules):
     return before, drawn, torch.where(drawn, 1 - alpha, 1.).prod(1)
 
 
-def block(uv, conic, o, features, basis, rules):
+def block(uv,        # centres [T,K,2]
+          conic,     # [T,K,3]
+          o,         # opacities [T,K]
+          features,  # [T,K,D]
+          basis,     # monomials of the tile's P pixels
+          rules):    # thresholds of the blending
     "(features [T,P,D], light left [T,P]) of padded lists; plain operations, so autograd can follow."
     alpha, _ = _alphas(uv, conic, o, basis, rules)
     before, drawn, light = _light(alpha, rules)
@@ -116,10 +125,10 @@ def _blocks(starts, P, limit):
         at = end
 
 
-def blend_tiles(p: projection.Projected, opacities_N: Tensor,
+def blend_tiles(p: projection.Projected, opacities_N: Tensor,  # ellipses in the picture; 0..1
                 features_ND: Tensor,       # what is blended
                 size: tuple,               # (H, W)
-                rules: projection.BlendRules = projection.BlendRules(),
+                rules: projection.BlendRules = projection.BlendRules(),  # thresholds of the blending
                 tile: int = 8,             # pixels
                 by_hand: bool = True,      # False: autograd through `block`, slower and larger
                 limit: int = 1 << 22):     # numbers of an intermediate of a block

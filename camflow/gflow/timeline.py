@@ -78,10 +78,16 @@ class Timeline:
         return torch.where(self.ids[t][at] == ids, at, -1)
 
 # %% ../../nbs/gflow/08_timeline.ipynb #263e271c
-def frame_file(folder, t: int) -> Path: return Path(folder) / f"{t:05d}.safetensors"
+def frame_file(folder, t: int) -> Path:  # of the timeline; number of the frame
+    "File of a frame."
+    return Path(folder) / f"{t:05d}.safetensors"
 
 
-def save_frame(folder, t: int, g: Gaussians, ids: Tensor, moving_HW: Tensor):
+def save_frame(folder,        # of the timeline
+               t: int,        # number of the frame
+               g: Gaussians,  # Gaussians of the frame
+               ids: Tensor,   # their numbers
+               moving_HW: Tensor):  # bool, what moves by itself
     "Writes one frame, atomically."
     tensors = {name: getattr(g, name).detach().float().contiguous() for name in SHAPES}
     with atomic_write(frame_file(folder, t)) as file:
@@ -95,7 +101,13 @@ def save_timeline(folder, tl: Timeline) -> Path: # made if need be
     return save_cameras(folder, tl.c2w_T44, tl.K_33, tl.size, tl.numbers, tl.fps, tl.preset)
 
 
-def save_cameras(folder, c2w_T44, K_33, size, numbers, fps, preset) -> Path:
+def save_cameras(folder,   # of the timeline
+                 c2w_T44,  # camera-to-world
+                 K_33,     # pixels
+                 size,     # (H, W) pixels
+                 numbers,  # of the frames in the source
+                 fps,      # frames per second
+                 preset) -> Path:  # that fitted it
     "timeline.json: what the frames have in common."
     write_json(Path(folder) / "timeline.json", dict(kind="camflow timeline", frames=len(numbers), size=list(size), fps=fps, numbers=list(map(int, numbers)), preset=preset,
                                                     K=torch.as_tensor(K_33).tolist(), c2w=torch.as_tensor(c2w_T44).tolist()))

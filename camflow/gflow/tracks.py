@@ -95,7 +95,7 @@ def _carriers(tl, t, places, near):
     return numbers[who], weight, z, moving[first[:, 0]], status
 
 # %% ../../nbs/gflow/20_tracks.ipynb #59ffe602
-def follow(tl: Timeline,
+def follow(tl: Timeline,              # the timeline
            queries_Q3,                # (frame, x, y): position in the timeline, pixels
            occlusion: float = 0.05,   # how much further than what is drawn there a point may lie, share of the depth
            near: float = 0.1,         # Gaussians this close in depth (share) are one surface
@@ -129,7 +129,7 @@ def follow(tl: Timeline,
     return Followed(points, visible, depth, world, moving, status)
 
 
-def front_depth(tl: Timeline, t: int) -> np.ndarray:
+def front_depth(tl: Timeline, t: int) -> np.ndarray:  # the timeline; number of the frame
     "Depth of the Gaussian with the largest share of each pixel, [H,W], NaN where there is none: at an outline one of the two surfaces, where the blended depth is neither."
     g, (w2c, K, size) = tl.frames[t], tl.view(t)
     p = project(g.means, g.scales, g.quats, w2c, K, size)
@@ -148,7 +148,7 @@ def _moved(tl, t, s, numbers, weight, moving):
     return np.where(total > 1e-9, (weight[..., None] * step).sum(1) / np.maximum(total, 1e-9), np.nan)
 
 # %% ../../nbs/gflow/20_tracks.ipynb #e0f8074d
-def grid_queries(tl: Timeline,
+def grid_queries(tl: Timeline,         # the timeline
                  frame: int = 0,       # which one is asked about
                  still: float = 50,    # pixels between points at rest, for a short side of 480
                  moving: float = 15,   # the same for movers

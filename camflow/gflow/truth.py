@@ -90,16 +90,16 @@ class TruthClip:
     "A clip and all that is true of it."
     frames: Frames             # [T,3,H,W] bytes
     depth: Depth               # [T,1,H,W] metres
-    cameras: Cameras
+    cameras: Cameras                               # of every frame
     flow_forward: Any          # Flow [T-1,2,H,W], None for one frame
-    flow_backward: Any
+    flow_backward: Any                             # pixels, to the frame before
     occlusion: Any             # bool [T-1,H,W]: the point is not seen in the next frame
     occlusion_backward: Any    # bool [T-1,H,W]: frame t+1's point is not seen in frame t
     moving: torch.Tensor       # bool [T,H,W]
     ids: torch.Tensor          # int [T,H,W]: instance, 0 the room
-    scene: Any
+    scene: Any                                     # that was rendered
     times: np.ndarray          # seconds
-    variant: str
+    variant: str                                   # its name
 
     def tracks(self, points=None, frame: int = 0): # places [N,2] in that frame, pixels; None: every 4th pixel
         "The surface points seen there, followed through the clip."
@@ -132,7 +132,7 @@ def truth_clip(variant: str = "plain",   # of VARIANTS
 def noisy_depth(depth: Depth,          # metric
                 scale: float = 0.03,   # standard deviation of a factor per frame
                 wave: float = 0.008,   # standard deviation of a smooth factor within a frame
-                seed: int = 0) -> Depth:
+                seed: int = 0) -> Depth:  # of the errors
     "Depth as networks give it: every frame has its own scale, and slow waves run over it."
     T, _, H, W = depth.data.shape
     factor = 1 + scale * torch.randn(T, 1, 1, 1, generator=generator(seed, "depth", "scale"))

@@ -57,7 +57,7 @@ def _expand(q, centre, radius):
     return x * radius / (1 - np.linalg.norm(x, axis=-1, keepdims=True).clip(max=0.9999)) + centre
 
 
-def pack_timeline(tl: Timeline,
+def pack_timeline(tl: Timeline,         # the timeline
                   most: int = 200_000   # Gaussians; of more, the largest and most opaque are kept
                  ):
     "(facts for the page's head, bytes)."
@@ -94,7 +94,7 @@ def pack_timeline(tl: Timeline,
     return facts, bytes(data)
 
 
-def unpack_timeline(facts: dict, data: bytes) -> dict:
+def unpack_timeline(facts: dict, data: bytes) -> dict:  # of `pack_timeline`; its bytes
     "What the page will draw: positions [T,N,3], quats [T,N,4], scales [N,3], rgba [N,4], label [N], life [N,2]."
     part = lambda name, *shape: np.frombuffer(data, "<" + facts["parts"][name]["kind"], facts["parts"][name]["count"], facts["parts"][name]["offset"]).reshape(*shape)
     T, N, S, (low, high) = facts["frames"], facts["count"], facts["still"], facts["scale"]
@@ -236,8 +236,8 @@ details{font-size:13px;opacity:.85}summary{cursor:pointer}
 HELP = ("drag: orbit (arrow keys) · wheel, pinch or + and -: zoom · right drag, shift drag, two fingers or W A S D: shift · space: play · , and .: one frame · F: follow the camera · H: home · M: movers")
 
 
-def viewer_html(tl: Timeline,
-                title: str = "GFlow",
+def viewer_html(tl: Timeline,              # the timeline
+                title: str = "GFlow",      # of the page
                 poster: int = 4,           # rendered frames for browsers without WebGL; 0: none
                 most: int = 200_000        # Gaussians, see `pack_timeline`
                ) -> str:
@@ -283,7 +283,7 @@ def covariances(g) -> np.ndarray: # Gaussians
     return (axes @ axes.mT).numpy()
 
 
-def serve_viser(tl: Timeline,
+def serve_viser(tl: Timeline,            # the timeline
                 port: int = 8080,        # of the web page
                 block: bool = True):     # wait until interrupted
     "Shows the timeline through viser; returns its server."

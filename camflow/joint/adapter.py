@@ -31,7 +31,7 @@ KINDS = {"BasicTransformerBlock": "spatial", "TemporalBasicTransformerBlock": "t
 WANTED = {"spatial": ("spatial", "video"), "temporal": ("temporal", "video"), "both": ("spatial", "temporal", "video")}
 
 
-def joint_blocks(model: nn.Module,
+def joint_blocks(model: nn.Module,            # UNet of SD or SVD, or a Wan transformer
                  attention: str = "spatial",  # spatial, temporal or both; a Wan transformer has one kind, which sees all frames
                  ) -> dict:                   # {name: block}
     "The blocks whose self-attention can be joined."
@@ -68,15 +68,20 @@ class ModelSpec:
 class State:
     "What is in use during a call; the hooks look here."
     layout: Layout | None = None      # None: the plain network
-    joint: bool = True
-    lora: bool = True
+    joint: bool = True                # the joint term is added
+    lora: bool = True                 # our LoRAs act
     gate: torch.Tensor | None = None  # [n] in the layout's order
-    side: str = "token"
+    side: str = "token"               # of the LoRAs: token or query
     fuse: bool = True                 # False: never form the product of the output projection and the trained matrix
     record: Any = None                # a dict: gathers what each branch computed
 
 # %% ../../nbs/joint/02_adapter.ipynb #77806d3b
-def inject(model: nn.Module, adapter: str, layers: list, rank: int, alpha: float, seed: int = 0):
+def inject(model: nn.Module,  # changed in place
+           adapter: str,      # name of the LoRA
+           layers: list,      # their names
+           rank: int,         # of every layer
+           alpha: float,      # scale times rank
+           seed: int = 0):    # of the draw
     "Adds a LoRA to layers, B zero, A drawn by the layer's name; inactive for PEFT, and nothing else of the model changes."
     tuners = lambda: {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     active, known = {name: list(m.active_adapters) for name, m in tuners().items()}, dict(getattr(model, "peft_config", None) or {})
@@ -250,7 +255,7 @@ def state_dict(self: JointAdapter) -> dict: return {name: p.detach() for name, p
 def load_state_dict(self: JointAdapter, state: dict): # {name: tensor}
     "Strict: every parameter, no other."
     mine = self.parameters_by_name()
-    if wrong := sorted(set(mine) ^ set(state)): raise InputError(f"{len(wrong)} parameters are only in the file or only in the adapter, first {wrong[0]!r}")
+    if wrong := sorted(set(mine) ^ set(state)): raise InputError(f"{len(wrong)} parameters are only in the file or only in the adapter, first {wrong[0]!r}; give the file of an adapter with the same roles and blocks")
     if wrong := [name for name, p in mine.items() if p.shape != state[name].shape]:
         raise InputError(f"{wrong[0]} is {tuple(state[wrong[0]].shape)} in the file, {tuple(mine[wrong[0]].shape)} here: another rank or another post projection")
     with torch.no_grad():
@@ -284,17 +289,3 @@ def remove(self: JointAdapter):
     if not getattr(self.model, "peft_config", True): del self.model.peft_config
     del self.model.__dict__["joint_adapter"]
     return self.model
-
-
-@patch
-def save(self: JointAdapter, folder, dtype=None): # to write; of the tensors, None: as trained
-    "joint.json, post.safetensors and one PEFT folder per LoRA."
-    from camflow.joint.adapter_files import save_adapter
-    return save_adapter(self, folder, dtype)
-
-
-@patch(cls_method=True)
-def load(cls: JointAdapter, model: nn.Module, folder): # the network that it was trained on; written by `save`
-    "A saved adapter on its network."
-    from camflow.joint.adapter_files import load_adapter
-    return load_adapter(model, folder)

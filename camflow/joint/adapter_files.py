@@ -53,7 +53,7 @@ def unicon_state(adapter: JointAdapter, model: str = "") -> dict: # {file: {key:
     return files
 
 # %% ../../nbs/joint/03_adapter_files.ipynb #3c4d083e
-def write_unicon(adapter: JointAdapter,
+def write_unicon(adapter: JointAdapter,          # with that model
                  folder,                        # appears with xy_lora/, yx_lora/, y_lora/, model.pth and config.json
                  model: str = "",               # which trained model of the adapter
                  base_model_id: str = "",       # what it was trained on, for the JSON
@@ -76,8 +76,8 @@ def write_unicon(adapter: JointAdapter,
 class FileReport:
     "What a checkpoint did to an adapter."
     model: str          # its name in the adapter
-    post: str
-    rank: int
+    post: str           # conv or conv_fuse
+    rank: int           # of its LoRAs
     matched: int        # parameters that got their values from the files
     unmatched: list     # keys of the files that nothing in the adapter answers to
     missing: list       # parameters of the adapter that the files do not have
@@ -102,7 +102,7 @@ def lora_folder(folder: Path, kind: str) -> tuple: # ({layer: Pair}, keys that a
 
 def post_file(folder: Path) -> tuple: # ({block: weight}, other keys)
     "The post projections of model.pth; its LoRAs are in the LoRA files, as the release reads it."
-    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use JointAdapter.load for camflow's own folders")
+    if not (folder / "model.pth").is_file(): raise InputError(f"{folder} has no model.pth: not a UniCon checkpoint; use load_adapter for camflow's own folders")
     state = torch.load(folder / "model.pth", map_location="cpu", weights_only=True)
     posts = {k.removesuffix(".conv1n.weight"): v for k, v in state.items() if k.endswith(".conv1n.weight")}
     return posts, [f"model.pth: {k}" for k in state if not k.endswith(".conv1n.weight") and "lora" not in k]
@@ -115,7 +115,7 @@ def find_checkpoint(path) -> tuple: # of a folder or a model's JSON; (folder, co
     config = read_json(path)
     if "checkpoint_path" not in config: raise InputError(f"{path} has no checkpoint_path; a model JSON of UniCon or its checkpoint folder is wanted")
     places = path.parent / config["checkpoint_path"], Path(config["checkpoint_path"])
-    if not (found := [p for p in places if p.is_dir()]): raise InputError(f"{path} names the checkpoint {config['checkpoint_path']!r}, which is neither beside it nor here")
+    if not (found := [p for p in places if p.is_dir()]): raise InputError(f"{path} names the checkpoint {config['checkpoint_path']!r}, which is neither beside it nor here; put the folder beside the JSON, or give the folder itself")
     return found[0], config
 
 
@@ -123,8 +123,8 @@ def files_spec(pairs: dict, posts: dict) -> tuple: # of lora_folder, of post_fil
     "What the tensors say about the adapter; refuses a mixture."
     ranks = {pair.rank for kind in pairs.values() for pair in kind.values()}
     if len(ranks) > 1: raise InputError(f"LoRAs of ranks {sorted(ranks)} in one checkpoint; one rank per model is wanted: are files of two trainings mixed?")
-    if not ranks: raise InputError("no LoRA in this checkpoint: xy_lora, yx_lora and y_lora are empty or not there")
-    if not posts: raise InputError("model.pth has no ...conv1n.weight: not a UniCon checkpoint")
+    if not ranks: raise InputError("no LoRA in this checkpoint: xy_lora, yx_lora and y_lora are empty or not there; give the folder that holds them")
+    if not posts: raise InputError("model.pth has no ...conv1n.weight: not a UniCon checkpoint; give a folder of UniCon's, or of write_unicon")
     width = {block: next((p.up.shape[0] for layer, p in pairs["xy"].items() if layer == f"{block}.attn1n.to_out.0"), None) for block in posts}
     kinds = {"conv" if weight.shape[0] == width[block] else "conv_fuse" for block, weight in posts.items() if width[block]}
     if len(kinds) != 1: raise InputError(f"the post projections of this checkpoint are {sorted(kinds) or 'of blocks without xy_lora'}; all conv or all conv_fuse is wanted")
@@ -149,7 +149,7 @@ def read_unicon(target,                  # a network, or a JointAdapter on one
     (posts, other), loras = post_file(folder), {kind: lora_folder(folder, kind) for kind in KINDS}
     pairs, unmatched = {kind: found for kind, (found, _) in loras.items()}, other + [key for _, left in loras.values() for key in left]
     known, post = files_spec(pairs, posts)
-    if rank not in (None, known): raise InputError(f"{folder} holds LoRAs of rank {known}, rank {rank} is wanted")
+    if rank not in (None, known): raise InputError(f"{folder} holds LoRAs of rank {known}, rank {rank} is wanted; leave rank out, or give a checkpoint of that rank")
     if config.get("post_joint", post) != post: raise InputError(f"the JSON says post_joint {config['post_joint']!r}, the tensors are {post}: files of two models mixed?")
     fresh = not isinstance(target, JointAdapter)
     adapter = JointAdapter(target, empty=True, **settings) if fresh else target
@@ -159,7 +159,15 @@ def read_unicon(target,                  # a network, or a JointAdapter on one
         raise
 
 
-def fill(adapter, pairs, posts, unmatched, name, rank, post, strict, folder) -> FileReport:
+def fill(adapter,    # that is filled
+         pairs,      # {kind: {layer: Pair}}
+         posts,      # {block: weight}
+         unmatched,  # keys that fit nothing so far
+         name,       # of the model in the adapter
+         rank,       # of the files
+         post,       # conv or conv_fuse
+         strict,     # False: what does not fit is only reported
+         folder) -> FileReport:  # for messages
     "Puts the tensors of a checkpoint into a model of the adapter, made if it is not there."
     wanted = {f"{b}.conv1n.weight": (b, w) for b, w in posts.items()}
     wanted |= {f"{layer}.lora_{side}.{kind}_lora.weight": (layer, t) for kind, found in pairs.items() for layer, p in found.items() for side, t in (("A", p.down), ("B", p.up))}
@@ -183,7 +191,7 @@ def fill(adapter, pairs, posts, unmatched, name, rank, post, strict, folder) -> 
     return report
 
 
-def check_widths(adapter, wanted, folder):
+def check_widths(adapter, wanted, folder):  # that is filled; {key: (layer, tensor)}; for messages
     "Refuses tensors of another width."
     for key, (where, tensor) in wanted.items():
         layer = where.replace(".attn1n.", ".attn1.")
@@ -209,7 +217,7 @@ def unnamed(name: str, model: str) -> str: # parameter, model
     return name.replace(f".post1n.{model}.", ".conv1n.")
 
 # %% ../../nbs/joint/03_adapter_files.ipynb #2810d58c
-def save_adapter(adapter: JointAdapter,
+def save_adapter(adapter: JointAdapter, # with all its models
                  folder,                # appears with joint.json, post.safetensors and a PEFT folder per LoRA
                  dtype=None) -> dict:   # None: as trained; returns the JSON
     "Writes all models of an adapter."
@@ -238,10 +246,10 @@ def load_adapter(model: nn.Module,        # the network that it was trained on
     folder = Path(folder)
     told = read_json(folder / "joint.json")
     if told.get("format") != "camflow joint adapter": raise InputError(f"{folder}/joint.json is not of a camflow joint adapter; for a UniCon checkpoint use read_unicon")
-    if told["network"] != type(model).__name__: raise InputError(f"{folder} is an adapter of a {told['network']}, the model is a {type(model).__name__}")
+    if told["network"] != type(model).__name__: raise InputError(f"{folder} is an adapter of a {told['network']}, the model is a {type(model).__name__}; give the base that it was trained on")
     state = {}
     for file, digest in told["files"].items():
-        if not (folder / file).is_file(): raise InputError(f"{folder} lacks {file}")
+        if not (folder / file).is_file(): raise InputError(f"{folder} lacks {file}, which its joint.json names; copy the whole folder")
         if sha256_file(folder / file) != digest: raise InputError(f"{folder / file} is not the file that joint.json was written with: files of two adapters mixed?")
         adapter, tensors = file.split("/")[0], load_file(folder / file)
         state |= tensors if file == "post.safetensors" else {re.sub(r"\.lora_([AB])\.weight$", rf".lora_\1.{adapter}.weight", k.removeprefix("base_model.model.")): t for k, t in tensors.items()}

@@ -42,7 +42,7 @@ class SharedAttention(nn.Module):
         self.to_out = nn.ModuleList([SharedLinear(base_of(attn.to_out[0]))])
 
 
-def base_of(layer: nn.Module) -> nn.Linear:
+def base_of(layer: nn.Module) -> nn.Linear:  # of the network
     "The linear layer below PEFT's."
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
@@ -111,7 +111,7 @@ class JointBranch:
         context, mask, rotary = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((1, "encoder_hidden_states"), (2, "attention_mask"), (3, "rotary_emb")))
         if context is not None or mask is not None: raise InputError(f"{self.name}.attn1 was given a context or a mask; the joint term is defined for plain self-attention")
         k, rest = divmod(len(h), state.layout.n)
-        if rest: raise InputError(f"{self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}")
+        if rest: raise InputError(f"{self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}; batch whole pairs, or call use(layout) first")
         parts = [part for run in state.layout.runs for part in self.run(attn, run, h, seen, rotary, k)]
         return assemble(out, parts, k) if parts else None
 
@@ -159,7 +159,7 @@ class JointBranch:
         return terms
 
 # %% ../../nbs/joint/01_branch.ipynb #2bd5891a
-def foreign(layer) -> bool:
+def foreign(layer) -> bool:  # of the network
     "Whether a LoRA that is not ours acts in this layer."
     return isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and bool(layer.active_adapters)
 

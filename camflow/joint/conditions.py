@@ -157,7 +157,10 @@ def sample_set(pipe,                     # of `open_pipeline`
                pixels: dict,             # {name: signed [B,F,3,H,W]} at least of the conditions
                captions: list,           # B prompts (pictures)
                wishes: dict,             # of `choose`
-               steps: int = 16, guidance: float = 1.0, signal_guidance: float = 0.0, joint_scale: float = 1.0,
+               steps: int = 16,               # calls of the network
+               guidance: float = 1.0,         # of the text; 1: none
+               signal_guidance: float = 0.0,  # of the joint branch; 0: none
+               joint_scale: float = 1.0,      # of the joint term; 0: without it
                clean_condition: str = "exact", seed: int = 0, **options # of the pipeline: fps, motion_bucket_id, noise_aug_strength, image
               ) -> dict:                 # {name: signed [B,F,3,H,W]}
     "Samples of all modalities."

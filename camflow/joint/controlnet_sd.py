@@ -42,7 +42,15 @@ def controlled_prediction(unet, controlnet, noisy_BChw, t_B, text_BLD, condition
     return unet(noisy_BChw, t_B, down_block_additional_residuals=down, mid_block_additional_residual=mid, **given)[0]
 
 # %% ../../nbs/joint/32_controlnet_sd.ipynb #814936e2
-def control_loss(unet, controlnet, latents_BChw, text_BLD, condition_BCHW, t_B, noise_BChw, scheduler, gamma: float | None = 5.0):
+def control_loss(unet,            # the network
+                 controlnet,      # trained for this network
+                 latents_BChw,    # clean
+                 text_BLD,        # embedded prompts
+                 condition_BCHW,  # 0..1
+                 t_B,             # steps of the schedule
+                 noise_BChw,      # unit variance
+                 scheduler,       # of diffusers
+                 gamma: float | None = 5.0):  # of min-SNR weights; None: equal weights
     "(loss, of each sample [B])."
     alphas, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
     out = controlled_prediction(unet, controlnet, add_noise(latents_BChw, noise_BChw, t_B, alphas), t_B, text_BLD, condition_BCHW)
@@ -57,7 +65,7 @@ def control_pipeline(parts: dict, controlnet) -> StableDiffusionControlNetPipeli
     return pipe
 
 
-def control_images(pipe: StableDiffusionControlNetPipeline,
+def control_images(pipe: StableDiffusionControlNetPipeline,  # of `control_pipeline`
                    prompts: list,            # one per condition
                    condition: Frames,        # [B,C,H,W]
                    scale: float = 1.0,       # 0: control off

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..files import InputError
 from .models import set_norm_groups
-from ..media.frames import RANGES, Frames
+from ..media.frames import Frames
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels, D width of an image embedding
 
@@ -41,12 +41,18 @@ def condition_tensor(condition: Frames,      # [F,C,H,W] pictures of depth or fl
 class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
     "Encoder of SVD's network with a condition and zero convolutions."
     @register_to_config
-    def __init__(self, sample_size=None, in_channels=8, out_channels=4,
-                 down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
-                 up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3, block_out_channels=(320, 640, 1280, 1280),
-                 addition_time_embed_dim=256, projection_class_embeddings_input_dim=768, layers_per_block=2, cross_attention_dim=1024,
+    def __init__(self, sample_size=None,  # as in the UNet's config
+                       in_channels=8,     # as in the UNet's config
+                       out_channels=4,    # as in the UNet's config
+                 down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),  # as in the UNet's config
+                 up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,  # as in the UNet's config
+                 block_out_channels=(320, 640, 1280, 1280),                                            # as in the UNet's config
+                 addition_time_embed_dim=256,                # as in the UNet's config
+                 projection_class_embeddings_input_dim=768,  # as in the UNet's config
+                 layers_per_block=2,                         # as in the UNet's config
+                 cross_attention_dim=1024,                   # as in the UNet's config
                  transformer_layers_per_block=1, num_attention_heads=(5, 10, 20, 20), num_frames=25,      # as SVD's network
-                 conditioning_channels: int = 3, conditioning_embedding_out_channels=(16, 32, 96, 256),
+                 conditioning_channels: int = 3, conditioning_embedding_out_channels=(16, 32, 96, 256),   # of the condition; widths of the condition's encoder
                  conditioning_range: str = "signed",  # of the condition: "signed" or "unit"
                  conditioning_kind: str = "",         # what it is trained on, e.g. "depth"
                  norm_groups: int | None = None):     # of its group norms, as `tiny_svd` may have; None: 32, as published
@@ -122,7 +128,7 @@ ControlNetSpatioTemporal.from_unet = classmethod(_from_unet)
 
 # %% ../../nbs/joint/33_controlnet_svd.ipynb #fbbaebe1
 @contextmanager
-def controlled(unet: UNetSpatioTemporalConditionModel,
+def controlled(unet: UNetSpatioTemporalConditionModel,  # the network
                down: list, mid: torch.Tensor):   # of the ControlNet, rows B*F
     "Context manager: inside, the network's skip connections and middle have these residuals added."
     rest, places = list(down), []
@@ -144,7 +150,7 @@ def controlled(unet: UNetSpatioTemporalConditionModel,
 
 # %% ../../nbs/joint/33_controlnet_svd.ipynb #8192e81b
 @contextmanager
-def steered(unet, controlnet: ControlNetSpatioTemporal,
+def steered(unet, controlnet: ControlNetSpatioTemporal,  # the network; trained for this network
             condition_BFCHW: torch.Tensor,      # in the ControlNet's range; B divides the rows of the network's batch
             scale: float = 1.0):                # of the residuals; 0: off
     "Context manager: inside, every call of the network is steered by the ControlNet."
@@ -163,7 +169,12 @@ class SVDControlNetPipeline(StableVideoDiffusionPipeline):
     "Image and condition to video."
     model_cpu_offload_seq = "image_encoder->controlnet->unet->vae"
 
-    def __init__(self, vae, image_encoder, unet, controlnet: ControlNetSpatioTemporal, scheduler, feature_extractor):
+    def __init__(self, vae,                                   # its VAE
+                       image_encoder,                         # CLIP's image half
+                       unet,                                  # the network
+                       controlnet: ControlNetSpatioTemporal,  # trained for this network
+                       scheduler,                             # of diffusers
+                       feature_extractor):                    # CLIP's preprocessing
         super().__init__(vae, image_encoder, unet, scheduler, feature_extractor)
         self.register_modules(controlnet=controlnet)
 

@@ -19,6 +19,7 @@ from .controlnet_sd import control_images, control_loss, control_pipeline, sd_co
 from .controlnet_svd import ControlNetSpatioTemporal, controlled, steered
 from .coupling import coupling, decoded_flows, edge_agreement, motion_agreement, silhouette_agreement, warp_errors
 from .edm import draw_sigmas
+from .models import latent_factor
 from .svd_train import Clips, rate_checked, sample_videos, svd_conditions, svd_loss
 from .timesteps import drop_prompts, null_prompts
 from .tracks import draw_starts, follow, track_maps
@@ -92,7 +93,7 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     "A ControlNet beside its frozen base."
     unet, _, frozen = joint.build(joint_config(config))
     unet.requires_grad_(False).eval().to(device())
-    factor, start = 2 ** (len(frozen.vae.config.block_out_channels) - 1), config["start"]
+    factor, start = latent_factor(frozen.vae), config["start"]
     if config["family"] == "sd":
         from diffusers import ControlNetModel
         controlnet = from_folder(ControlNetModel, start) if start else sd_controlnet(unet, factor, seed=config.get("seed", 0))
@@ -100,7 +101,7 @@ def build(config: dict): # full -> (ControlNet, frozen network, Encoders)
     return controlnet.requires_grad_(True), unet, frozen
 
 
-def sd_step(unet, frozen, config: dict):
+def sd_step(unet, frozen, config: dict):  # the network; of `Encoders`; the full configuration
     "(controlnet, batch, generator) -> (loss, numbers), depth to image."
     scheduler, null = frozen.parts["scheduler"], frozen.text([""])
     def step(controlnet, batch, g):
@@ -125,7 +126,7 @@ def steering_pictures(config: dict, codecs: dict, coded_BF3HW, g) -> torch.Tenso
     return torch.stack(maps).to(coded_BF3HW)
 
 
-def svd_step(unet, frozen, codecs: dict, config: dict):
+def svd_step(unet, frozen, codecs: dict, config: dict):  # the network; of `Encoders`; {modality: codec}; the full configuration
     "(controlnet, batch, generator) -> (loss, numbers), to video."
     def step(controlnet, batch, g):
         video, coded = batch[0].to(device()).chunk(2)
@@ -209,7 +210,7 @@ def trained_controlnet(run_dir, config=None): # folder of a run; None: its confi
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     controlnet, unet, frozen = build(config)
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
-    load_strict(controlnet.state_dict(), {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, f"checkpoint {ckpt.path}")
+    load_strict(controlnet.state_dict(), ckpt.weights, f"checkpoint {ckpt.path}")
     return controlnet.eval().to(device()), unet, frozen, codecs_of(config), config
 
 

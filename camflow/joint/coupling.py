@@ -15,7 +15,6 @@ import torch
 from ..files import InputError
 from ..flow.consistency import warp
 from .shapes import overlap, silhouette
-from ..media.frames import Flow
 # Shapes: B samples, F frames, C channels, H rows, W columns
 
 # %% ../../nbs/joint/25_coupling.ipynb #93d3b840
@@ -126,7 +125,7 @@ def cycle(x, make,       # first halves; (name of the given half, its samples) -
 
 
 def plot_curves(records: list,  # dicts with "step" and, per direction, a `coupling`
-                ax=None):
+                ax=None):       # matplotlib axes; None: new ones
     "Paired (solid) and shuffled (dotted) agreement over training."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]

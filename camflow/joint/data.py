@@ -48,11 +48,11 @@ def check_item(item: dict) -> dict: # the same item
 @dataclass(frozen=True)
 class Crop:
     "A window in the original and whether it is mirrored."
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool
+    top: int  # first row
+    left: int  # first column
+    height: int  # rows
+    width: int  # columns
+    flip: bool  # mirrored after the cut
 
 
 def draw_crop(size, target,           # (H, W) of the item; to be made
@@ -100,7 +100,7 @@ class PandaClip:
     video: str           # video id
     start: float         # seconds
     end: float           # seconds
-    caption: str | None
+    caption: str | None  # None: the table has none
     score: float         # matching score; NaN when not given
 
 

@@ -41,17 +41,17 @@ def precondition(sigma) -> Precondition: # number or tensor, > 0
 def _wide(sigma_B, x): return sigma_B.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def edm_noise(clean, noise, sigma_B) -> torch.Tensor:
+def edm_noise(clean, noise, sigma_B) -> torch.Tensor:  # latents; unit variance; noise level of each sample
     "$x_0+\\sigma\\epsilon$."
     return clean + noise * _wide(sigma_B, clean)
 
 
-def model_input(noisy, sigma_B) -> torch.Tensor:
+def model_input(noisy, sigma_B) -> torch.Tensor:  # at sigma_B; noise level of each sample
     "$c_{in}\\,x$."
     return noisy * _wide(precondition(sigma_B).c_in, noisy)
 
 
-def denoised(prediction, noisy, sigma_B) -> torch.Tensor:
+def denoised(prediction, noisy, sigma_B) -> torch.Tensor:  # of the network; at sigma_B; noise level of each sample
     "$D(x,\\sigma)$ of the network's output."
     of = precondition(sigma_B)
     return prediction * _wide(of.c_out, noisy) + noisy * _wide(of.c_skip, noisy)
@@ -73,13 +73,13 @@ def edm_loss(prediction,                        # the network's output [B,F,C,H,
 # %% ../../nbs/joint/11_edm.ipynb #a836c4b1
 def lognormal(normal: torch.Tensor,  # standard normal
               mean: float = 0.7,     # of ln sigma
-              std: float = 1.6) -> torch.Tensor:
+              std: float = 1.6) -> torch.Tensor:  # of ln sigma
     "Sigmas of normal draws."
     return (mean + std * normal).exp()
 
 
 def lognormal_sigmas(u: torch.Tensor, # uniform in [0,1]; 0 is low noise
-                     mean: float = 0.7, std: float = 1.6) -> torch.Tensor:
+                     mean: float = 0.7, std: float = 1.6) -> torch.Tensor:  # of ln sigma; of ln sigma
     "Sigmas of uniform draws; u is squeezed by 1e-7 so that both ends are finite."
     return lognormal(torch.erfinv(2 * (u * (1 - 2e-7) + 1e-7) - 1) * math.sqrt(2), mean, std)
 
@@ -91,7 +91,9 @@ def _cosine_logsnr(t, low, high):
 
 def cosine_sigmas(u: torch.Tensor,              # uniform in [0,1]; 0 is the highest noise here, as published
                   image_d: float = 64, noise_d_low: float = 32, noise_d_high: float = 64, # resolutions between which the schedule is shifted
-                  sigma_data: float = 0.5, minimum: float = SIGMA_MIN, maximum: float = SIGMA_MAX) -> torch.Tensor:
+                  sigma_data: float = 0.5,     # spread of the data
+                  minimum: float = SIGMA_MIN,  # sigma at u = 0
+                  maximum: float = SIGMA_MAX) -> torch.Tensor:  # sigma at u = 1
     "Sigmas of an interpolated shifted cosine schedule."
     low, high = -2 * math.log(minimum / sigma_data), -2 * math.log(maximum / sigma_data)
     def shifted(noise_d):
@@ -167,7 +169,7 @@ def svd_sample(unet,                     # UNetSpatioTemporalConditionModel
                image_embeds_B1D,         # CLIP
                ids_B3,                   # `added_time_ids`
                scheduler=None,           # None: `svd_scheduler()`
-               steps: int = 25,
+               steps: int = 25,          # calls of the network
                guidance=(1.0, 3.0),      # first and last frame; None: no guidance, half the cost
                callback=None):           # (step, latents) after every step
     "Video latents of one image."

@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['MODES', 'BETWEEN', 'end_conditions', 'end_latents', 'single_model', 'fusion_weights', 'fusion_model',
-           'sample_between', 'InterpolateOutput', 'one_picture', 'SVDInterpolatePipeline']
+           'sample_between', 'InterpolateOutput', 'one_picture', 'put_on', 'SVDInterpolatePipeline']
 
 # %% ../../nbs/joint/40_interpolate.ipynb #098abf65
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from ..device import device, generator as named_generator
-from ..files import InputError
+from ..files import InputError, read_json
 from .edm import added_time_ids, augment, frame_guidance, svd_scheduler
-from .models import load_svd, save_parts
+from .models import load_svd, save_parts, side_multiple
 from .schedule import Levels
-from .time_reversal import rotated
+from .svd_lora import load_svd_lora
+from .time_reversal import load_twin, rotated
 from .train import Encoders
 from ..media.frames import Frames, from_pil, to_pil
+from ..training.checkpoint import from_folder
 
 # B samples, F frames, C channels, H W pixels, h w latent pixels, D width of an image embedding
 
@@ -103,12 +106,12 @@ def fusion_model(unet, first_BCHW, last_BCHW, embeds_B2D, ids_B3, # of `end_cond
 def sample_between(model,                    # of `single_model`, `fusion_model`
                    noise_BFCHW,              # unit variance
                    scheduler=None,           # None: `svd_scheduler()`
-                   steps: int = 25,
+                   steps: int = 25,           # calls of the network
                    hold=None,                # (first, last) [B,C,h,w] with the VAE's factor: frames 0 and F-1 end as these
                    repeats: int = 1,         # times a step is taken
                    repeat_until: float = 0.5, # share of the steps that are repeated
                    renoise=None,             # (step, repeat, shape) -> unit noise; None: drawn from a fixed seed
-                   callback=None):           # (step, latents)
+                   ):
     "Video latents between two pictures."
     if repeats < 1 or not 0 <= repeat_until <= 1: raise InputError(f"repeats={repeats}, repeat_until={repeat_until}; sample_between; at least 1, and a share of the steps")
     if noise_BFCHW.shape[1] < 2: raise InputError(f"{noise_BFCHW.shape[1]} frame; sample_between; an interpolation has at least two")
@@ -128,15 +131,14 @@ def sample_between(model,                    # of `single_model`, `fusion_model`
                 spread = (levels.sigma(step) ** 2 - levels.sigma(step + 1) ** 2) ** 0.5
                 x = held(x_next + spread * renoise(step, repeat, x.shape).to(x), step)
         x = x_next
-        if callback is not None: callback(step, x)
     return x
 
 # %% ../../nbs/joint/40_interpolate.ipynb #8b8f2f61
 @dataclass
 class InterpolateOutput(BaseOutput):
     "`frames`: what `output_type` asks for; `mode`: how it was made."
-    frames: object
-    mode: str
+    frames: object  # Frames, pictures or latents
+    mode: str  # single or fusion
 
 
 def one_picture(value, name: str) -> Frames: # Frames of one picture or a Pillow image; its name in messages
@@ -147,12 +149,25 @@ def one_picture(value, name: str) -> Frames: # Frames of one picture or a Pillow
     out = value.signed()
     return Frames(out.data.float().expand(-1, 3, -1, -1), "signed")
 
+
+def put_on(unet,              # the base that was trained on; a LoRA is added to it
+           folder) -> dict:   # of `interpolate_train.export_interpolator`; returns arguments of SVDInterpolatePipeline
+    "The network of a trained interpolation."
+    folder = Path(folder)
+    if not (folder/"interpolate.json").is_file(): raise InputError(f"no {folder/'interpolate.json'}; put_on; give a folder of export_interpolator")
+    told = read_json(folder/"interpolate.json")
+    found = {k: told[k] for k in ("mode", "between", "frames")}
+    if told["mode"] == "fusion": return found | dict(unet=unet, backward=load_twin(unet, folder), rotate=told["rotate"])
+    if told["trained"] == "lora": load_svd_lora(unet, folder, rank=told["rank"])
+    else: unet = from_folder(type(unet), folder/"unet").eval()
+    return found | dict(unet=unet)
+
 # %% ../../nbs/joint/40_interpolate.ipynb #62a82f60
 class SVDInterpolatePipeline(DiffusionPipeline):
     "First and last picture to video."
     model_cpu_offload_seq = "image_encoder->unet->vae"
 
-    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler,
+    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler,  # its VAE; CLIP's image half; CLIP's preprocessing; the network; of diffusers
                  mode: str = "fusion",       # "single": the network was trained for both ends
                  between: str = "zeros",     # as trained, single only
                  frames: int | None = None,  # of a video; None: the network's own
@@ -170,7 +185,6 @@ class SVDInterpolatePipeline(DiffusionPipeline):
         "The pipeline of a folder; a plain SVD is used by fusion."
         parts = load_svd(folder, dtype)
         if trained is None: return cls(**parts, **changes)
-        from camflow.joint.interpolate_train import put_on
         return cls(**parts | put_on(parts["unet"], trained) | changes)
 
     def save_pretrained(self, folder, half: bool = False, **_): # weights in float16
@@ -180,7 +194,7 @@ class SVDInterpolatePipeline(DiffusionPipeline):
     @property
     def multiple(self) -> int:
         "Sides of a picture are multiples of this."
-        return 2 ** (len(self.vae.config.block_out_channels) - 1 + len(self.unet.config.block_out_channels) - 1)
+        return side_multiple(self.vae, self.unet)
 
     def checked_ends(self, first, last) -> tuple: # signed [1,3,H,W] each
         "Both pictures, or why not."

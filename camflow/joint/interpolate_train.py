@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'DEFAULTS', 'TINY', 'svd_config', 'checked', 'build', 'conditions_of', 'interpolation_loss', 'sample_ends',
-           'sheet', 'videos', 'main', 'interpolator', 'export_interpolator', 'put_on', 'start_base', 'finish_base']
+           'sheet', 'videos', 'main', 'interpolator', 'export_interpolator', 'start_base', 'finish_base']
 
 # %% ../../nbs/joint/43_interpolate_train.ipynb #6c2979a2
 from pathlib import Path
@@ -18,9 +18,9 @@ from .data import panda_videos, video_folder, webvid_videos
 from .edm import draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
 from .interpolate import BETWEEN, MODES, end_conditions, end_latents, fusion_model, sample_between, single_model
 from .interpolate_scores import between_scores, guess
-from .models import save_parts, tiny_svd
-from .svd_lora import load_svd_lora, save_svd_lora
-from .time_reversal import backward_twin, load_twin, rotated, save_twin
+from .models import save_parts, side_multiple, tiny_svd
+from .svd_lora import save_svd_lora
+from .time_reversal import backward_twin, rotated, save_twin
 from .timesteps import instructpix2pix_drops
 from ..media.frames import Frames
 from ..training.loop import TrainConfig, at_least, configuration, fit, positions, run_main
@@ -55,7 +55,7 @@ def checked(config: dict) -> dict: # full configuration
 def build(config: dict): # full -> (network that trains, its frozen base or None, Encoders)
     "Everything but the data."
     parts = joint.parts_of(svd_train.joint_config(svd_config(config)))
-    frozen, unet, k = joint.Encoders(parts, "svd"), parts["unet"], 2 ** (len(parts["vae"].config.block_out_channels) + len(parts["unet"].config.block_out_channels) - 2)
+    frozen, unet, k = joint.Encoders(parts, "svd"), parts["unet"], side_multiple(parts["vae"], parts["unet"])
     if any(n % k for n in config["size"]): raise InputError(f"size={config['size']}; svd_interpolate; sides must be multiples of {k} for this model")
     if config["mode"] == "single": return svd_train.prepare(unet, svd_config(config)), None, frozen
     unet.eval().to(device())
@@ -74,7 +74,13 @@ def conditions_of(frozen, video_BF3HW, config: dict, g=None): # generator of the
     return first, last, embeds, ids
 
 
-def interpolation_loss(model, base, latents_BFCHW, conditions: tuple, sigma_B, noise_BFCHW, config: dict):
+def interpolation_loss(model,              # the network
+                       base,               # frozen forward pass of a twin; None: a single network
+                       latents_BFCHW,      # clean
+                       conditions: tuple,  # of `conditions_of`
+                       sigma_B,            # noise level of each sample
+                       noise_BFCHW,        # unit variance
+                       config: dict):      # the full configuration
     "(loss, of each sample [B]); `base` is the frozen forward pass of a twin."
     first, last, embeds, ids = conditions
     noisy, t = edm_noise(latents_BFCHW, noise_BFCHW, sigma_B), precondition(sigma_B).c_noise
@@ -146,13 +152,11 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
 # %% ../../nbs/joint/43_interpolate_train.ipynb #c00d8bb7
 def interpolator(run_dir, config=None): # folder of a run; None: its config.json -> (network, base or None, Encoders, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     run_dir = Path(run_dir)
     config = configuration(config or read_json(run_dir/"config.json"), DEFAULTS)
     model, base, frozen = build(config)
-    ckpt, own = load_checkpoint(run_dir/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval().to(device()), base, frozen, config
 
 
@@ -164,19 +168,6 @@ def export_interpolator(run_dir, out, config=None): # folder of the run; folder 
     elif config["trained"] == "lora": save_svd_lora(model, out)
     else: model.save_pretrained(out/"unet")
     write_json(out/"interpolate.json", {k: config[k] for k in ("mode", "trained", "between", "rotate", "rank", "frames", "size", "fps", "motion_bucket")})
-
-
-def put_on(unet, folder) -> dict: # the base that was trained on; of `export_interpolator` -> arguments of SVDInterpolatePipeline
-    "The network of a trained interpolation."
-    from camflow.training.checkpoint import from_folder
-    folder = Path(folder)
-    if not (folder/"interpolate.json").is_file(): raise InputError(f"no {folder/'interpolate.json'}; put_on; give a folder of export_interpolator")
-    told = read_json(folder/"interpolate.json")
-    found = {k: told[k] for k in ("mode", "between", "frames")}
-    if told["mode"] == "fusion": return found | dict(unet=unet, backward=load_twin(unet, folder), rotate=told["rotate"])
-    if told["trained"] == "lora": load_svd_lora(unet, folder, rank=told["rank"])
-    else: unet = from_folder(type(unet), folder/"unet").eval()
-    return found | dict(unet=unet)
 
 # %% ../../nbs/joint/43_interpolate_train.ipynb #11dcaac7
 TINY = dict(down_block_types=("DownBlockSpatioTemporal",), up_block_types=("UpBlockSpatioTemporal",))  # attention in the middle only: half the cost

@@ -24,7 +24,7 @@ from ..flow.consistency import warp
 from .adapter import joint_blocks
 from .coupling import warp_errors
 from .interpolate import SVDInterpolatePipeline
-from .models import load_sd
+from .models import load_sd, side_multiple
 from .sample import sample_joint, sd_model
 from .schedule import Levels, coarse_schedule
 from .shapes import COLOURS, WALL, overlap, silhouette
@@ -107,7 +107,9 @@ def edit_keyframes(frozen,                         # joint.train.Encoders of Sta
                    strength: float = 0.7,          # 0 keeps, 1 forgets
                    join: str = "all",              # "none", "all" or "first" (shared attention), "adapter"
                    start: str = "shared",          # "noise" of each keyframe, one "shared" by a video's, "inverted"
-                   steps: int = 50, guidance_scale: float = 7.5, negative_prompt: str = "",
+                   steps: int = 50,              # calls of the network
+                   guidance_scale: float = 7.5,  # of the text; 1: none
+                   negative_prompt: str = "",    # what it shall not show
                    adapter=None, model: str | None = None, joint_scale: float = 1.0, # JointAdapter on `unet`; its model for pairs of frames, None: its only one
                    masks_KB1hw=None,               # 1 edit, 0 keep, at the size of the latents
                    g: torch.Generator | None = None) -> torch.Tensor: # None: a fixed one -> [K,B,3,H,W]
@@ -139,16 +141,16 @@ def edit_keyframes(frozen,                         # joint.train.Encoders of Sta
 @dataclass
 class VideoEditOutput(BaseOutput):
     "`frames` from the first keyframe to the last; `keyframes` edited; `numbers` of them in the source."
-    frames: Frames
-    keyframes: Frames
-    numbers: list
+    frames: Frames  # from the first keyframe to the last
+    keyframes: Frames  # edited
+    numbers: list  # of the keyframes in the source
 
 
 class VideoEditPipeline(DiffusionPipeline):
     "Keyframes on Stable Diffusion, frames between on Stable Video Diffusion."
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
-    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler,
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler,  # its VAE; CLIP's text half; of the text encoder; the network; of diffusers
                  interpolator: SVDInterpolatePipeline | None = None, # None: only keyframes are made
                  adapter=None):                                      # JointAdapter on `unet`
         super().__init__()
@@ -183,7 +185,7 @@ def _call(self, video: Frames,
     "The edited video, from its first keyframe to its last."
     if not isinstance(video, Frames): raise InputError(f"the video is a {type(video).__name__}; VideoEditPipeline; give Frames, whose range is known")
     numbers = keyframe_numbers(keyframes, len(video))
-    k = 2 ** (len(self.vae.config.block_out_channels) - 1 + len(self.unet.config.block_out_channels) - 1)
+    k = side_multiple(self.vae, self.unet)
     if any(n % k for n in video.size): raise InputError(f"{video.size[0]} x {video.size[1]} pixels; VideoEditPipeline; this model takes multiples of {k}")
     g, frozen, self.unet = generator or named_generator(0, "video edit"), Encoders(self.components, "sd"), self.unet.to(device())
     join = join or ("adapter" if self.adapter is not None else "all")
@@ -198,7 +200,7 @@ def _call(self, video: Frames,
 VideoEditPipeline.__call__ = _call
 
 
-def between_keyframes(pipe: SVDInterpolatePipeline,
+def between_keyframes(pipe: SVDInterpolatePipeline,           # between two pictures
                       keyframes: Frames, numbers: list,  # K pictures; their places
                       g=None, fps=None, **options) -> Frames: # of the pipeline; numbers[-1] - numbers[0] + 1 frames
     "Keyframes at their places, interpolations between neighbours."

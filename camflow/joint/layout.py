@@ -129,7 +129,7 @@ def grouped(batch: int,           # samples
             roles: int = 2,       # modalities; rows are [role 0 of all samples, role 1 of all samples, ...]
             pairs=None,           # between roles: (i, j[, weight_i, weight_j, model]); None: every two
             cfg: bool = False,    # the batch twice, without and with text
-            scale: float = 1.0) -> Layout:
+            scale: float = 1.0) -> Layout:  # of the joint term
     "Every sample's modalities look at each other."
     pairs = [(i, j) for i in range(roles) for j in range(i + 1, roles)] if pairs is None else pairs
     if wrong := [p for p in pairs if not (0 <= p[0] < roles and 0 <= p[1] < roles)]: raise InputError(f"pair {wrong[0]} is not of roles 0 to {roles - 1}")
@@ -142,7 +142,7 @@ def adapter_name(model: str,          # "": the only model
     return f"{model}_{kind}_lora" if model else f"{kind}_lora"
 
 
-def lora_masks(layout: Layout,
+def lora_masks(layout: Layout,             # who looks at whom
                y_lora=(),                  # names of the models that have a y_lora
                side: str = "token",        # or "query"
                ) -> dict:                  # {adapter: {layer: one 0 or 1 per row of that layer's batch}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'CHARACTERS', 'SVD_SCHEDULER', 'make_identity', 'identity_vae', 'character_tokenizer', 'tiny_sd',
-           'set_norm_groups', 'tiny_svd', 'save_parts', 'load_sd', 'load_svd']
+           'set_norm_groups', 'tiny_svd', 'save_parts', 'load_sd', 'load_svd', 'latent_factor', 'side_multiple']
 
 # %% ../../nbs/joint/20_models.ipynb #47d326a3
 import tempfile
@@ -201,7 +201,7 @@ def _scheduler(folder):
     import diffusers
     path = folder/"scheduler"/"scheduler_config.json"
     name = read_json(path).get("_class_name", "")
-    if not name.endswith("Scheduler") or not hasattr(diffusers, name): raise InputError(f"{path} names the scheduler {name!r}, which diffusers does not have")
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name): raise InputError(f"{path} names the scheduler {name!r}, which diffusers does not have; give a folder in diffusers' layout, or a newer diffusers")
     return getattr(diffusers, name).from_pretrained(path.parent, local_files_only=True)
 
 
@@ -224,3 +224,13 @@ def load_svd(folder, dtype=torch.float32) -> dict: # diffusers folder; of the we
     set_norm_groups(parts["unet"], read_json(folder/"unet"/"config.json").get("norm_groups"))
     if not (folder/"feature_extractor").is_dir(): raise InputError(f"{folder} has no folder feature_extractor; copy the whole model")
     return parts | dict(feature_extractor=CLIPImageProcessor.from_pretrained(folder/"feature_extractor", local_files_only=True), scheduler=_scheduler(folder))
+
+# %% ../../nbs/joint/20_models.ipynb #0f7d2342
+def latent_factor(vae) -> int: # of SD or SVD
+    "Pixels per side of a latent: every level of the VAE but the last halves the picture."
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def side_multiple(vae, unet) -> int: # of SD or SVD; its UNet
+    "Sides of a picture are multiples of this, so that the UNet can halve the latents at each level, too."
+    return latent_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)

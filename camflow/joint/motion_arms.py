@@ -6,7 +6,6 @@
 __all__ = ['NAMES', 'ARMS', 'AGAINST', 'track_latents', 'decoded', 'guided', 'Rig', 'checked_tracks', 'make_videos']
 
 # %% ../../nbs/joint/46_motion_arms.ipynb #35aa3e0a
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

@@ -26,7 +26,7 @@ from .tracks import Tracks, draw_starts, follow
 from ..media.frames import Flow, Frames
 from ..metrics.statistics import bootstrap_ci, paired_bootstrap
 from ..training.checkpoint import from_folder
-from ..training.loop import TrainConfig, at_least, configuration, run_main
+from ..training.loop import at_least, configuration, run_main
 # Shapes: B clips, N points, F frames, H rows, W columns; paths are displacements from the first frame [B,F,2], pixels
 
 # %% ../../nbs/joint/47_motion_control.ipynb #54c41a3e

@@ -19,7 +19,7 @@ from ..files import InputError, read_json, write_json
 from .adapter_files import load_adapter, save_adapter
 from .codecs import DepthCodec, FlowCodec, RGBCodec, codec_from_dict
 from .edm import added_time_ids, augment, frame_guidance
-from .models import load_sd, load_svd, save_parts
+from .models import latent_factor, load_sd, load_svd, save_parts, side_multiple
 from .sample import sample_joint, sd_model, svd_model
 from .schedule import Levels, schedule
 from .train import TRIGGERS, Encoders
@@ -31,8 +31,8 @@ from ..media.frames import Depth, Flow, Frames, from_pil, to_pil
 @dataclass
 class JointOutput(BaseOutput):
     "`modalities`: {name: what `output_type` asks for}; `schedule`: the path that was sampled."
-    modalities: dict
-    schedule: object
+    modalities: dict  # {name: what `output_type` asks for}
+    schedule: object  # the path that was sampled
 
 
 def coded(value, codec, name: str, size) -> torch.Tensor: # signed [T,3,H,W]
@@ -55,7 +55,7 @@ class _Joint(DiffusionPipeline):
     @property
     def multiple(self) -> int:
         "Sides of a picture are multiples of this."
-        return 2 ** (len(self.vae.config.block_out_channels) - 1 + len(self.unet.config.block_out_channels) - 1)
+        return side_multiple(self.vae, self.unet)
 
     def pairs(self) -> list: # (modality, modality, 1, 1, model)
         "Who looks at whom, by the adapter's models."
@@ -86,7 +86,7 @@ class _Joint(DiffusionPipeline):
     def _size(self, conditions, height, width):
         "(H, W) that everything has."
         first = next(iter(conditions.values()), None)
-        own = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        own = self.unet.config.sample_size * latent_factor(self.vae)
         found = first.size if isinstance(first, (Frames, Depth, Flow)) else (own, own) if first is None else from_pil(first).size if not isinstance(first, torch.Tensor) else tuple(first.shape[-2:])
         size = height or found[0], width or found[1]
         self.check_size(size)
@@ -188,7 +188,7 @@ class JointImagePipeline(_Joint):
         empty = frozen.text([negative_prompt])
         pairs = self.pairs() if pairs is None else pairs
         model = sd_model(self.unet, self.adapter, frozen.text(texts), torch.zeros_like(empty) if null == "zeros" else empty, pairs, self.names, joint_scale)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = latent_factor(self.vae)
         shape = (len(prompts), self.unet.config.in_channels, size[0] // factor, size[1] // factor)
         latents = self._sample(model, shape, plan, clean, masks, generator or named_generator(0, "joint picture"), sampler, num_inference_steps, guidance_scale, signal_guidance)
         return self._answer(latents, plan, conditions, output_type, lambda z: frozen.pixels(z)[:, 0].cpu())
@@ -199,7 +199,12 @@ class JointVideoPipeline(_Joint):
     family, told = "svd", ("condition", "flow_bucket")
     model_cpu_offload_seq = "image_encoder->unet->vae"
 
-    def __init__(self, vae, image_encoder, feature_extractor, unet, scheduler, adapter=None,
+    def __init__(self, vae,                # its VAE
+                       image_encoder,      # CLIP's image half
+                       feature_extractor,  # CLIP's preprocessing
+                       unet,               # the network
+                       scheduler,          # of diffusers
+                       adapter=None,       # on the network; None: none
                  names=("video", "flow"), codecs: dict | None = None,  # default RGB, "flow": FlowCodec, "depth": DepthCodec
                  condition: str = "first",                              # "none": trained without picture, as joint_finetune's condition
                  flow_bucket: float | None = None):                     # motion bucket that flow was trained with; None: the call's

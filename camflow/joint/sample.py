@@ -58,8 +58,8 @@ def sd_model(unet, adapter,          # JointAdapter around this UNet; None: the 
              prompt_embeds_RLD,      # rows in the order of the modalities
              null_embeds,            # [R or 1,L,D] for guidance; None: no guidance
              pairs=((0, 1),),        # (x, y[, weights, model]) between modalities
-             names=("x", "y"),
-             joint_scale: float = 1.0):
+             names=("x", "y"),       # of the modalities, as rows come
+             joint_scale: float = 1.0):  # of the joint term; 0: without it
     "An SD UNet for `sample_joint`."
     names = tuple(names)
     def model(rows_R, timesteps_R, guided: bool, joint: bool = True):
@@ -77,7 +77,9 @@ def svd_model(unet, adapter,         # as in `sd_model`
               image_latents_RCHW,    # of the condition image per row, without the VAE's factor
               image_embeds_R1D,      # CLIP
               ids_R3,                # `edm.added_time_ids`
-              pairs=((0, 1),), names=("x", "y"), joint_scale: float = 1.0):
+              pairs=((0, 1),),   # (from, to) of modalities that look at each other
+              names=("x", "y"),  # of the modalities
+              joint_scale: float = 1.0):  # of the joint term; 0: without it
     "An SVD UNet for `sample_joint`; without condition means zeros."
     names = tuple(names)
     def model(rows_R, timesteps_R, guided: bool, joint: bool = True):
@@ -94,7 +96,7 @@ def svd_model(unet, adapter,         # as in `sd_model`
 # %% ../../nbs/joint/13_sample.ipynb #71fefb9f
 class SchedulerCopy:
     "One modality's own copy of a diffusers scheduler, addressed by position."
-    def __init__(self, scheduler, steps: int):
+    def __init__(self, scheduler, steps: int):  # of diffusers; calls of the network
         self.scheduler, self.steps = copy.deepcopy(scheduler), steps
         self.scheduler.set_timesteps(steps)
         if len(self.scheduler.timesteps) != steps: raise InputError(f"{type(scheduler).__name__} makes {len(self.scheduler.timesteps)} calls for {steps} steps; SchedulerCopy; positions need one call per step, use DDIM, Euler or DPM")

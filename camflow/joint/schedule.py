@@ -20,7 +20,7 @@ class Schedule:
     names: tuple       # of the N modalities
     steps: int         # position of clean
     positions: tuple   # [calls + 1][N]: 0 noise .. steps clean; the last row is the result
-    compat: str | None = None
+    compat: str | None = None            # None, or whose defect is kept
 
     @property
     def calls(self) -> int: return len(self.positions) - 1
@@ -118,18 +118,24 @@ def _known(names, asked, what):
     if unknown := [name for name in asked if name not in names]: raise InputError(f"{what} {', '.join(map(str, unknown))}; schedule; the modalities are {', '.join(names)}")
 
 
-def joint_schedule(names=("x", "y"), steps: int = 50, **options) -> Schedule:
+def joint_schedule(names=("x", "y"), steps: int = 50, **options) -> Schedule:  # of the modalities; calls of the network; of `schedule`
     "All from noise together."
     return schedule([[(0, 1)] * len(names)], steps, tuple(names), **options)
 
 
-def given_schedule(names=("x", "y"), given=("y",), steps: int = 50, **options) -> Schedule:
+def given_schedule(names=("x", "y"),  # of the modalities
+                   given=("y",),      # names of the clean ones
+                   steps: int = 50,   # calls of the network
+                   **options) -> Schedule:  # of `schedule`
     "The given ones clean, the others from noise: $y \\to x$, $x \\to y$, several conditions."
     _known(names, given, "given")
     return schedule([[(1, 1) if name in given else (0, 1) for name in names]], steps, tuple(names), **options)
 
 
-def coarse_schedule(names=("x", "y"), strength: dict | None = None, steps: int = 50, **options) -> Schedule:
+def coarse_schedule(names=("x", "y"),              # of the modalities
+                    strength: dict | None = None,  # {name: 0..1}; others are 1
+                    steps: int = 50,               # calls of the network
+                    **options) -> Schedule:        # of `schedule`
     "Given ones as hints: strength 1 forgets it entirely, 0 is an exact condition; the others from noise."
     strength = strength or {}
     _known(names, strength, "strength of")
@@ -140,7 +146,11 @@ def coarse_schedule(names=("x", "y"), strength: dict | None = None, steps: int =
 # %% ../../nbs/joint/12_schedule.ipynb #6f6e1b6e
 class Levels:
     "Noise levels of a scheduler at any position 0..steps, and the deterministic step between them."
-    def __init__(self, times, sigmas, variance_preserving: bool, prediction_type: str, training_log_sigmas=None):
+    def __init__(self, times,                      # what the network is told at each step
+                       sigmas,                     # noise over signal, one more than times, the last 0
+                       variance_preserving: bool,  # True: SD's scaling, False: EDM's
+                       prediction_type: str,       # epsilon or v_prediction
+                       training_log_sigmas=None):  # of the training's schedule, for levels between; None: none
         if prediction_type not in ("epsilon", "v_prediction"): raise InputError(f"prediction_type {prediction_type!r}; Levels; epsilon or v_prediction")
         self.times, self.sigmas, self.steps = [float(t) for t in times], [float(s) for s in sigmas], len(sigmas) - 1
         self.vp, self.prediction_type, self._log_sigmas = variance_preserving, prediction_type, training_log_sigmas

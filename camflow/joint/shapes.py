@@ -28,7 +28,7 @@ class ShapeClip:
     frames: Frames      # unit
     depth: Depth        # metric, metres
     flow: Flow | None   # forward, T-1 entries; None for one frame
-    caption: str
+    caption: str        # what it shows
 
 
 def _shape(g, fast: float, size): # of this clip; pixels per frame; (H, W)
@@ -50,8 +50,9 @@ def _covered(shape, t: float, size, oversample: int): # bool [H * oversample, W 
     return dx.square() + dy.square() < radius**2 if kind == "disc" else torch.maximum(dx.abs(), dy.abs()) < 0.89 * radius
 
 
-def _draw(shapes, wall, t: float, size, oversample: int = 3):
+def _draw(shapes, wall, t: float, size):
     "(image [3,H,W], inverse depth [1,H,W], flow [2,H,W])."
+    oversample = 3
     big = [n * oversample for n in size]
     colour = lambda name, d: torch.tensor(colorsys.hsv_to_rgb(COLOURS[name], 0.75, 0.25 + 0.75 * d))[:, None, None]
     image, inverse, flow = colour(wall, WALL + 0.2).expand(3, *big).clone(), torch.full((1, *big), WALL), torch.zeros(2, *big)
@@ -69,7 +70,7 @@ def shape_clip(seed: int,             # of the clip
                frames: int = 1,       # T
                shapes: int = 1,       # at most
                fast: float = 1.2,     # highest speed, pixels per frame at 16 rows
-               fps: float = 7.0) -> ShapeClip:
+               fps: float = 7.0) -> ShapeClip:  # frames per second
     "One clip of the family."
     if frames < 1 or min(size) < 8: raise InputError(f"{frames} frames of {size}; shape_clip; at least one frame of 8 x 8")
     g, names = generator(seed, "shapes"), list(COLOURS)

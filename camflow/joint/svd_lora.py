@@ -36,7 +36,7 @@ def lora_layers(attention: str = "both") -> str: # "spatial", "temporal" or "bot
 
 # %% ../../nbs/joint/30_svd_lora.ipynb #4a33b330
 def add_svd_lora(model,                         # UNetSpatioTemporalConditionModel or a pipeline with one
-                 rank: int = 16,
+                 rank: int = 16,                         # of every layer
                  alpha: float | None = None,    # None: the rank, scale 1
                  attention: str = "both",       # "spatial", "temporal" or "both"
                  layers: str | None = None,     # regular expression over whole layer names, instead of `attention`
@@ -67,7 +67,7 @@ def adapters(model) -> set: # of names
 # %% ../../nbs/joint/30_svd_lora.ipynb #403d7f07
 def save_svd_lora(model,                     # network or pipeline that carries one
                   folder,                    # gets pytorch_lora_weights.safetensors
-                  adapter: str = "default",
+                  adapter: str = "default",  # name of the LoRA
                   dtype=None) -> Path:       # None: as trained
     "Writes a LoRA with rank and alpha of every layer."
     from safetensors.torch import save
@@ -150,18 +150,18 @@ def scale_svd_lora(model, multiplier: float, adapter: str = "default"): # of the
         module.set_scale(adapter, multiplier)
 
 
-def fuse_svd_lora(model, adapter: str = "default"):
+def fuse_svd_lora(model, adapter: str = "default"):  # UNet or pipeline; name of the LoRA
     "Adds a LoRA to the weights: same output, no extra work."
     for _, module in _lora_modules(model, adapter): module.merge(adapter_names=[adapter])
 
 
-def unfuse_svd_lora(model):
+def unfuse_svd_lora(model):  # UNet or pipeline
     "Takes all fused LoRAs out of the weights again; they stay as layers."
     for module in svd_unet(model).modules():
         if getattr(module, "merged", False) and hasattr(module, "lora_A"): module.unmerge()
 
 
-def remove_svd_lora(model, adapter: str = "default"):
+def remove_svd_lora(model, adapter: str = "default"):  # UNet or pipeline; name of the LoRA
     "Deletes a LoRA; layers without any become plain again."
     unet = svd_unet(model)
     for name, module in _lora_modules(model, adapter):

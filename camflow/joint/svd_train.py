@@ -77,7 +77,7 @@ def strengths(config: dict, batch: int, g) -> torch.Tensor: # generator, or None
 def svd_conditions(frozen,                  # joint.train.Encoders
                    video_BF3HW,             # signed
                    buckets_B,               # motion buckets
-                   config: dict,
+                   config: dict,            # the full configuration
                    g=None,                  # of the step; None: as in sampling, nothing dropped
                    fps_B=None):             # frame rates; None: config["fps"] for all
     "(image latents [B,C,h,w], embeddings [B,1,D], ids [B,3])."
@@ -95,7 +95,12 @@ def svd_conditions(frozen,                  # joint.train.Encoders
 
 
 def svd_loss(model,                         # (channels [B,F,2C,h,w], timestep [B], embeddings, ids) -> prediction, in a tuple
-             latents_BFCHW, image_BCHW, embeds_B1D, ids_B3, sigma_B, noise_BFCHW):
+             latents_BFCHW,  # clean
+             image_BCHW,     # conditioning latents
+             embeds_B1D,     # CLIP's
+             ids_B3,         # fps, bucket, noise strength
+             sigma_B,        # noise level of each sample
+             noise_BFCHW):   # unit variance
     "(loss, of each sample [B])."
     noisy = edm_noise(latents_BFCHW, noise_BFCHW, sigma_B)
     out = model(svd_channels(model_input(noisy, sigma_B), image_BCHW), precondition(sigma_B).c_noise, embeds_B1D, ids_B3, return_dict=False)[0]
@@ -104,7 +109,7 @@ def svd_loss(model,                         # (channels [B,F,2C,h,w], timestep [
 # %% ../../nbs/joint/31_svd_train.ipynb #a11d7bd8
 class Clips(joint.Pairs):
     "Pairs that know how fast their clips play."
-    def __init__(self, source, config: dict, codecs: dict):
+    def __init__(self, source, config: dict, codecs: dict):  # sequence of items; the full configuration; {modality: codec}
         super().__init__(source, config, codecs)
         self.known = {}
 
@@ -192,7 +197,7 @@ def sample_videos(model, frozen, video_BF3HW, buckets_B, config: dict, seed: int
     return frozen.pixels(svd_sample(model, noise, image, embeds, ids, steps=config["sample_steps"], guidance=config["guidance"]))
 
 # %% ../../nbs/joint/31_svd_train.ipynb #4200250f
-def make_step(frozen, mapping, codecs: dict, config: dict):
+def make_step(frozen, mapping, codecs: dict, config: dict):  # of `Encoders`; of speed to bucket; {modality: codec}; the full configuration
     "(model, batch, generator) -> (loss, numbers)."
     def step(model, batch, g):
         pixels, fps = batch
@@ -234,13 +239,11 @@ def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of Train
 # %% ../../nbs/joint/31_svd_train.ipynb #2930fee5
 def finetuned(run_dir, config=None): # folder of a run; None: its config.json -> (network, Encoders, codecs, mapping, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     run_dir = Path(run_dir)
     config = configuration({k: v for k, v in (config or read_json(run_dir/"config.json")).items()}, DEFAULTS)
     model, frozen, codecs = build(config)
-    ckpt, own = load_checkpoint(run_dir/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval().to(device()), frozen, codecs, load_map(run_dir/"motion_map.json"), config
 
 

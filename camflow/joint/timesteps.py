@@ -33,7 +33,7 @@ class Draw:
 @dataclass(frozen=True)
 class TimestepSampler:
     "Draws a noise level for every modality of every sample."
-    modalities: int = 2
+    modalities: int = 2                                                                             # of a sample
     mode: str = "independent"           # one of MODES
     condition_probability: float = 0.5  # role_mask: share of the samples that have a clean condition; unbalanced: that have a nearly clean one
     sharpness: float = 4.0              # unbalanced: the others are drawn as u ** sharpness
@@ -79,7 +79,7 @@ def add_noise(clean: torch.Tensor,             # latents [R,...]
     return noisy if exact is None else torch.where(exact.reshape(*exact.shape, *[1] * (clean.ndim - exact.ndim)), clean, noisy)
 
 
-def target(clean, noise, timesteps, alphas_cumprod,
+def target(clean, noise, timesteps, alphas_cumprod,  # latents; unit variance; of each row; of the schedule
            prediction_type: str = "epsilon" # or "v_prediction"
           ) -> torch.Tensor: # [R,...]
     "What the network learns to say."
@@ -130,7 +130,7 @@ def instructpix2pix_drops(r: torch.Tensor, # [B] uniform draws
     return torch.stack([r < 2 * p, (r >= p) & (r < 3 * p)])
 
 
-def drop_prompts(batch: int, p: float, generator: torch.Generator, modalities: int = 2,
+def drop_prompts(batch: int, p: float, generator: torch.Generator, modalities: int = 2,  # samples; probability; of the draw; of a sample
                  layout: str = "independent" # or "instructpix2pix" (UniCon; two modalities)
                 ) -> torch.Tensor: # bool [N,B]: train this row without its prompt
     "Which prompts are dropped."
@@ -152,7 +152,7 @@ def null_prompts(embeds_RLD: torch.Tensor, # prompts of all rows
     return torch.where(dropped_R.reshape(-1)[:, None, None], empty, embeds_RLD)
 
 
-def drop_joint(p: float, generator: torch.Generator) -> bool:
+def drop_joint(p: float, generator: torch.Generator) -> bool:  # probability; of the draw
     "Whether this step is trained without the joint branch (signal guidance needs a network that has seen that)."
     if not 0 <= p < 1: raise InputError(f"p {p}; drop_joint; give 0 <= p < 1, at 1 the branch would never be trained")
     return bool(torch.rand((), generator=generator, device=generator.device) < p)

@@ -129,7 +129,7 @@ def _distances(tracks: Tracks): # squared, from pixel centres to every point bef
     return (x - at[..., 0, None, None]).square() + (y[:, None] - at[..., 1, None, None]).square()
 
 
-def sparse_flow(tracks: Tracks,
+def sparse_flow(tracks: Tracks,       # of the points
                 radius: float = 0.0): # pixels around the point that move with it; 0: its own pixel
     "(Flow, NaN where unknown; known bool [T-1,1,H,W])."
     move, known = tracks.steps()
@@ -144,7 +144,7 @@ def sparse_flow(tracks: Tracks,
     return Flow(torch.where(hit, flow, torch.nan), "forward"), hit
 
 # %% ../../nbs/joint/45_tracks.ipynb #3a63dd4f
-def track_maps(tracks: Tracks,
+def track_maps(tracks: Tracks,        # of the points
                sigma: float = 1.5,    # of the Gaussian, pixels
                share: float = 0.15    # displacement at full scale, share of the diagonal
               ) -> Frames:            # signed [T,3,H,W]
@@ -174,7 +174,7 @@ def follow(flow: Flow,                  # forward, T-1 entries
     return Tracks(points, gone.cumsum(1) == 0, (h, w))
 
 
-def draw_starts(flow: Flow, g: torch.Generator,
+def draw_starts(flow: Flow, g: torch.Generator,  # of the clip; of the draws
                 moving: int = 2,        # points that are placed with probability proportional to the flow's length
                 anywhere: int = 2       # others
                ) -> torch.Tensor:       # [moving + anywhere, 2], pixel centres

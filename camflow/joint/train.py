@@ -21,7 +21,7 @@ from .codecs import DepthCodec, FlowCodec, RGBCodec
 from .coupling import pair_scores
 from .data import Crop, Source, apply_crop, depth_estimator, draw_crop, draw_size, image_folder, panda_videos, shape_items, video_folder, voc_json, webvid_videos, with_depth, with_flow, world_items
 from .edm import added_time_ids, augment, draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
-from .models import load_sd, load_svd, save_parts, tiny_sd, tiny_svd
+from .models import load_sd, load_svd, save_parts, side_multiple, tiny_sd, tiny_svd
 from .sample import sample_joint, sd_model, svd_model
 from .schedule import Levels, coarse_schedule, given_schedule, joint_schedule
 from .timesteps import LossGrid, TimestepSampler, add_noise, drop_joint, drop_prompts, joint_loss, min_snr_weights, null_prompts, snr, target
@@ -114,7 +114,7 @@ def spared(config: dict) -> int: # full configuration
 # %% ../../nbs/joint/24_train.ipynb #ce236f43
 class Pairs:
     "Pixel rows of items."
-    def __init__(self, source, config: dict, codecs: dict,
+    def __init__(self, source, config: dict, codecs: dict,  # sequence of items; the full configuration; {modality: codec}
                  room: int = 2**29): # bytes of items that are remembered
         self.source, self.config, self.codecs, self.memory, self.room = source, config, codecs, {}, room
 
@@ -147,7 +147,7 @@ class Pairs:
 # %% ../../nbs/joint/24_train.ipynb #e7924b30
 class Encoders:
     "Everything frozen: pixels to latents, captions or pictures to context."
-    def __init__(self, parts: dict, family: str):
+    def __init__(self, parts: dict, family: str):  # of `load_sd`, `load_svd`, `tiny_sd` or `tiny_svd`; sd or svd
         self.parts, self.family, self.vae = parts, family, parts["vae"].to(device())
         self.second = parts["text_encoder" if family == "sd" else "image_encoder"].to(device())
         self.identity = getattr(self.vae, "identity", False) # of the tiny models: encoding would cost a third of a step and give the pixels back
@@ -185,7 +185,10 @@ class Encoders:
 # %% ../../nbs/joint/24_train.ipynb #eff0f260
 class SDStep:
     "(model, batch, generator) -> (loss, numbers), for image and depth."
-    def __init__(self, config, frozen: Encoders, adapter, grid: LossGrid):
+    def __init__(self, config,            # the full configuration
+                       frozen: Encoders,  # of `Encoders`
+                       adapter,           # on the network; None: none
+                       grid: LossGrid):   # where losses are counted
         self.config, self.frozen, self.adapter, self.grid = config, frozen, adapter, grid
         self.alphas, self.type = frozen.parts["scheduler"].alphas_cumprod, frozen.parts["scheduler"].config.prediction_type
         self.sampler = TimestepSampler(2, config["timesteps"] if adapter else "independent", config["condition_probability"])
@@ -238,7 +241,10 @@ def video_conditions(frozen: Encoders, pixels_RF3HW, config, g=None): # g None: 
 
 class SVDStep:
     "(model, batch, generator) -> (loss, numbers), for video and flow."
-    def __init__(self, config, frozen: Encoders, adapter, grid: LossGrid):
+    def __init__(self, config,            # the full configuration
+                       frozen: Encoders,  # of `Encoders`
+                       adapter,           # on the network; None: none
+                       grid: LossGrid):   # where losses are counted
         self.config, self.frozen, self.adapter, self.grid = config, frozen, adapter, grid
         self.sampler = TimestepSampler(2, config["timesteps"] if adapter else "independent", config["condition_probability"])
 
@@ -265,7 +271,15 @@ class SVDStep:
 
 # %% ../../nbs/joint/24_train.ipynb #e396620a
 @torch.no_grad()
-def sample_pairs(model, adapter, frozen: Encoders, config: dict, pixels_RF3HW, captions, given=(), guidance: float = 1.0, seed: int = 0,
+def sample_pairs(model,                  # the network
+                 adapter,                # on the network; None: none
+                 frozen: Encoders,       # of `Encoders`
+                 config: dict,           # the full configuration
+                 pixels_RF3HW,           # signed; first modality of all samples, then the second
+                 captions,               # of the samples
+                 given=(),               # names of the clean modalities
+                 guidance: float = 1.0,  # of the text; 1: none
+                 seed: int = 0,          # of the draw
                  strength=None,   # {modality: 0..1} of hints taken from `pixels`: 0 exact, 1 forgotten
                  signal: float = 0.0): # guidance by the partner: how far beyond what the joint branch changes; a second call per step
     "Signed pixels [R,F,3,H,W] of both modalities, those named in `given` taken from `pixels`."
@@ -300,7 +314,7 @@ def build(config: dict): # full configuration -> (model, adapter or None, Encode
     "Network with or without adapter, and everything frozen."
     parts = parts_of(config)
     model, adapter = parts["unet"], None
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1) * 2 ** (len(model.config.block_out_channels) - 1)
+    factor = side_multiple(parts["vae"], model)
     if any(n % factor for n in config["size"]): raise InputError(f"size={config['size']}; joint_finetune; sides must be multiples of {factor} for this model")
     if config["mode"] == "joint":
         if config["start"]: adapter = load_adapter(model, config["start"])
@@ -348,12 +362,10 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 # %% ../../nbs/joint/24_train.ipynb #f1134d98
 def trained_joint(run_dir, config=None): # folder of a run; None: its config.json -> (model, adapter, Encoders, configuration)
     "The newest weights of a run, averaged ones where they are kept."
-    from camflow.training.checkpoint import load_checkpoint, load_strict
+    from camflow.training.checkpoint import load_newest
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     model, adapter, frozen = build(config)
-    ckpt, own = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
+    load_newest(run_dir, model)
     return model.eval(), adapter, frozen, config
 
 

@@ -32,8 +32,8 @@ from ..media.frames import Frames, from_pil, png_uri, to_pil
 @dataclass(frozen=True)
 class Within:
     "Range of a number, both ends included."
-    low: float
-    high: float
+    low: float                  # smallest
+    high: float                 # largest
     step: float | None = None   # of the slider; None: 1, or a hundredth of the range
 
 
@@ -84,7 +84,7 @@ def uploaded(content, name: str, frames: int, size) -> Frames: # bytes of a pict
 
 class ChooseFrames(W.VBox):
     "A menu of examples, an upload, and what is chosen."
-    def __init__(self, examples: Examples, label: str = ""):
+    def __init__(self, examples: Examples, label: str = ""):  # what can be chosen; of the menu
         self.examples, frames = examples, examples.shape[0]
         self.menu = W.Dropdown(options=list(examples.clips), description=label, style={"description_width": "8em"})
         self.upload = W.FileUpload(accept="image/*" if frames == 1 else "video/*", multiple=False, description="own")
@@ -139,7 +139,7 @@ def knob(name: str, annotation, default=inspect.Parameter.empty, help: str | Non
     return boxes[kind](**given, **told)
 
 
-def check_value(name: str, annotation, value):
+def check_value(name: str, annotation, value):  # for the message; of the parameter; that was given
     "The value, refused if it does not fit its annotation."
     kind, rule = parted(annotation)
     if typing.get_origin(kind) is Literal:
@@ -157,7 +157,7 @@ class Panel(W.VBox):
     def __init__(self, function,               # its parameters become knobs, its docstring the explanation
                  title: str = "",              # default: the function's name
                  fixed: dict | None = None,    # {parameter: value}: no knobs for these
-                 button: str = "Generate"):
+                 button: str = "Generate"):    # its label
         hints, helps = typing.get_type_hints(function, include_extras=True), docments(function)
         self.function, self.title, self.fixed = function, title or function.__name__.replace("_", " "), fixed or {}
         asked = {name: p for name, p in inspect.signature(function).parameters.items() if name not in self.fixed}
@@ -237,7 +237,7 @@ def _sampled(pipe, prompt, image, steps, guidance, signal_guidance, fps, motion_
 
 def joint_panel(pipe,                       # joint pipeline of pictures or of videos
                 starts: dict | None = None, # {label: Frames of one picture}: first pictures of videos
-                steps: int = 16) -> Panel:
+                steps: int = 16) -> Panel:  # calls of the network
     "All modalities from noise."
     def joint(prompt: str = "",             # what is to be seen
               image: Annotated[Frames, Examples(starts)] if starts else Frames = None, # that the video starts with
@@ -254,7 +254,8 @@ def joint_panel(pipe,                       # joint pipeline of pictures or of v
 
 def given_panel(pipe, given: str,           # modality that is given
                 examples: dict,             # {label: Frames of it (its picture, as its codec makes it)}
-                starts: dict | None = None, steps: int = 16) -> Panel:
+                starts: dict | None = None,  # {name: Frames} of first pictures; None: none
+                steps: int = 16) -> Panel:   # calls of the network
     "The other modalities of a given one."
     if given not in pipe.names: raise InputError(f"given={given!r}; given_panel; one of {', '.join(pipe.names)}")
     def made_from(condition: Annotated[Frames, Examples(examples)], # is kept exactly
@@ -296,7 +297,7 @@ def masked_panel(pipe, kept: str, examples: dict, starts: dict | None = None, st
 # %% ../../nbs/joint/48_widgets.ipynb #40ea9712
 def control_panel(pipe,                     # StableDiffusionControlNetPipeline, of `control_pipeline`
                   examples: dict,           # {label: Frames of one condition}
-                  steps: int = 16) -> Panel:
+                  steps: int = 16) -> Panel:  # calls of the network
     "Picture under a condition."
     def controlled(condition: Annotated[Frames, Examples(examples)],
                    prompt: str = "",
@@ -319,7 +320,7 @@ def video_panel(pipe,                       # StableVideoDiffusionPipeline, or S
                 starts: dict,               # {label: Frames of one picture}
                 conditions: dict | None = None, # {label: Frames, as many as the video has}
                 frames: int | None = None,  # of the video; None: the network's, or the conditions'
-                steps: int = 25) -> Panel:
+                steps: int = 25) -> Panel:      # calls of the network
     "Picture to video."
     pipe.set_progress_bar_config(disable=True)
     if (conditions is not None) != hasattr(pipe, "controlnet"):
@@ -341,7 +342,7 @@ def video_panel(pipe,                       # StableVideoDiffusionPipeline, or S
 # %% ../../nbs/joint/48_widgets.ipynb #af67b7c9
 def between_panel(pipe,                     # SVDInterpolatePipeline
                   firsts: dict, lasts: dict, # {label: Frames of one picture}
-                  steps: int = 25) -> Panel:
+                  steps: int = 25) -> Panel: # calls of the network
     "The video between two pictures."
     def between(first: Annotated[Frames, Examples(firsts)], last: Annotated[Frames, Examples(lasts)],
                 mode: Literal[tuple(dict.fromkeys((pipe.mode, "fusion")))] = pipe.mode, # single: a network trained for both ends; fusion: none needed
@@ -356,7 +357,7 @@ def between_panel(pipe,                     # SVDInterpolatePipeline
 
 def edit_panel(pipe,                        # VideoEditPipeline
                videos: dict,                # {label: Frames of a clip}
-               steps: int = 25) -> Panel:
+               steps: int = 25) -> Panel:   # calls of the network
     "Keyframes edited by words, and what is between."
     def edited(video: Annotated[Frames, Examples(videos)],
                prompt: str = "",            # what it shall show

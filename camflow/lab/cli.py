@@ -19,7 +19,7 @@ from ..files import InputError
 EXIT = {"ok": 0, "failed": 1, "timeout": 124, "killed": 143}
 
 
-def say(*words):
+def say(*words):  # as for print
     "Prints for people, on stderr; stdout is for results."
     print(*words, file=sys.stderr)
 
@@ -43,6 +43,10 @@ def _run(args) -> int:
     declared = notebook_parameters(find_notebook(args.name))
     if args.parameters:
         print("\n".join(str(p) for p in declared.values() if p.name != "run_dir"))
+        notebook = find_notebook(args.name)
+        for path in sorted(notebook.parent.glob(f"{notebook.stem}.*.yaml")):
+            lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+            say(f"-f {path.name.split('.')[-2]:12} {'; '.join(lines)}")
         return 0
     params = dict(parse_assignment(text, declared) for text in args.p)
     if args.dry_run:
@@ -104,8 +108,10 @@ def _list(args) -> int:
         from camflow.assets import list_runs
         print("\n".join(str(n) for n in list_runs()))
         return 0
+    from camflow.lab.live import finish
     runs = [r for r in scan() if not args.name or r.name == args.name]
     for run in runs[:args.n]:
+        finish(run.path)
         info = settle(run.path)
         numbers = "  ".join(f"{k} {show_number(v)}" for k, v in headline(run.result, 3).items())
         print(f"{str(run):44} {info['status']:8} {show_seconds(info.get('seconds')):>12}  {info.get('profile') or '':8} {numbers}")
@@ -116,10 +122,11 @@ def _list(args) -> int:
 
 def _show(args) -> int:
     "camflow show"
+    from camflow.lab.live import finish
     from camflow.lab.registry import find_run, settle
     from camflow.lab.report import write_report
     run = find_run(args.run)
-    info = settle(run.path)
+    info, _ = settle(run.path), finish(run.path)
     if args.report or (info["status"] != "running" and not (run.path/"report.html").exists()): write_report(run.path)
     shown = {k: v for k, v in info.items() if k not in ("process", "traceback", "started_at") and v is not None}
     print(json.dumps({**shown, "result": run.result, "folder": str(run.path)}, indent=1, ensure_ascii=False))
@@ -150,11 +157,16 @@ def _compare(args) -> int:
 
 def _weights(args) -> int:
     "camflow weights"
-    from camflow.lab.published import bad, chosen, describe, fields, state_of, weights_folder
-    entries = chosen(args.names)
+    from camflow.lab.choices import asked, choice_table, embedded, users
+    from camflow.lab.published import bad, describe, fields, state_of, weights_folder
+    entries = asked(args.names)
     rows = [(entry, state_of(entry, args.folder, args.check)) for entry in entries]
     shown = [pair for pair in rows if not (args.missing and pair[1]["present"])]
-    print(json.dumps([fields(*pair) for pair in shown], indent=1) if args.json else "\n\n".join(describe(*pair) for pair in shown))
+    if args.json: print(json.dumps([{**fields(*pair), "users": users(pair[0].name)} for pair in shown], indent=1))
+    else:
+        print("\n\n".join(describe(*pair) for pair in shown))
+        print(f"\nParameters that take {'them' if args.names else 'weights, and what stands in where they are empty'}:\n\n" + choice_table([entry.name for entry in entries] if args.names else None))
+        if not args.names: print("\nEmbedded, made by this project:\n\n" + "\n".join(f"data/tiny/{e['name']:20} {e['bytes'] / 1e6:5.1f} MB  {e['licence']}" for e in embedded()))
     wrong = [row["name"] for _, row in rows if bad(row)]
     say(f"{sum(row['present'] for _, row in rows)} of {len(rows)} are in {weights_folder(args.folder)}" + (f"; not what they should be: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0
@@ -218,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--seed", type=int, default=0, help="of the resampling (default 0)")
     pair.add_argument("--json", action="store_true", help="print rows as JSON")
     published = add("weights", _weights, "published weights: what for, where they go, licence, digest, conversion, and their state here")
-    published.add_argument("names", nargs="*", metavar="NAME", help="names, or words of what they are needed for (default: all)")
+    published.add_argument("names", nargs="*", metavar="NAME", help="names, run notebooks, or words of what they are needed for (default: all, and what is embedded)")
     published.add_argument("--folder", default="", help="where they lie (default $CAMFLOW_WEIGHTS, else weights/)")
     published.add_argument("--check", action="store_true", help="hash the files and load the networks strictly")
     published.add_argument("--missing", action="store_true", help="only those that are not there")

@@ -62,15 +62,18 @@ def sources(root: Path,            # the checkout
     return pages
 
 # %% ../../nbs/lab/13_doc_pages.ipynb #d0c50021
-def cell_source(cell) -> str: return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+def cell_source(cell) -> str:  # of a notebook
+    "The text of a cell, which nbformat also writes as a list of lines."
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
 def directives(cell) -> dict: # name -> argument, of the lines that begin with #|
+    "The `#|` lines of a code cell: {name: argument}."
     if cell["cell_type"] != "code": return {}
     return {m[1]: m[2].strip() for m in re.finditer(r"^#\|\s*([\w-]+):?(.*)$", cell_source(cell), re.M)}
 
 
-def definitions(source: str):
+def definitions(source: str):  # of a code cell
     "(qualified name, headed) of what a cell defines; `@patch def f(self: C)` is C.f."
     for node in ast.parse(re.sub(r"^([%!].*)$", "pass", source, flags=re.M)).body:
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
@@ -118,7 +121,7 @@ class Symbols:
         return self.labels[hits[0]] if len(hits) == 1 and re.search(r"[._A-Z]", name) else None
 
 # %% ../../nbs/lab/13_doc_pages.ipynb #d0c50031
-def escape(text: str) -> str:
+def escape(text: str) -> str:  # of a docstring or comment
     "Text of a docstring or comment as Markdown: code stays, everything else is taken literally."
     parts = re.split(r"(`[^`\n]+`)", str(text))
     return "".join(p if i % 2 else re.sub(r"([\\*<>$\[\]{}#~_|])", r"\\\1", p) for i, p in enumerate(parts))
@@ -192,9 +195,9 @@ class Site:
     "What a page needs to know of the others."
     root: Path                                    # the checkout
     pages: dict                                   # source -> page
-    symbols: Symbols = field(default_factory=Symbols)
+    symbols: Symbols = field(default_factory=Symbols)            # public names and where they are shown
     files: dict = field(default_factory=dict)     # file in the repository -> place in the site
-    problems: list = field(default_factory=list)
+    problems: list = field(default_factory=list)                 # links and names that lead nowhere
 
     def place(self, source: str) -> str: # a file that is no page
         "Where its copy lies in the site; it will be copied."
@@ -263,7 +266,7 @@ def _output(out: dict) -> dict | None:
     return {**out, "data": data, "metadata": {k: v for k, v in out.get("metadata", {}).items() if k == "image/png"}} # of the metadata only a picture's size
 
 
-def lookup(module: str, name: str):
+def lookup(module: str, name: str):  # to import; qualified, such as Class.method
     "The object of a qualified name, without calling properties."
     obj = importlib.import_module(module)
     for part in name.split("."):

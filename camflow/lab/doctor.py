@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'OPTIONAL', 'TRACES', 'FOLDERS', 'WORDS', 'packages', 'video', 'accelerators', 'memory_bytes', 'cores',
-           'machine', 'absent', 'estimated', 'verdict', 'runs', 'assets', 'diagnose', 'healthy']
+           'machine', 'absent', 'unset', 'estimated', 'verdict', 'runs', 'assets', 'diagnose', 'healthy']
 
 # %% ../../nbs/lab/09_doctor.ipynb #fedb1dde
 import os
@@ -64,7 +64,9 @@ def memory_bytes() -> tuple[int, int]: # (total, available)
     return tuple(int(rows[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
 
 
-def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    "Processors that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/lab/09_doctor.ipynb #70e19ce1
 def machine():
@@ -82,7 +84,7 @@ def machine():
     yield "reports", "ok" if writable else "missing", str(root) + ("" if writable else ": not writable; set CAMFLOW_REPORTS")
 
 # %% ../../nbs/lab/09_doctor.ipynb #29da6cde
-FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "metadata", "table", "overlay", "manifest", "trajectory", "left", "right", "calibration") # parameters that name something on disk
+FOLDERS = ("model", "weights", "root", "vae", "transformer", "text_encoder", "videos", "metadata", "table", "overlay", "manifest", "trajectory", "left", "right", "calibration", "base", "sd", "svd", "image_encoder", "toml", "items") # parameters that name something on disk
 WORDS = ("", "tiny", "random", "sgbm", None)
 
 
@@ -97,7 +99,16 @@ def absent(values: dict) -> str: # all parameters of a run
     return ""
 
 
-def estimated(name: str, values: dict, accelerated: bool):
+def unset(name: str, profile: str | None, values: dict) -> str: # run notebook; its profile; all parameters
+    "What a profile leaves to the caller, in its line `# needs: base, table, folder`, or nothing."
+    from camflow.assets import profile_path
+    if not profile: return ""
+    lines = [line for line in profile_path(name, profile).read_text(encoding="utf-8").splitlines() if line.startswith("# needs: ")]
+    asked = [word for line in lines for word in line.removeprefix("# needs: ").split(", ") if values.get(word) in (None, "", [])]
+    return f"give it {', '.join(f'-p {word}=...' for word in asked)}" if asked else ""
+
+
+def estimated(name: str, values: dict, accelerated: bool):  # of the run; of all its parameters; on an accelerator
     "The estimate of a run, or None where there is no rule for it."
     from camflow.rl import estimate
     rule = {"recam_grpo": estimate.grpo, "recam_finetune": estimate.finetune}.get(name)
@@ -105,7 +116,7 @@ def estimated(name: str, values: dict, accelerated: bool):
 
 # %% ../../nbs/lab/09_doctor.ipynb #5ca9d6e1
 def verdict(name: str,          # run notebook
-            profile: str | None,
+            profile: str | None,                 # name; None: the notebook's defaults
             devices: list,      # bytes of each accelerator
             memory: int,        # bytes of the host
             processors: int) -> tuple[str, str]: # ("runs" | "not here" | "broken", reason or remark)
@@ -115,7 +126,7 @@ def verdict(name: str,          # run notebook
     except InputError as error: return "broken", str(error).splitlines()[0]
     ranks, nodes = values.get("num_processes", 1), values.get("nodes", 1)
     if ranks > (len(devices) or processors): return "not here", f"asks for {ranks} devices" + (f" on each of {nodes} machines" if nodes > 1 else "") + f"; here are {len(devices) or 'no'} accelerators" + ("" if devices else f" and {processors} CPUs")
-    if why := absent(values): return "not here", why
+    if why := absent(values) or unset(name, profile, values): return "not here", why
     try: need = estimated(name, values, bool(devices))
     except InputError as error: return "not here", str(error).splitlines()[0]
     remark = f"started on {nodes} machines by the lines that the run prints" if nodes > 1 else ""
@@ -138,10 +149,19 @@ def runs():
 
 
 def assets():
-    "Rows of the shipped weights and notebooks."
-    from camflow.assets import list_runs, list_tiny
-    names = list_tiny()
-    yield "tiny weights", "ok" if names else "optional", ", ".join(names) or "none; the runs tiny_* make them"
+    "Rows of the shipped notebooks, of embedded weights, and of each system's published weights."
+    from camflow.assets import list_runs
+    from camflow.lab.choices import embedded, system_rows
+    from camflow.lab.published import weights_folder
+    here = {row["name"]: row["bytes"] for row in embedded()}
+    yield "tiny weights", "ok" if here else "optional", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in here.items()) or "none; the runs tiny_* make them"
+    for system, there, count, missing, own in system_rows():
+        lost = [name for name in own if not any(name == n or name.startswith(f"{n}/") for n in here)]
+        detail = f"{there} of {count} published are in {weights_folder()}" if count else "nothing published is used"
+        if missing: detail += f" (missing: {', '.join(missing[:4])}{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}); `camflow weights` says where from"
+        if lost: detail += f"; embedded ones that are gone: {', '.join(lost)}"
+        elif own: detail += f"; without them: embedded {', '.join(own)}"
+        yield f"weights, {system}", "optional" if missing or lost else "ok", detail
     yield "run notebooks", "ok" if list_runs() else "missing", ", ".join(list_runs()) or "none; the installation is incomplete"
 
 # %% ../../nbs/lab/09_doctor.ipynb #322a81c9
@@ -154,4 +174,6 @@ def diagnose() -> list[tuple]: # (what, status, detail)
     return rows
 
 
-def healthy(rows: list[tuple]) -> bool: return not any(status in ("missing", "broken") for _, status, _ in rows)
+def healthy(rows: list[tuple]) -> bool:  # of the doctor's table
+    "Whether nothing is missing or broken."
+    return not any(status in ("missing", "broken") for _, status, _ in rows)

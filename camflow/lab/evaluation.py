@@ -38,7 +38,9 @@ def badge(word: str) -> Html: # status or verdict
     return Html(f'<span style="color:{_COLOUR.get(word, "inherit")};font-weight:600">{html.escape(str(word))}</span>')
 
 
-def arrow(name: str, higher_is_better: bool) -> str: return f"{name} {'↑' if higher_is_better else '↓'}"
+def arrow(name: str, higher_is_better: bool) -> str:  # of the metric; which way
+    "A metric's name with the way that is better."
+    return f"{name} {'↑' if higher_is_better else '↓'}"
 
 
 def metric_table(table: pd.DataFrame, n: int = 2000, seed: int = 0) -> Html: # the long table; bootstrap resamples
@@ -117,7 +119,7 @@ def distributions(table: pd.DataFrame, metrics=None, limit: int = 9) -> Html: # 
 
 # %% ../../nbs/lab/12_evaluation.ipynb #23bea37a
 def thumbnail(path,               # video
-              label: str = "",
+              label: str = "",           # below it
               side: int = 144,    # longer side, pixels
               frames: int = 17) -> Html: # at most so many, evenly spread
     "A small clip that plays offline; of a file that cannot be read, the reason."

@@ -83,7 +83,7 @@ def command(module: str,             # importable module with a main, e.g. camfl
             nodes: int = 1, node: int = 0,     # number of machines, and which of them this is
             address: str = "127.0.0.1",        # of machine 0
             port: int | None = None,           # on machine 0
-            python: str = sys.executable) -> list[str]:
+            python: str = sys.executable) -> list[str]:  # interpreter
     "Words of the command line that starts `module` on one machine."
     tail = ["-m", module, "--config", str(config)]
     world, port = num_processes*nodes, port or free_port()
@@ -98,8 +98,8 @@ def command(module: str,             # importable module with a main, e.g. camfl
 def launch_lines(config,              # path of a configuration, or a dict that may hold module, nodes, devices, master_addr, master_port
                  nodes: int | None = None,   # machines
                  devices: int | None = None, # devices of each machine
-                 module: str | None = None,
-                 launcher: str = "accelerate") -> list[str]:
+                 module: str | None = None,  # to start; None: that of the configuration
+                 launcher: str = "accelerate") -> list[str]:  # torchrun or accelerate
     "One shell line per machine; `NODE0` stands for the address of machine 0."
     given = config if isinstance(config, dict) else {}
     nodes, devices = nodes or given.get("nodes", 1), devices or given.get("devices", 1)
@@ -142,7 +142,9 @@ def main_error(log: str,          # text of a log file
 # %% ../../nbs/lab/01_launch.ipynb #d5344ca6
 class LaunchError(RuntimeError):
     "A launched process failed; the message holds the traceback that matters."
-    def __init__(self, message, returncode=None, log=None):
+    def __init__(self, message,          # for people
+                       returncode=None,  # of the process; None: it was ended
+                       log=None):        # text of its log
         super().__init__(message)
         self.returncode, self.log = returncode, log
 
@@ -150,10 +152,10 @@ class LaunchError(RuntimeError):
 @dataclass
 class Launch:
     "What was started and how it ended."
-    command: list[str]
-    run_dir: Path
+    command: list[str]                             # words
+    run_dir: Path                                  # folder of the run
     returncode: int | None = None # None for a dry run
-    seconds: float = 0.0
+    seconds: float = 0.0                           # that it took
     lines: list[str] = field(default_factory=list) # a dry run's lines for 1, 8 and 4x8 devices
 
     @property
@@ -210,9 +212,9 @@ def _stop(process, wait: float = GRACE + 5):
 def _hangs(watch: Watch, stall: float, module: str, log_path: Path) -> LaunchError:
     "The exception for ranks that have been silent too long; asks them for their stacks first."
     to_blame = ", ".join(f"rank {rank} hangs in {watch.look()[rank][0]['phase']}" for rank in watch.hung(stall))
-    asked = watch.ask_stacks()
-    time.sleep(0.3)                                                        # for the stacks to be written
-    return LaunchError(f"{to_blame}: {module} was stopped because no rank was heard for {stall} s ({watch})" + (f"; where each stood in its code is at the end of {log_path}" if asked else ""))
+    stacks = watch.stacks()
+    with open(log_path, "ab") as log: log.write("".join(f"\nrank {rank} stood here when it was stopped:\n{stack}" for rank, stack in stacks.items()).encode())
+    return LaunchError(f"{to_blame}: {module} was stopped because no rank was heard for {stall} s ({watch})" + (f"; where each stood in its code is at the end of {log_path}" if stacks else ""))
 
 
 def _follow(process, run_dir: Path, on_tick, timeout, tick: float, module: str, watch: Watch, stall):

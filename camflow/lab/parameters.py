@@ -24,10 +24,10 @@ from ..files import InputError
 @dataclass(frozen=True)
 class Parameter:
     "One knob of a run notebook."
-    name: str
+    name: str    # of the knob
     type: str    # annotation as written, e.g. "int", "str | None", "list[float]"
-    default: Any
-    help: str = ""
+    default: Any # of the notebook
+    help: str = ""  # comment behind it
 
     def __str__(self): return f"{self.name}: {self.type} = {self.default!r}" + (f"  # {self.help}" if self.help else "")
 
@@ -108,7 +108,7 @@ def fit(value,        # anything that JSON or YAML can hold
     return [fit(v, parts[0]) for v in value]
 
 # %% ../../nbs/lab/02_parameters.ipynb #f51e0fb5
-def unknown_name(name: str, allowed, where: str, what: str = "parameter") -> str:
+def unknown_name(name: str, allowed, where: str, what: str = "parameter") -> str:  # that was given; names; for the message; kind of name
     "Message for a name that does not exist, with the likely one."
     near = difflib.get_close_matches(name, list(allowed), 1)
     return f"{where}: unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Allowed: {', '.join(allowed)}"
@@ -164,11 +164,11 @@ def find_profile(notebook,       # path of the run notebook
 # %% ../../nbs/lab/02_parameters.ipynb #99531620
 def parse_assignment(text: str,                      # "key=value" from the command line
                      declared: dict[str, Parameter], # gives the type
-                     where: str = "-p") -> tuple[str, Any]:
+                     where: str = "-p") -> tuple[str, Any]:  # for the message
     "Name and value; the text is taken as it stands where a str is wanted, else read as YAML."
     import yaml
     name, equals, raw = text.partition("=")
-    if not equals: raise InputError(f"{where} {text!r} must read key=value")
+    if not equals: raise InputError(f"{where} {text!r} must read key=value, for instance -p seed=1")
     if name not in declared: return name, raw     # check_parameters complains, with the likely name
     kind = declared[name].type
     if kind == "str": return name, raw

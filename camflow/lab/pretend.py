@@ -52,7 +52,7 @@ class Pretended(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
                                                    device=torch.device(torch._C._get_privateuse1_backend_name(), 0))
 
-    def __init__(self, raw): self.raw, self.share = raw, MEMORY.hold(raw)
+    def __init__(self, raw): self.raw, self.share = raw, MEMORY.hold(raw)  # tensor of the host
 
     def __repr__(self): return f"{self.raw!r} on {self.device}" # the values may be looked at, unlike those of a real device
 
@@ -84,7 +84,7 @@ CROSSING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::set_", "
 NATIVE = 4 # SDPBackend.OVERRIDEABLE: a plug-in device brings an attention kernel of its own
 
 
-def execute(op, args, kwargs):
+def execute(op, args, kwargs):  # of torch; its tensors and numbers; likewise
     "Runs an operation of the pretended device by the host's kernel."
     name, known = op._schema.name, {}
     if name == "aten::_fused_sdp_choice": return NATIVE
@@ -124,7 +124,7 @@ def _autocast(op, device):
 # %% ../../nbs/lab/07_pretend.ipynb #8e74d614
 class Backend(types.ModuleType):
     "The module `torch.<name>`; `calls` records what was asked of it."
-    def __init__(self, name, devices):
+    def __init__(self, name, devices):  # of the device; how many
         super().__init__(f"torch.{name}")
         self.devices, self.calls, self.chosen = devices, [], 0
         answers = dict(is_available=True, is_initialized=True, _is_in_bad_fork=False, device_count=devices, is_bf16_supported=True, get_device_name="pretended", synchronize=None,

@@ -16,11 +16,11 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import InputError, read_json, sha256_file, write_json
 from .launch import GRACE, adopt_orphans, children, die_with_parent, end_descendants
+from .live import live, write_live
 from .parameters import find_profile, notebook_parameters, read_profile, resolve
 from .registry import Run, build_index, close_run, find_run, new_run, process_mark, read_records, settle, show_number, show_seconds, update
 
@@ -35,7 +35,7 @@ def find_notebook(name: str) -> Path: # name of a run notebook, or a path ending
 
 # %% ../../nbs/lab/03_run.ipynb #55169d06
 def metrics_line(record: dict, # one record of metrics.jsonl
-                 limit: int = 5) -> str:
+                 limit: int = 5) -> str:  # numbers at most
     "The record's numbers in one line."
     numbers = [f"{k} {show_number(v)}" for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in ("time", "world")]
     return " ".join(numbers[:limit])
@@ -43,7 +43,7 @@ def metrics_line(record: dict, # one record of metrics.jsonl
 
 class Progress(threading.Thread):
     "Prints cells done and the last metrics line until `stop`."
-    def __init__(self, run_dir, stream=None, every: float = 1.0):
+    def __init__(self, run_dir, stream=None, every: float = 1.0):  # folder of the run; None: stderr; seconds
         super().__init__(daemon=True)
         self.run_dir, self.stream, self.every = Path(run_dir), stream or sys.stderr, every
         self.cell, self.begin, self.last, self.printed, self.ended = "", time.monotonic(), "", 0.0, threading.Event()
@@ -193,7 +193,7 @@ def _finish_environment(process, run_dir: Path, wait: float = 60):
         write_json(run_dir/"env.json", {"status": "failed", "error": last, "python": sys.version.split()[0]})
 
 
-def child_environment(**extra: str) -> dict:
+def child_environment(**extra: str) -> dict:  # more variables
     "Environment of the kernel: this camflow importable, plots without a display, the number of threads fixed."
     root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
@@ -208,8 +208,8 @@ def _execute(run_dir: Path, notebook: Path, injected: dict, timeout, progress: b
     env = child_environment(CAMFLOW_RUN_DIR=str(run_dir), CAMFLOW_CWD=read_json(run_dir/"config.json").get("cwd", ""), **({"CAMFLOW_RESUME": "1"} if resume else {}))
     def on_cell(number, total, heading):
         bar.cell = f"cell {number}/{total} {heading}".rstrip()
-        update(run_dir, cell=number, cells=total)
-    with _stoppable(stop, timeout):
+        update(run_dir, cell=number, cells=total, heading=heading)
+    with live(run_dir, env), _stoppable(stop, timeout):
         surroundings = _record_environment(run_dir, env)
         if progress: bar.start()
         try: _papermill(notebook, run_dir, injected, env, stop, on_cell)
@@ -227,13 +227,14 @@ def _publish(run_dir: Path) -> Run:
     try: write_report(run_dir)
     except Exception as error: # a broken output must not turn a finished training into a failed one
         update(run_dir, report_error=f"{type(error).__name__}: {error}")
+        write_live(run_dir)   # the short page, which says how the run ended
     build_index(run_dir.parents[1])
     return Run(run_dir)
 
 # %% ../../nbs/lab/03_run.ipynb #c91c295b
 def prepare(name: str,                # run notebook
             profile=None,             # profile name, YAML file, or a list of them
-            params: dict | None = None) -> tuple[Path, dict, dict]:
+            params: dict | None = None) -> tuple[Path, dict, dict]:  # {name: value} over the profile
     "Notebook, all parameters, and those that differ from the notebook's defaults; nothing is executed."
     notebook = find_notebook(name)
     declared = notebook_parameters(notebook)
@@ -262,7 +263,9 @@ def run(name: str,                    # name of a run notebook, or a path ending
 
 # %% ../../nbs/lab/03_run.ipynb #c9543007
 def resume(text: str,                # names a run, see `find_run`
-           root=None, timeout: float | None = None, progress: bool = False) -> Run:
+           root=None,                     # folder of the reports; None: reports/ here
+           timeout: float | None = None,  # seconds; None: none
+           progress: bool = False) -> Run:  # a line on stderr while it runs
     "Continues a run that failed, was killed or ran out of time, in its own folder."
     past = find_run(text, root)
     info, config = settle(past.path), past.config
@@ -284,7 +287,7 @@ def _known_notebook(config: dict) -> str:
 VOLATILE = re.compile(r"(^|[._ ])(s|ms|seconds?|secs?|time|times|timings?|wall|cpu|rss|memory|bytes|mb|gb|mib|gib|duration|speed|throughput|fps|per_second|started|ended|date|pid|port|run_dir|host)($|[._ ])")
 
 
-def flatten(obj, prefix: str = "") -> dict:
+def flatten(obj, prefix: str = "") -> dict:  # of dicts, lists, numbers; of the names
     "Leaves of nested dicts and lists by dotted name."
     if isinstance(obj, dict): items = obj.items()
     elif isinstance(obj, list): items = enumerate(obj)
@@ -292,7 +295,7 @@ def flatten(obj, prefix: str = "") -> dict:
     return {k: v for key, value in items for k, v in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def evidence(run: Run) -> dict:
+def evidence(run: Run) -> dict:  # of the registry
     "Everything of a run that must repeat: numbers by name and hashes of weights."
     skip = run.result.get("volatile", [])
     numbers = flatten({"result": {k: v for k, v in run.result.items() if k not in (*skip, "volatile")}, "metrics": run.metrics})
@@ -308,8 +311,8 @@ def _close(a, b, rtol: float, atol: float) -> bool:
     return numbers and abs(a - b) <= atol + rtol*max(abs(a), abs(b))
 
 
-def compare(first: Run, second: Run,
-            rtol: float = 1e-3, atol: float = 1e-6) -> dict:
+def compare(first: Run, second: Run,  # a run; another
+            rtol: float = 1e-3, atol: float = 1e-6) -> dict:  # of two numbers that count as equal; of two numbers that count as equal
     "Whether two runs are `bit-equal`, `within tolerance` or `different`, and where they differ most."
     a, b = evidence(first), evidence(second)
     missing = sorted(a.keys() ^ b.keys())
@@ -323,8 +326,10 @@ def compare(first: Run, second: Run,
 
 
 def rerun(text: str,                 # names a run, see `find_run`
-          root=None, timeout: float | None = None, progress: bool = False,
-          rtol: float = 1e-3, atol: float = 1e-6) -> tuple[Run, dict]:
+          root=None,                     # folder of the reports; None: reports/ here
+          timeout: float | None = None,  # seconds; None: none
+          progress: bool = False,        # a line on stderr while it runs
+          rtol: float = 1e-3, atol: float = 1e-6) -> tuple[Run, dict]:  # of two numbers that count as equal; of two numbers that count as equal
     "Repeats a run from its config.json; returns the new run and the comparison (also in its comparison.json)."
     past = find_run(text, root)
     if "notebook" not in past.config: raise InputError(f"{past} was opened by hand and has no config.json of `camflow run`; start a new run")

@@ -19,9 +19,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..files import InputError, atomic_write, content_hash, read_json, sha256_file, write_json
+from ..files import InputError, atomic_write, content_hash, sha256_file, write_json
 from .launch import die_with_parent
-from .parameters import notebook_parameters, parse_assignment
+from .parameters import parse_assignment
 from .registry import SORT, STYLE, Run, headline, reports_root, scan, settle, show_number, show_seconds
 from .run import find_notebook, prepare, resume, run
 
@@ -56,14 +56,19 @@ def grid(axes: dict) -> list[dict]: # {name: values}
 def known(sweep: str,      # id of the sweep
           values: dict,    # all parameters of a point
           notebook: Path,  # as it is now
-          root=None) -> Run | None:
+          root=None) -> Run | None:  # folder of the reports; None: reports/ here
     "The newest run of this point, finished or not."
     for found in scan(root):
         if found.info.get("sweep") == sweep and found.info.get("parameters") == values and found.config.get("notebook_sha256") == sha256_file(notebook): return found
     return None
 
 
-def do_point(sweep: str, name: str, profile, params: dict, root, timeout: float | None) -> Run:
+def do_point(sweep: str,    # its name
+             name: str,     # of the run notebook
+             profile,       # name or file; None: the notebook's defaults
+             params: dict,  # {name: value} over the profile
+             root,          # folder of the reports; None: reports/ here
+             timeout: float | None) -> Run:  # seconds; None: none
     "Runs one point, or continues it; a finished one is returned as it is."
     notebook, values, _ = prepare(name, profile, params)
     past = known(sweep, values, notebook, root)
@@ -101,7 +106,7 @@ def rows_of(axes: dict, runs: dict) -> list[dict]: # {name: values}; {point numb
     return rows
 
 
-def over_seeds(rows: list[dict], axes: dict) -> list[dict]:
+def over_seeds(rows: list[dict], axes: dict) -> list[dict]:  # of the table; {name: values} of the sweep
     "Mean, standard deviation and count over `seed` of every number, failures counted; empty without seeds."
     if len(axes.get("seed", ())) < 2: return []
     names, table = [n for n in axes if n != "seed"], []
@@ -138,7 +143,7 @@ def _table(rows: list[dict], folder: Path) -> str:
     return f'<table><thead><tr>{heads}</tr></thead><tbody>{"".join("<tr>" + "".join(cell(n, row.get(n)) for n in names) + "</tr>" for row in rows)}</tbody></table>'
 
 
-def write_table(folder: Path, title: str, rows: list[dict], axes: dict):
+def write_table(folder: Path, title: str, rows: list[dict], axes: dict):  # of the sweep; of the page; of the table; {name: values} of the sweep
     "table.csv, seeds.csv and index.html of a sweep."
     means = over_seeds(rows, axes)
     _file(folder/"table.csv", _csv(rows))

@@ -229,11 +229,11 @@ def _repr_html(self):
 Frames.contact_sheet, Frames.save_grid, Frames._repr_html_ = _contact_sheet, _save_grid, _repr_html
 
 # %% ../../nbs/media/00_frames.ipynb #46f92154
-def _label(text: str, width: int, height: int = 16) -> torch.Tensor: # [3,height,width] uint8
+def _label(text: str, width: int) -> torch.Tensor: # [3,16,width] uint8
     "White text on black."
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
-    strip = Image.new("RGB", (width, height), "black")
+    strip = Image.new("RGB", (width, 16), "black")
     ImageDraw.Draw(strip).text((4, 1), str(text), fill="white", font=ImageFont.load_default(11))
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 

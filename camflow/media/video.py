@@ -32,15 +32,15 @@ class VideoError(InputError):
 @dataclass
 class VideoInfo:
     "What `probe` finds without decoding."
-    path: str
+    path: str                                               # of the file
     frames: int           # that the packets hold
     fps: float            # frames per second; the mean when the rate varies; NaN when unknown
     size: tuple           # (H, W) as shown, after rotation and without padding
     duration: float       # seconds; NaN when unknown
     variable_rate: bool   # frames are not equally spaced in time: use `frame_times`
     rotation: int = 0     # degrees counter-clockwise that the file asks for; frames are returned rotated
-    codec: str = ""
-    container: str = ""
+    codec: str = ""                                         # name, as FFmpeg has it
+    container: str = ""                                     # likewise
     damage: str = ""      # what is wrong with the file, "" when nothing was found
     open_gop: bool = False # pictures shown before a key frame are stored after it
 
@@ -439,7 +439,7 @@ def to_data_uri(frames: Frames,            # a short, small clip
 def video_html(frames: Frames,            # a short, small clip
                fps: float | None = None,  # default: the frames' own
                width: int | None = None,  # on the page, in pixels
-               crf: int = 23) -> str:
+               crf: int = 23) -> str:     # quality of H.264; smaller is better and larger
     "A looping player without network access."
     style = f" width='{width}'" if width else ""
     return f"<video controls autoplay loop muted playsinline{style} src='{to_data_uri(frames, fps, crf)}'></video>"

@@ -21,7 +21,9 @@ from .raft import Encoder, Padder, cell_grid, correlation_pyramid, enlarged_size
 from .weights import NoWeights, answer, load_strict, random_weights, read_weights
 
 # %% ../../nbs/metrics/11_amt.ipynb #d1d8da45
-def resize(x, factor): return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+def resize(x, factor):  # [N,C,H,W]; of both sides
+    "The maps by a factor, bilinear."
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def warp(image: Tensor,      # [B,C,H,W]
@@ -34,12 +36,19 @@ def warp(image: Tensor,      # [B,C,H,W]
     return F.grid_sample(image, at.permute(0, 2, 3, 1) * scale - 1, padding_mode="border", align_corners=True)
 
 
-def conv_prelu(inside, outside, stride=1): return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), nn.PReLU(outside))
+def conv_prelu(inside,   # channels that come in
+               outside,  # channels that go out
+               stride=1):  # of the convolution
+    "A 3 x 3 convolution and its PReLU."
+    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), nn.PReLU(outside))
 
 # %% ../../nbs/metrics/11_amt.ipynb #cc82e7ae
 class BottleneckBlock(nn.Module):
     "1x1, 3x3, 1x1 convolutions beside a shortcut, with instance norm."
-    def __init__(self, inside, outside, norm, stride=1):
+    def __init__(self, inside,   # channels that come in
+                       outside,  # channels that go out
+                       norm,     # of RAFT's blocks; here it is always instance norm
+                       stride=1):  # of the first layer
         super().__init__()
         quarter = outside // 4
         self.conv1, self.conv2, self.conv3 = nn.Conv2d(inside, quarter, 1), nn.Conv2d(quarter, quarter, 3, stride, 1), nn.Conv2d(quarter, outside, 1)
@@ -53,7 +62,7 @@ class BottleneckBlock(nn.Module):
 
 class SideBlock(nn.Module):
     "Five convolutions beside a shortcut; the second and fourth touch the last `side` channels only."
-    def __init__(self, channels, side):
+    def __init__(self, channels, side):  # of the map; channels of its second part
         super().__init__()
         self.side = side
         self.conv1, self.conv3 = conv_prelu(channels, channels), conv_prelu(channels, channels)
@@ -69,7 +78,7 @@ class SideBlock(nn.Module):
 # %% ../../nbs/metrics/11_amt.ipynb #1473be84
 class Pyramid(nn.Module):
     "Image to features at 1/2, 1/4, 1/8 and 1/16."
-    def __init__(self, channels):
+    def __init__(self, channels):  # of the four levels
         super().__init__()
         for i, (a, b) in enumerate(zip((3, *channels), channels)):
             setattr(self, f"pyramid{i + 1}", nn.Sequential(conv_prelu(a, b, 2), conv_prelu(b, b)))
@@ -82,7 +91,7 @@ class Pyramid(nn.Module):
 
 class Decoder(nn.Module):
     "Features of both ends and of the middle to the middle's features and flows at twice the size."
-    def __init__(self, inside, middle, outside, side):
+    def __init__(self, inside, middle, outside, side):  # channels that come in; channels between; channels that go out; channels of the side block
         super().__init__()
         self.convblock = nn.Sequential(conv_prelu(inside, middle), SideBlock(middle, side), nn.ConvTranspose2d(middle, outside, 4, 2, 1))
 
@@ -91,7 +100,10 @@ class Decoder(nn.Module):
 # %% ../../nbs/metrics/11_amt.ipynb #a7a42e6d
 class Update(nn.Module):
     "Correlations, flows and features at 1/8 to corrections of features and flows at `factor` times that."
-    def __init__(self, corr_channels, features, factor=1, hidden=76):
+    def __init__(self, corr_channels,  # numbers per cell of the correlation
+                       features,       # channels of the features
+                       factor=1,       # scale of the flow against the features
+                       hidden=76):     # width of the state
         super().__init__()
         self.factor, conv = factor, lambda a, b: nn.Conv2d(a, b, 3, 1, 1)
         head = lambda out: nn.Sequential(conv(hidden, hidden), nn.LeakyReLU(0.1), conv(hidden, out))
@@ -111,7 +123,11 @@ class Update(nn.Module):
 # %% ../../nbs/metrics/11_amt.ipynb #17773be6
 class AMT(nn.Module):
     "The small model (3.0 M parameters), names of amt-s.pth."
-    def __init__(self, channels=(20, 32, 44, 56), side=20, flows=3, radius=3, levels=4):
+    def __init__(self, channels=(20, 32, 44, 56),  # of the four levels
+                       side=20,                    # channels of the side blocks
+                       flows=3,                    # pairs that are blended
+                       radius=3,                   # of the window, cells
+                       levels=4):                  # of the pyramid
         super().__init__()
         a, b, c, d = channels
         self.flows, self.radius, self.levels, seen = flows, radius, levels, 2 * levels * (2 * radius + 1) ** 2
@@ -185,10 +201,10 @@ def load_amt(path # amt-s.pth, or the same as safetensors
     return load_strict(AMT(), read_weights(path, "AMT-S"), "AMT-S", source=path).to(device())
 
 # %% ../../nbs/metrics/11_amt.ipynb #b78663f3
-def between(model: AMT,
+def between(model: AMT,         # the network
             first: Frames,      # n frames
             second: Frames,     # n frames: the ones after
-            t: float = 0.5,
+            t: float = 0.5,     # 0..1, from the first to the second
             batch: int = 1      # pairs at once
            ) -> Tensor:         # [n,3,H,W] in 0..1, on the CPU
     "The frames at time t between pairs of frames, of any size."

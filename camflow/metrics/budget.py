@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import InputError, write_json
+from ..files import InputError
 from ..processes import die_with_parent
 
 # %% ../../nbs/metrics/07_budget.ipynb #5894675f
@@ -129,6 +129,6 @@ def run_within(target: str,               # "package.module:function"; it return
     return Answer(**verdict, seconds=time.perf_counter() - start, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_mb=usage.ru_maxrss / 1024)
 
 # %% ../../nbs/metrics/07_budget.ipynb #123d56fb
-def echo(**values) -> dict:
+def echo(**values) -> dict:  # anything that JSON can say
     "Gives back what it got: what a child costs at least."
     return values

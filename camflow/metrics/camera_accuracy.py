@@ -66,8 +66,8 @@ class CameraAccuracy:
     metric: bool | None = None         # the estimate is in metres; default: only tiny's is
     options: dict = field(default_factory=dict) # of `recover` (seconds, memory_mb, features, ...) or of the network (views, process_res, ...)
     name: str = ""                     # default camera_<estimator>
-    higher_is_better: bool = False
-    inputs: tuple = ("video", "cameras")
+    higher_is_better: bool = False                                          # errors: no
+    inputs: tuple = ("video", "cameras")                                    # what it needs of a sample
 
     def __post_init__(self):
         if isinstance(self.estimator, str) and self.estimator not in (*METHODS, "da3", "tiny"):

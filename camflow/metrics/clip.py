@@ -86,7 +86,7 @@ def clip_config(state: dict,                    # transformers' names
 # %% ../../nbs/metrics/25_clip.ipynb #b5eb0197
 class Clip(nn.Module):
     "CLIP as two functions: `image` and `text`, both to D features (not normalised)."
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig):  # of transformers
         super().__init__()
         self.model = CLIPModel(config)
 
@@ -120,7 +120,7 @@ def load_clip(path,                           # OpenAI's .pt, open_clip's file, 
     return net.eval()
 
 
-def random_clip(seed: int = 0) -> Clip:
+def random_clip(seed: int = 0) -> Clip:  # of the draw
     "An untrained CLIP of toy size (32 x 32 pixels, 16 features), for tests of the plumbing; what it measures is marked `random_weights`."
     side = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
     net = Clip(CLIPConfig(vision_config=side | dict(image_size=32, patch_size=8), text_config=side | dict(vocab_size=64, max_position_embeddings=77), projection_dim=16))
@@ -139,7 +139,7 @@ def clip_images(frames_TCHW: Tensor, # bytes
 
 
 @torch.no_grad()
-def image_features(net: Clip,
+def image_features(net: Clip,               # the network
                    frames_TCHW: Tensor,     # bytes
                    transform=clip_images,   # frames, side -> standardised images
                    batch: int = 32          # frames at a time

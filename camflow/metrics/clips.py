@@ -79,7 +79,7 @@ def read_clips(path) -> list: # .json
 def _sha(path: Path, size: int, changed: int): return sha256_file(path)
 
 
-def file_hash(path) -> str:
+def file_hash(path) -> str:  # of the file
     "SHA-256 of a file's bytes, remembered while size and time of change stay; `missing` when there is none."
     path = Path(path)
     try: stat = path.stat()
@@ -87,7 +87,7 @@ def file_hash(path) -> str:
     return _sha(path, stat.st_size, stat.st_mtime_ns) if path.is_file() else "missing"
 
 
-def clip_hash(clip: Clip) -> str:
+def clip_hash(clip: Clip) -> str:  # the clip and its roles
     "Hash of everything that a metric may see of a clip: bytes of its files, text and cameras; not of its labels."
     row = clip.record()
     return content_hash({name: file_hash(row[name]) if row[name] else None for name in FILES} | {"prompt": row["prompt"], "cameras": row["cameras"]})

@@ -8,7 +8,6 @@ __all__ = ['STILL', 'NUMBERS', 'grey', 'track', 'between', 'given_fundamental', 
 
 # %% ../../nbs/metrics/18_consistency.ipynb #fce0421f
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ def given_fundamental(cameras: Cameras, i: int, j: int) -> np.ndarray: # positio
 
 
 def asked_distance(uv_i, uv_j,                # [N,2] pixels
-                   cameras: Cameras,
+                   cameras: Cameras,          # camera of every frame
                    i: int, j: int             # positions in the path
                   ) -> np.ndarray:            # [N] pixels
     "Distance of pairs from what the cameras allow."
@@ -108,7 +107,7 @@ def inverse_depth(uv_LN2,             # tracks, first frame first
 # %% ../../nbs/metrics/18_consistency.ipynb #a9b5f370
 def depth_error(uv_LN2,              # tracks, first frame first
                 depth_HW,            # of the first frame, along the optical axis
-                cameras: Cameras,
+                cameras: Cameras,    # camera of every frame
                 first: int = 0,      # position in the path of the tracks' first frame
                 scale: float = 1.0   # depth is multiplied by it
                ) -> np.ndarray:      # RMS reprojection error [N], pixels; NaN where there is no depth

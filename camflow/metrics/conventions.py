@@ -6,7 +6,6 @@
 __all__ = ['SCALES', 'LINEAGES', 'curves', 'camera_errors', 'segment_errors', 'Diagnosis', 'diagnose']
 
 # %% ../../nbs/metrics/15_conventions.ipynb #88309a88
-import itertools
 import math
 from dataclasses import dataclass, field
 

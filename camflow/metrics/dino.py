@@ -24,7 +24,7 @@ class DinoConfig:
     "Sizes of a DINO v1 transformer."
     dim: int = 768       # D
     depth: int = 12      # blocks
-    heads: int = 12
+    heads: int = 12      # of the attention
     patch: int = 16      # pixels
     grid: int = 14       # side of the stored position table, patches
     mlp: int = 4         # hidden width over D

@@ -47,7 +47,7 @@ def blur(clip_T3HW: Tensor,  # bytes
 
 def noise(clip_T3HW: Tensor,     # bytes
           psnr: float,           # decibels that every frame shall have against the clip; about 6 to 48
-          seed: int = 0
+          seed: int = 0          # of the draw
          ) -> Tensor:
     "Noise of exactly this PSNR."
     mean_square = 255**2 / 10 ** (psnr / 10)
@@ -112,7 +112,7 @@ def shift(clip_T3HW: Tensor, frames: int) -> Tensor: # bytes; frames by which it
     return clip_T3HW[at]
 
 # %% ../../nbs/metrics/29_distortions.ipynb #06129fd4
-def turn(cameras: Cameras, degrees: float, seed: int = 0) -> Cameras:
+def turn(cameras: Cameras, degrees: float, seed: int = 0) -> Cameras:  # camera of every frame; of every frame; of the draw
     "Rotation noise of exactly `degrees` in every frame but the first."
     axis = F.normalize(torch.randn(len(cameras), 3, dtype=torch.float64, generator=generator(seed, "turn")), dim=1)
     axis[0] = 0
@@ -130,7 +130,7 @@ def displace(cameras: Cameras, distance: float, seed: int = 0) -> Cameras: # pat
     return Cameras(c2w, cameras.K, cameras.size, cameras.frames)
 
 
-def stretch(cameras: Cameras, factor: float) -> Cameras:
+def stretch(cameras: Cameras, factor: float) -> Cameras:  # camera of every frame; 1: as it was
     "The path scaled about its first position."
     c2w = cameras.c2w.clone()
     c2w[:, :3, 3] = c2w[:1, :3, 3] + factor * (c2w[:, :3, 3] - c2w[:1, :3, 3])

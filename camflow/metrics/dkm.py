@@ -22,7 +22,7 @@ from .weights import load_strict, random_weights, read_weights
 # %% ../../nbs/metrics/12_dkm.ipynb #4f6e9c1f
 class Bottleneck(nn.Module):
     "1x1, 3x3, 1x1 convolutions beside a shortcut; the middle one strides."
-    def __init__(self, inside, width, stride=1):
+    def __init__(self, inside, width, stride=1):  # channels that come in; channels inside, a quarter of those that go out; of the first layer
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
@@ -58,7 +58,7 @@ class ResNet50(nn.Module):
         return out
 
 # %% ../../nbs/metrics/12_dkm.ipynb #0559d0d7
-def pixel_centres(B: int, h: int, w: int, like: Tensor) -> Tensor:
+def pixel_centres(B: int, h: int, w: int, like: Tensor) -> Tensor:  # pictures; rows; columns; tensor whose type and device are wanted
     "Positions of all cells of an image, [B,2,h,w]."
     y = torch.linspace(-1 + 1 / h, 1 - 1 / h, h, device=like.device, dtype=like.dtype)
     x = torch.linspace(-1 + 1 / w, 1 - 1 / w, w, device=like.device, dtype=like.dtype)
@@ -74,7 +74,7 @@ def cosine_kernel(x: Tensor, y: Tensor, tau: float = 0.2) -> Tensor: # [B,n,C], 
 
 class GaussianProcess(nn.Module):
     "Features of both images to the expected position embedding [B,dim,h,w] of the first one's cells."
-    def __init__(self, dim=256, noise=0.1):
+    def __init__(self, dim=256, noise=0.1):  # of the embedded positions; variance of the observations
         super().__init__()
         self.pos_conv, self.noise = nn.Conv2d(2, dim, 1), noise
 
@@ -90,7 +90,7 @@ class GaussianProcess(nn.Module):
 # %% ../../nbs/metrics/12_dkm.ipynb #da5df5a7
 class ResidualRefinement(nn.Module):
     "1x1 convolution, then a residual pair of 3x3."
-    def __init__(self, inside, outside):
+    def __init__(self, inside, outside):  # channels that come in; channels that go out
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(inside, outside, 1), nn.Conv2d(outside, outside, 3, 1, 1)
         self.bn, self.conv3 = nn.BatchNorm2d(outside), nn.Conv2d(outside, outside, 3, 1, 1)
@@ -102,7 +102,7 @@ class ResidualRefinement(nn.Module):
 
 class ChannelAttention(nn.Module):
     "The finer features, each channel weighted by what both levels say on average, plus the coarser ones."
-    def __init__(self, channels):
+    def __init__(self, channels):  # of each map
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(2 * channels, channels, 1), nn.Conv2d(channels, channels, 1)
 
@@ -113,7 +113,7 @@ class ChannelAttention(nn.Module):
 
 class CoarseDecoder(nn.Module):
     "Expected embeddings, features and context to warp, logit and new context, at strides 32 and 16."
-    def __init__(self, dim=384, features=512, embedding=256):
+    def __init__(self, dim=384, features=512, embedding=256):  # channels inside; channels of the features; of positions
         super().__init__()
         per_stride = lambda make: nn.ModuleDict({s: make() for s in ("32", "16")})
         self.feat_input_modules = per_stride(lambda: nn.Conv2d(features, 256, 1))
@@ -157,7 +157,11 @@ def _refiner_block(inside, outside): # depthwise 5x5, then 1x1
 
 class Refiner(nn.Module):
     "Features and warp to corrections of logit and warp."
-    def __init__(self, features, embedding, radius=0, hidden=None, blocks=8):
+    def __init__(self, features,     # channels of the features
+                       embedding,    # channels of the position
+                       radius=0,     # of the local correlation; 0: none
+                       hidden=None,  # channels inside; None: as many as come in
+                       blocks=8):    # convolution blocks
         super().__init__()
         inside = 2 * features + embedding + ((2 * radius + 1) ** 2 if radius else 0)
         hidden, self.radius = hidden or inside, radius
@@ -205,7 +209,9 @@ class Decoder(nn.Module):
         return out
 
 
-def scale_to(x, size): return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=False)
+def scale_to(x, size):  # [N,C,H,W]; (H, W)
+    "The map at a size, as it is where it has it."
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 # %% ../../nbs/metrics/12_dkm.ipynb #3f18c030
 class DKM(nn.Module):
@@ -254,7 +260,7 @@ def kernel_density(points_Nd: Tensor, std: float = 0.1, piece: int = 2 ** 24) ->
     return torch.cat([torch.cdist(x[i:i + step], x).square_().div_(-2 * std ** 2).exp_().sum(1) for i in range(0, len(x), step)] or [x.new_zeros(0)])
 
 
-def balance_weight(density_N: Tensor) -> Tensor:
+def balance_weight(density_N: Tensor) -> Tensor:  # of `kernel_density`
     "Weight of a pair in the final draw."
     return torch.where(density_N < 10, 1e-7, 1 / (density_N + 1))
 

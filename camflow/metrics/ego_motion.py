@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..files import InputError
 from ..geometry.camera import Cameras
+from ..flow.consistency import follow
 from ..flow.dis import searcher
 from ..media.frames import Frames
 from .consistency import STILL, between, given_fundamental, grey
@@ -24,13 +25,6 @@ from .weights import answer
 # T frames, H W pixels; flows [H,W,2] as (x, y) in pixels
 
 # %% ../../nbs/metrics/28_ego_motion.ipynb #b5492db5
-def _look(image, flow): # image at the places that the flow points to
-    import cv2
-    H, W = flow.shape[:2]
-    y, x = np.mgrid[:H, :W].astype(np.float32)
-    return cv2.remap(image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
 def both_flows(video_T3HW: Tensor,  # bytes
                network=None         # RAFT; None: dense inverse search
               ) -> list:            # of (there, back) [H,W,2] for neighbouring frames
@@ -50,7 +44,7 @@ def believed(there, back) -> np.ndarray: # flows [H,W,2] -> [H,W]
     y, x = np.mgrid[:H, :W]
     to = np.stack([x, y], 2) + there
     inside = ((to >= 0) & (to <= (W - 1, H - 1))).all(2)
-    return inside & (np.linalg.norm(there + _look(back, there), axis=2) < 0.5 + 0.05 * np.linalg.norm(there, axis=2))
+    return inside & (np.linalg.norm(there + follow(back, there), axis=2) < 0.5 + 0.05 * np.linalg.norm(there, axis=2))
 
 # %% ../../nbs/metrics/28_ego_motion.ipynb #ca104ecc
 def _places(flow):

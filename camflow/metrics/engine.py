@@ -24,7 +24,7 @@ from .. import __version__
 from ..device import device
 from ..files import InputError, content_hash
 from .clips import Clip, check_clips, clip_hash, write_clips
-from .features import FeatureCache
+from .feature_cache import FeatureCache
 from .interface import Result
 from .streaming import as_metric, as_record, measure_clip, score_set, signature
 from .table import Table, make_row
@@ -53,7 +53,7 @@ def _child(conn, note, parent, number, data, cache, seed, size):
         send(done=True)
 
 
-def networks_of(metrics) -> list:
+def networks_of(metrics) -> list:  # of the engine
     "Every network once."
     nets = [n for m in metrics for n in [*m.networks, *(n for need in m.needs.values() for n in need.feature.networks)]]
     return list({id(n): n for n in nets if isinstance(n, nn.Module)}.values())
@@ -97,8 +97,8 @@ def blamed(step: str, task: dict, metrics) -> set: # what the worker was doing; 
 
 # %% ../../nbs/metrics/34_engine.ipynb #c3155662
 def in_workers(tasks: list,        # of {"clip": record, "metrics": numbers}
-               metrics: list,
-               cache: Path, seed: int, size: int,
+               metrics: list,      # of the engine
+               cache: Path, seed: int, size: int,  # folder of what was measured; of the draw; frames per chunk
                processes: int,     # at once
                patience: float):   # seconds
     "Yields (task number, {metric number: (results, frames, fps)}) as clips are finished."
@@ -156,7 +156,7 @@ def evaluate(clips,                  # of Clip
              processes: int = 1,     # that may be killed; 0: in this process, for notebooks and debugging
              cache=None,             # folder of features; default: features in `out`
              resume: bool = True,    # False: measure everything again
-             seed: int = 0,
+             seed: int = 0,          # of metrics that draw
              redo: tuple = (),       # statuses that are measured again, for instance ("failed", "timeout")
              patience: float = 3600, # seconds without progress after which a step is given up; not with processes=0
              size: int = 4,          # frames that are decoded at a time

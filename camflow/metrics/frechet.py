@@ -29,7 +29,7 @@ def moments(features_ND,   # one row per sample
 def _root_eigenvalues(a): return np.sqrt(np.clip(np.linalg.eigvalsh(a), 0, None))
 
 
-def gaussian_distance(mean1, cov1, mean2, cov2) -> float:
+def gaussian_distance(mean1, cov1, mean2, cov2) -> float:  # [D]; [D,D]; [D]; [D,D]
     "Squared Fréchet distance of two Gaussians, float64."
     mean1, cov1, mean2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mean1, cov1, mean2, cov2))
     values, vectors = np.linalg.eigh(cov1)

@@ -48,7 +48,7 @@ def fit_size(size: tuple,                  # (H, W) of the original image, pixel
 
 
 def fit_image(image_B3HW: Tensor,  # 0..1
-              fit: Fit
+              fit: Fit             # of `fit_size`
              ) -> Tensor:          # [B,3,*fit.padded]
     "The image as the matcher gets it."
     x = image_B3HW
@@ -57,7 +57,7 @@ def fit_image(image_B3HW: Tensor,  # 0..1
 
 # %% ../../nbs/metrics/13_gim.ipynb #dc4d5c68
 def unpadded(pairs_N4: Tensor,   # (x0, y0, x1, y1) in -1..1 of the padded images
-             fit0: Fit, fit1: Fit
+             fit0: Fit, fit1: Fit  # of the first image; of the second
             ) -> tuple:          # points of image 0 [N,2], of image 1 [N,2] in pixels, inside [N]
     "Pixel positions and whether both ends are in the picture."
     points, inside = [], torch.ones(len(pairs_N4), dtype=torch.bool, device=pairs_N4.device)
@@ -72,8 +72,8 @@ def unpadded(pairs_N4: Tensor,   # (x0, y0, x1, y1) in -1..1 of the padded image
 # %% ../../nbs/metrics/13_gim.ipynb #dcac264d
 def fundamental(points0, points1,          # [N,2] pixels
                 threshold: float = 8.0,    # pixels
-                confidence: float = 0.999999,
-                iterations: int = 10000
+                confidence: float = 0.999999,  # that the best matrix was drawn
+                iterations: int = 10000    # at most
                ) -> tuple:                 # F [3,3] or None, inlier mask [N]
     "Robust fundamental matrix; None where there is none."
     a, b = (np.ascontiguousarray(torch.as_tensor(p).cpu().double().numpy()) for p in (points0, points1))
@@ -105,7 +105,7 @@ class PairMatch:
     inlier: np.ndarray # [sampled]
 
 
-def match_pair(model: DKM,
+def match_pair(model: DKM,                       # of `load_dkm`
                image0: Tensor, image1: Tensor,   # [3,H,W] in 0..1
                draws: torch.Generator,           # of the sampling, on the CPU
                count: int = 11000,               # pairs to draw

@@ -24,7 +24,7 @@ from .weights import NoWeights, answer, load_strict, read_weights
 # Shapes: N clips, C channels, T frames, H W pixels
 
 # %% ../../nbs/metrics/21_i3d.ipynb #9afb6aa4
-def same_padding(x: Tensor, kernel, stride) -> Tensor:
+def same_padding(x: Tensor, kernel, stride) -> Tensor:  # [N,C,T,H,W]; (T, H, W); (T, H, W)
     "Zeros around the last axes, the odd one at the end."
     pads = []
     for n, k, s in reversed(list(zip(x.shape[2:], kernel, stride))):
@@ -33,14 +33,18 @@ def same_padding(x: Tensor, kernel, stride) -> Tensor:
     return F.pad(x, pads) if any(pads) else x
 
 
-def max_pool_same(x: Tensor, kernel, stride) -> Tensor:
+def max_pool_same(x: Tensor, kernel, stride) -> Tensor:  # [N,C,T,H,W]; (T, H, W); (T, H, W)
     "Maximum over windows, borders count as zero."
     return F.max_pool3d(same_padding(x, kernel, stride), kernel, stride)
 
 # %% ../../nbs/metrics/21_i3d.ipynb #5188994c
 class Unit3D(nn.Module):
     "Convolution with TensorFlow padding, batch norm and ReLU; the last unit has a bias instead."
-    def __init__(self, c_in, c_out, kernel=(1, 1, 1), stride=(1, 1, 1), last=False):
+    def __init__(self, c_in,              # channels that come in
+                       c_out,             # channels that go out
+                       kernel=(1, 1, 1),  # (T, H, W)
+                       stride=(1, 1, 1),  # (T, H, W)
+                       last=False):       # no norm and no ReLU
         super().__init__()
         self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=last)
         if not last: self.bn = nn.BatchNorm3d(c_out, eps=1e-5)  # 1e-3, as in Inception, moves pooled features by 5 % of their spread
@@ -53,7 +57,7 @@ class Unit3D(nn.Module):
 
 class Inception3D(nn.Module):
     "Four branches: 1x1, 1x1 and 3x3, twice, pooled 1x1."
-    def __init__(self, c_in, widths):
+    def __init__(self, c_in, widths):  # channels that come in; channels of the six convolutions
         super().__init__()
         a, b, c, d, e, f = widths
         k = (3, 3, 3)
@@ -77,7 +81,7 @@ _LAYERS = (
 
 class I3D(nn.Module):
     "Clips -1..1 -> 400 logits, under the names of `i3d_pretrained_400.pt`."
-    def __init__(self, classes: int = 400):
+    def __init__(self, classes: int = 400):  # of the logits
         super().__init__()
         for name, spec in _LAYERS:
             if isinstance(name, str): setattr(self, name, (Inception3D if name.startswith("Mixed") else Unit3D)(*spec))
@@ -130,7 +134,7 @@ def fvd_clip(frames_TCHW: Tensor,               # bytes, or floats 0..1
 # %% ../../nbs/metrics/21_i3d.ipynb #687f5b46
 class ScriptI3D(nn.Module):
     "StyleGAN-V's archive behind the interface of `I3D`: clips -1..1 -> features."
-    def __init__(self, archive):
+    def __init__(self, archive):  # a loaded TorchScript
         super().__init__()
         self.archive = archive
 

@@ -22,7 +22,7 @@ from .weights import NoWeights, answer, load_strict, read_weights
 # %% ../../nbs/metrics/20_inception.ipynb #4bd8b5cd
 class ConvNorm(nn.Module):
     "Convolution, batch norm (eps 1e-3), ReLU."
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):  # channels that come in; channels that go out; size; pixels; pixels
         super().__init__()
         self.conv, self.bn = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)
 
@@ -37,7 +37,7 @@ def _steps(part): return part if isinstance(part, list) else [part]
 
 class Mixed(nn.Module):
     "Branches side by side, their channels joined; the pooling branch comes last."
-    def __init__(self, c_in, branches, pool):
+    def __init__(self, c_in, branches, pool):  # channels that come in; rows of convolutions; function before the last branch
         super().__init__()
         self.branches, self.pool = branches, pool
         for row in branches:
@@ -122,7 +122,7 @@ def load_inception(path # pt_inception-2015-12-05-6726825d.pth, or the same as s
 
 # %% ../../nbs/metrics/20_inception.ipynb #e36f96ca
 @torch.no_grad()
-def inception_features(net: InceptionFID,
+def inception_features(net: InceptionFID,   # the network
                        frames_TCHW: Tensor, # bytes
                        batch: int = 16      # frames at a time
                       ) -> Tensor:          # [T,2048] float32 on the CPU

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from ..data.multicam import MultiCamVideo, clip_indices, read_captions
+from ..data.multicam import MultiCamVideo, read_captions
 from ..files import InputError, read_json
 from ..geometry.camera import Cameras, focal_K
 from ..media.video import probe

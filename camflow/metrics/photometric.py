@@ -70,7 +70,8 @@ def pose_difference(a_44, b_44): # two poses
 
 # %% ../../nbs/metrics/03_photometric.ipynb #a5723154
 @cast.jit
-def seen_by(depth, c2w, fx, fy, cx, cy, w2c, depths, sfx, sfy, scx, scy, out):
+def seen_by(depth, c2w, fx, fy, cx, cy,  # of the view: [H,W]; camera-to-world; pixels
+            w2c, depths, sfx, sfy, scx, scy, out):  # of the sources: [S,4,4]; [S,h,w]; pixels; [H,W], filled
     "Fills out [H,W] with 1 where the point of a view (z-depth, c2w) is seen in any of the source views (w2c [S,4,4], depths [S,h,w])."
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
@@ -94,7 +95,9 @@ def seen_by(depth, c2w, fx, fy, cx, cy, w2c, depths, sfx, sfy, scx, scy, out):
 
 # %% ../../nbs/metrics/03_photometric.ipynb #d30f8d93
 @cast.jit
-def smooth_image(kind, half, slot, R, t, c2w, fx, fy, cx, cy, colors, waves, phases, grid, color, depth):
+def smooth_image(kind, half, slot, R, t,  # solids: [P]; [P,3] half sizes; [P] textures; [P,3,3]; [P,3]
+                 c2w, fx, fy, cx, cy,     # of the camera, pixels
+                 colors, waves, phases, grid, color, depth):  # of the textures; rays along a side of a pixel; [3,H,W] and [H,W], filled
     "As the world renders videos: grid x grid rays where a pixel sees an edge; fills color [3,H,W] in 0..1 and depth [H,W]."
     H, W = depth.shape
     deep, part, face = np.empty((H * grid, W * grid)), np.empty((H * grid, W * grid), np.int64), np.empty((H * grid, W * grid), np.int64)
@@ -142,7 +145,8 @@ def source_shots(scene, c2w_S44, times_S, lens, size, times_T): # source poses a
 
 # %% ../../nbs/metrics/03_photometric.ipynb #f97f5c51
 @cast.jit
-def compare(frame, image, weight, limit, gain, offset):
+def compare(frame, image, weight, limit,  # [C,H,W] read and rendered; [H,W]; residual where Huber's cost turns
+            gain, offset):                # [C], filled
     "Fills the colour fit (gain within 0.4 .. 1.6); weighted means of Huber's cost and of the squared residual, and the mean weight."
     C, H, W = frame.shape
     total, robust, plain = 1e-9 + weight.sum(), 0.0, 0.0
@@ -166,7 +170,9 @@ def compare(frame, image, weight, limit, gain, offset):
 
 # %% ../../nbs/metrics/03_photometric.ipynb #05a3c9d7
 @cast.jit
-def normal_equations(frame, image, depth, weight, gain, offset, limit, fx, fy, cx, cy, A, g):
+def normal_equations(frame, image, depth, weight,  # [C,H,W] read and rendered; [H,W] rendered; [H,W]
+                     gain, offset, limit,          # [C] of `compare`; residual where Huber's cost turns
+                     fx, fy, cx, cy, A, g):        # pixels; [6,6] and [6], filled
     "Fills J^T W J [6,6] and J^T W r [6] of one linearisation, per pixel and colour."
     (C, H, W), J, px, py, total = frame.shape, np.empty(6), np.empty(6), np.empty(6), 1e-9
     A[:], g[:] = 0.0, 0.0
@@ -231,7 +237,7 @@ def coordinates(base_inverse_44, c2w_44): # world to base; pose
     return np.concatenate([vee * (math.atan2(s, (np.trace(p[:3, :3]) - 1) / 2) / s if s > 1e-9 else 1.), p[:3, 3]])
 
 
-def velocity_changes(times_T):
+def velocity_changes(times_T):  # seconds
     "Matrix [T-2,T]: change of velocity at every inner frame."
     D = np.zeros((max(len(times_T) - 2, 0), len(times_T)))
     for i in range(len(D)):
@@ -304,7 +310,7 @@ def solve(level: Level, poses, steps: int): # first poses; trials at most
     return looks
 
 
-def standard_errors(level: Level, looks):
+def standard_errors(level: Level, looks):  # of the pyramid; what it saw of each frame
     "Of every frame's pose [T,6], degrees and metres in the camera's axes, from the curvature of the energy."
     H, _ = level.system(looks)
     return np.sqrt(np.maximum(np.diag(np.linalg.inv(H + 1e-9 * np.eye(len(H)))), 0)).reshape(-1, 6) * np.repeat([180 / math.pi, 1], 3)
@@ -317,7 +323,7 @@ WIDE = 4. # pixels, of the band
 FAR = 20. # nats behind the best, after which a path is not refined further
 
 
-def start_paths(asked_T44, times_T, scales=SCALES, even=EVEN):
+def start_paths(asked_T44, times_T, scales=SCALES, even=EVEN):  # camera-to-world; seconds; of the asked path; amounts of the even motions
     "First guesses: the asked path scaled about its first pose, and even motions from there."
     base, u = asked_T44[0], (times_T - times_T[0]) / max(times_T[-1] - times_T[0], 1e-9)
     rows = np.stack([coordinates(np.linalg.inv(base), p) for p in asked_T44])
@@ -329,11 +335,11 @@ def _apart(a, b, degrees, metres): # two paths
     return any(d > degrees or m > metres for d, m in (pose_difference(p, q) for p, q in zip(a, b)))
 
 
-def _best(level, paths, steps, keep, degrees=2., metres=.2):
+def _best(level, paths, steps, keep): # paths are another if 2 degrees or 0.2 m apart
     "The `keep` best of the paths after some steps, each different from the better ones."
     found, kept = sorted(((level.score(looks), [k.c2w for k in looks]) for looks in (solve(level, p, steps) for p in paths)), key=lambda item: item[0]), []
     for _, path in found:
-        if len(kept) < keep and all(_apart(path, other, degrees, metres) for other in kept): kept.append(path)
+        if len(kept) < keep and all(_apart(path, other, 2., .2) for other in kept): kept.append(path)
     return kept
 
 # %% ../../nbs/metrics/03_photometric.ipynb #f201090a

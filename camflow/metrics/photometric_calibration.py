@@ -24,7 +24,7 @@ from ..world.scene import Scene, random_scene
 @dataclass
 class Trial:
     "A clip that shows another path than was asked."
-    scene: Scene
+    scene: Scene                                                             # that was rendered
     times: np.ndarray  # [T] seconds
     K: np.ndarray      # [3,3]
     asked: np.ndarray  # [T,4,4] poses in the world
@@ -56,7 +56,7 @@ def trial(number: int,            # any integer; the preset is number modulo ten
     return Trial(scene, times, K, asked, shown, source, clean, clean.copy())
 
 # %% ../../nbs/metrics/05_photometric_calibration.ipynb #48e0a75e
-def invent(t: Trial):
+def invent(t: Trial):  # the trial
     "What the source video never showed comes from another scene, seen from the same poses."
     K, size = t.K, t.clean.shape[2:]
     lens = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
@@ -137,7 +137,7 @@ def calibration(kinds=("sharp", "soft", "invented", "soft and invented"), # keys
     return pd.DataFrame([{"kind": kind, "off_deg": d, "off_m": m, **summary(trials_table(kind, count, d, m, **options))} for kind in kinds for d, m in errors])
 
 # %% ../../nbs/metrics/05_photometric_calibration.ipynb #a5214dbc
-def guesses(t: Trial):
+def guesses(t: Trial):  # the trial
     "First guesses by name, [T,4,4] each."
     base = t.asked[0]
     back = np.stack([base @ np.linalg.inv(np.linalg.inv(base) @ p) for p in t.asked])

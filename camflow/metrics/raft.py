@@ -27,7 +27,7 @@ def _norm(kind, channels): return nn.BatchNorm2d(channels) if kind == "batch" el
 
 class ResidualBlock(nn.Module):
     "Two 3x3 convolutions beside a shortcut."
-    def __init__(self, inside, outside, norm, stride=1):
+    def __init__(self, inside, outside, norm, stride=1):  # channels that come in; channels that go out; batch, or instance; of the first layer
         super().__init__()
         self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1)
         self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1)
@@ -45,7 +45,10 @@ class ResidualBlock(nn.Module):
 
 class Encoder(nn.Module):
     "Images [B,3,H,W] to features [B,out,H/8,W/8]."
-    def __init__(self, out, norm, widths=(64, 64, 96, 128), block=ResidualBlock):
+    def __init__(self, out,                       # channels of the features
+                       norm,                      # batch, or instance
+                       widths=(64, 64, 96, 128),  # channels of the levels
+                       block=ResidualBlock):      # class of the residual blocks
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(3, widths[0], 7, 2, 3), _norm(norm, widths[0])
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
@@ -59,7 +62,7 @@ class Encoder(nn.Module):
 # %% ../../nbs/metrics/10_raft.ipynb #a6776f27
 def correlation_pyramid(f1: Tensor,      # [B,D,h,w] features of the cells that look
                         f2: Tensor,      # [B,D,h,w] features of the cells that are looked at
-                        levels: int = 4
+                        levels: int = 4  # of the pyramid
                        ) -> list:        # levels tensors [B*h*w, h/2^l, w/2^l]
     "Scalar products of all pairs of cells, and their averages."
     (B, D, h, w), (h2, w2) = f1.shape, f2.shape[-2:]
@@ -95,7 +98,7 @@ def window_index(xy: Tensor,     # [N,2] centres in cells
 
 def blend_window(cells: Tensor,     # [N,(2r+2)^2] values of `window_index`
                  fraction: Tensor,  # [N,2]
-                 r: int
+                 r: int             # radius, cells
                 ) -> Tensor:        # [N,(2r+1)^2], x outside, y inside
     "Bilinear values of a window from the whole cells around it."
     v = cells.reshape(-1, 2 * r + 2, 2 * r + 2)
@@ -106,7 +109,7 @@ def blend_window(cells: Tensor,     # [N,(2r+2)^2] values of `window_index`
 
 def lookup(pyramid: list,  # of `correlation_pyramid`
            at_B2hw: Tensor, # positions looked at, in cells of level 0 (x, y)
-           r: int = 4
+           r: int = 4       # radius, cells
           ) -> Tensor:     # [B, L*(2r+1)^2, h, w]
     "Correlations around a position, on every level; what lies outside is 0."
     B, _, h, w = at_B2hw.shape
@@ -117,7 +120,7 @@ def lookup(pyramid: list,  # of `correlation_pyramid`
     return torch.cat(out, 1).reshape(B, h, w, -1).permute(0, 3, 1, 2)
 
 
-def cell_grid(B: int, h: int, w: int, like: Tensor) -> Tensor:
+def cell_grid(B: int, h: int, w: int, like: Tensor) -> Tensor:  # pictures; rows; columns; tensor whose type and device are wanted
     "Position of every cell, [B,2,h,w] as (x, y)."
     y, x = torch.meshgrid(torch.arange(h, device=like.device), torch.arange(w, device=like.device), indexing="ij")
     return torch.stack([x, y]).to(like.dtype).expand(B, 2, h, w)
@@ -125,7 +128,7 @@ def cell_grid(B: int, h: int, w: int, like: Tensor) -> Tensor:
 # %% ../../nbs/metrics/10_raft.ipynb #e7949c9c
 class MotionEncoder(nn.Module):
     "Correlations and flow to 128 channels, the flow itself among them."
-    def __init__(self, corr_channels):
+    def __init__(self, corr_channels):  # numbers per cell of the correlation
         super().__init__()
         self.convc1, self.convc2 = nn.Conv2d(corr_channels, 256, 1), nn.Conv2d(256, 192, 3, padding=1)
         self.convf1, self.convf2 = nn.Conv2d(2, 128, 7, padding=3), nn.Conv2d(128, 64, 3, padding=1)
@@ -139,7 +142,7 @@ class MotionEncoder(nn.Module):
 
 class SeparableGRU(nn.Module):
     "A 1x5 and then a 5x1 convolutional gated recurrent unit."
-    def __init__(self, hidden=128, inputs=256):
+    def __init__(self, hidden=128, inputs=256):  # width of the state; channels of what is seen
         super().__init__()
         for i, (size, pad) in enumerate((((1, 5), (0, 2)), ((5, 1), (2, 0)))):
             for gate in "zrq": setattr(self, f"conv{gate}{i + 1}", nn.Conv2d(hidden + inputs, hidden, size, padding=pad))
@@ -155,7 +158,7 @@ class SeparableGRU(nn.Module):
 
 class FlowHead(nn.Module):
     "State to a flow correction."
-    def __init__(self, hidden=128):
+    def __init__(self, hidden=128):  # width of the state
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(hidden, 256, 3, padding=1), nn.Conv2d(256, 2, 3, padding=1)
 
@@ -164,7 +167,7 @@ class FlowHead(nn.Module):
 
 class UpdateBlock(nn.Module):
     "One step of the walk."
-    def __init__(self, corr_channels):
+    def __init__(self, corr_channels):  # numbers per cell of the correlation
         super().__init__()
         self.encoder, self.gru, self.flow_head = MotionEncoder(corr_channels), SeparableGRU(), FlowHead()
         self.mask = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 576, 1))
@@ -189,7 +192,7 @@ SMALLEST = 128  # pixels: below, the original's last pyramid level is one cell w
 
 class RAFT(nn.Module):
     "The basic model (5.3 M parameters), names of raft-things.pth."
-    def __init__(self, levels: int = 4, radius: int = 4):
+    def __init__(self, levels: int = 4, radius: int = 4):  # of the pyramid; of the window, cells
         super().__init__()
         self.levels, self.radius = levels, radius
         self.fnet, self.cnet = Encoder(256, "instance"), Encoder(256, "batch")
@@ -240,7 +243,7 @@ class Padder:
     def undo(self, x): return x[..., self.pad[2]:self.pad[2] + self.size[0], self.pad[0]:self.pad[0] + self.size[1]]
 
 
-def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> tuple:
+def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> tuple:  # (H, W); pixels of the shorter side; of both sides
     "(H, W) whose padded sides are at least `smallest`; unchanged where they are already."
     H, W = size
     if min(H, W) < 1: raise InputError(f"an image of {H}x{W} pixels; flow; give at least one pixel")
@@ -253,9 +256,9 @@ def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> t
 
 class FlowSteps:
     "Flow from each frame to the next one of a clip that comes in pieces; every frame is encoded once."
-    def __init__(self, model: RAFT,
+    def __init__(self, model: RAFT, # the network
                  size: tuple,       # (H, W) of the frames, pixels
-                 iters: int = 20):
+                 iters: int = 20):  # refinements
         self.model, self.size, self.iters, self.last = model, tuple(size), iters, None
         self.big = enlarged_size(self.size)
         self.pad, self.where = Padder(self.big), next(model.parameters()).device
@@ -272,9 +275,9 @@ class FlowSteps:
         return flow if small else Flow(flow, "forward").resize(self.size).data
 
 
-def clip_flow(model: RAFT,
+def clip_flow(model: RAFT,         # the network
               frames: Frames,      # T frames
-              iters: int = 20,
+              iters: int = 20,     # refinements
               batch: int = 1       # pairs at once
              ) -> Flow:            # T-1 frames, forward, on the CPU
     "Flow between neighbouring frames."
@@ -316,7 +319,7 @@ class DynamicDegree:
     name, higher_is_better = "dynamic_degree", True
 
     def __init__(self, network: RAFT = None,  # of `load_raft`; None: not here
-                 iters: int = 20,
+                 iters: int = 20,             # refinements
                  batch: int = 1):             # pairs at once
         self.network, self.iters, self.batch = network, iters, batch
 

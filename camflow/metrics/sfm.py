@@ -7,7 +7,6 @@ __all__ = ['METHODS', 'Recovered', 'measure_path', 'has_pycolmap', 'recover']
 
 # %% ../../nbs/metrics/09_sfm.ipynb #aa22b88c
 import math
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -18,14 +18,18 @@ from .rotation_only import match, rays, sift
 @dataclass
 class View2:
     "Two frames that see the same things."
-    i: int
-    j: int
+    i: int              # number of the one frame
+    j: int              # of the other
     pairs: np.ndarray   # [M,2] features of i and j
     w2c: np.ndarray     # [3,4] pose of j in the coordinates of i, |t| = 1
     parallax: float     # median, radians
 
 
-def view_pairs(found, K, overlap: int, pixels: float, seed: int = 0) -> list:
+def view_pairs(found,          # of `sift`: places and descriptors per frame
+               K,              # pixels
+               overlap: int,   # neighbours that are tried
+               pixels: float,  # largest distance from the epipolar line
+               seed: int = 0) -> list:  # of the draw
     "Verified pairs of frames."
     import cv2
     T, views = len(found), []
@@ -48,7 +52,7 @@ def view_pairs(found, K, overlap: int, pixels: float, seed: int = 0) -> list:
     return views
 
 # %% ../../nbs/metrics/14_sfm_fallback.ipynb #081440ae
-def build_tracks(found, views) -> tuple:
+def build_tracks(found, views) -> tuple:  # of `sift`: places and descriptors per frame; of `view_pairs`
     "Observations as (frame [M], track [M], pixels [M,2]) of tracks seen at least twice."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -142,7 +146,11 @@ def _cost(m: Model, on, huber):
     return float(np.where(e < huber, 0.5 * e**2, huber * (e - 0.5 * huber)).sum())
 
 
-def adjust(m: Model, rounds: int = 10, huber: float = 1.0, refine: bool = False, tolerance: float = 1e-4):
+def adjust(m: Model,              # the model so far
+           rounds: int = 10,      # of least squares
+           huber: float = 1.0,    # pixels where the cost turns
+           refine: bool = False,  # the focal length, too
+           tolerance: float = 1e-4):  # relative gain below which it stops
     "Bundle adjustment of everything that is live, in place; the first registered frame stays."
     _, depth = m.errors()
     on = m.live() & (depth > 1e-6)
@@ -175,7 +183,10 @@ def adjust(m: Model, rounds: int = 10, huber: float = 1.0, refine: bool = False,
         if done: return
 
 # %% ../../nbs/metrics/14_sfm_fallback.ipynb #a637a1db
-def triangulate(m: Model, pixels: float, least_deg: float = 0.7, every: bool = False):
+def triangulate(m: Model,                # the model so far
+                pixels: float,           # largest distance of an observation
+                least_deg: float = 0.7,  # smallest angle between rays
+                every: bool = False):    # also make the known ones anew
     "Adds points for tracks seen from registered frames, in place; `every`: also makes the known ones anew."
     on = m.used & np.isfinite(m.w2c[m.frame, 0, 0])
     if not every: on &= ~np.isfinite(m.X[m.track, 0])
@@ -202,7 +213,7 @@ def triangulate(m: Model, pixels: float, least_deg: float = 0.7, every: bool = F
     m.X[todo[2 * widest[todo] < math.radians(least_deg)]] = np.nan
 
 
-def prune(m: Model, pixels: float):
+def prune(m: Model, pixels: float):  # the model so far; largest distance of an observation
     "Drops observations that are too far off or behind, and points that are no longer seen twice, in place."
     error, depth = m.errors()
     m.used &= ~(m.live() & ((error > pixels) | (depth <= 0)))
@@ -210,7 +221,10 @@ def prune(m: Model, pixels: float):
     m.X[seen < 2] = np.nan
 
 # %% ../../nbs/metrics/14_sfm_fallback.ipynb #ab6b0aa3
-def register(m: Model, pixels: float, least: int = 15, seed: int = 0) -> bool:
+def register(m: Model,         # the model so far
+             pixels: float,    # largest distance of an observation
+             least: int = 15,  # matches needed
+             seed: int = 0) -> bool:  # of the draw
     "Adds the pose of one more frame, in place; False: none can be added."
     import cv2
     missing = ~np.isfinite(m.w2c[:, 0, 0])
@@ -228,7 +242,14 @@ def register(m: Model, pixels: float, least: int = 15, seed: int = 0) -> bool:
     return False
 
 
-def grow(start: View2, found, tracks, K, T: int, pixels: float, refine: bool, seed: int) -> Model:
+def grow(start: View2,   # the pair it begins with
+         found,          # of `sift`: places and descriptors per frame
+         tracks,         # of `build_tracks`
+         K,              # pixels
+         T: int,         # frames
+         pixels: float,  # largest distance of an observation
+         refine: bool,   # the focal length, too
+         seed: int) -> Model:  # of the draw
     "A model grown from one pair of frames."
     frame, track, pixel = tracks
     m = Model(K.copy(), frame, track, pixel, np.full((T, 3, 4), np.nan), np.full((track.max() + 1, 3), np.nan), np.ones(len(frame), bool))

@@ -20,7 +20,8 @@ import torch
 from ..files import InputError, _plain, content_hash
 from ..media.video import VideoError, VideoInfo
 from .clips import Clip, clip_hash, file_hash
-from .features import Feature, FeatureCache, Held, Pictures, _quiet, code_hash, describe, info_of, stream
+from .feature_cache import FeatureCache, code_hash, describe
+from .features import Feature, Held, Pictures, _quiet, info_of, stream
 from .interface import Result
 from .weights import answer
 
@@ -31,7 +32,7 @@ ROLES = ("video", "source", "reference")
 @dataclass(frozen=True)
 class Need:
     "A feature of one of the clip's videos, or of two of them."
-    feature: Feature
+    feature: Feature              # that is wanted
     role: str | tuple = "video"   # one of ROLES, or two
     optional: bool = False        # the metric manages without, where the clip has no such video
 
@@ -46,9 +47,9 @@ class Need:
 class Sample:
     "What a metric may know beside its features."
     info: VideoInfo | None = None # of the video
-    prompt: str | None = None
+    prompt: str | None = None     # of the clip
     cameras: object = None        # Cameras
-    seed: int = 0
+    seed: int = 0                 # of metrics that draw
 
 
 class StreamMetric:
@@ -131,7 +132,7 @@ def cameras_for(cameras,       # Cameras of the clip
     return cameras[[row[int(f)] for f in frames]].resize(tuple(size))
 
 
-def as_metric(metric) -> StreamMetric:
+def as_metric(metric) -> StreamMetric:  # a metric of the engine, or a plain one
     "Engine metrics as they are, others wrapped."
     out = metric if hasattr(metric, "needs") else PlainMetric(metric)
     if "." in out.name: raise InputError(f"metric {out.name!r} has a dot; engine; dots separate a metric from its numbers")
@@ -139,7 +140,7 @@ def as_metric(metric) -> StreamMetric:
 
 # %% ../../nbs/metrics/33_streaming.ipynb #0fd1f181
 def known_info(video,               # file
-               cache: FeatureCache
+               cache: FeatureCache  # of features
               ) -> VideoInfo:
     "`probe`, or what it said last time about these bytes."
     content = file_hash(video)
@@ -157,9 +158,9 @@ def content_of(videos) -> str: # files
     return file_hash(videos[0]) if len(videos) == 1 else content_hash([file_hash(v) for v in videos], 64)
 
 
-def gather(clip: Clip,
+def gather(clip: Clip,           # the clip and its roles
            needs: list,          # of Need
-           cache: FeatureCache,
+           cache: FeatureCache,  # of features
            size: int = 4,        # frames of a piece
            note=_quiet           # told what is being done
           ) -> tuple:            # label of the need and frames -> arrays or the error; label -> seconds
@@ -200,17 +201,17 @@ def gather(clip: Clip,
     return {id(need): arrays(need) for need in needs}, seconds
 
 # %% ../../nbs/metrics/33_streaming.ipynb #5fbc7700
-def failure(metric, error, status="failed") -> Result:
+def failure(metric, error, status="failed") -> Result:  # a metric of the engine, or a plain one; that was raised; where the error has none
     "An error as a result."
     return Result(metric.name, status=getattr(error, "status", status), reason=str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
 
 
-def as_record(result: Result) -> dict:
+def as_record(result: Result) -> dict:  # of a metric
     "For JSON: `Result(**as_record(r))` is the result."
     return asdict(result) | {"value": float(result.value), "details": _plain(result.details)}
 
 
-def signature(metric) -> str:
+def signature(metric) -> str:  # a metric of the engine, or a plain one
     "Hash of a metric's settings, features, weights and code."
     plain = getattr(metric, "metric", None)
     needs = {k: [n.label, n.feature.wanted.__qualname__, describe(getattr(n.feature, "select", None))] for k, n in metric.needs.items()}
@@ -218,10 +219,10 @@ def signature(metric) -> str:
     return content_hash([type(metric).__qualname__, metric.name, needs, describe(own), describe(plain), code_hash()])
 
 
-def measure_clip(clip: Clip,
+def measure_clip(clip: Clip,            # the clip and its roles
                  metrics: dict,         # number -> engine metric
-                 cache: FeatureCache,
-                 seed: int = 0,
+                 cache: FeatureCache,   # of features
+                 seed: int = 0,         # of metrics that draw
                  size: int = 4,         # frames of a piece
                  note=_quiet            # told what is being done
                 ):                      # yields (number, list of Results, VideoInfo or None)
@@ -272,7 +273,7 @@ class SetMetric(StreamMetric):
     def __call__(self, *args, **sample): raise InputError(f"{self.name} is of a set of clips; SetMetric; use evaluate")
 
 
-def score_set(metric: SetMetric, clips, cache: FeatureCache,
+def score_set(metric: SetMetric, clips, cache: FeatureCache,  # a metric of the engine, or a plain one; all of the set; of features
               lost: dict # clip id -> why it has no features
              ) -> list:  # Results
     "The metric of all clips whose features are in the cache."

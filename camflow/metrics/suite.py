@@ -57,17 +57,27 @@ class ToyTokenizer:
         return {"input_ids": torch.tensor([r + [0] * (max_length - len(r)) for r in rows])}
 
 
-def load_tokenizer(vocabulary, merges):
+def load_tokenizer(vocabulary, merges):  # vocab.json; merges.txt beside it
     "CLIP's tokenizer from the folder of its two files."
     from transformers import CLIPTokenizer
     return CLIPTokenizer.from_pretrained(Path(vocabulary).parent)
 
 
-def load_clip_gelu(path): return load_clip(path, "gelu")
-def load_script(path): return load_i3d(path, script=True)
-def load_loftr(path): return load_matcher("loftr", Path(path).parent)
-def load_lightglue(path): return load_matcher("lightglue", Path(path).parent)
-def folder_of(path): return str(Path(path).parent) # of a network that its metric loads itself
+def load_clip_gelu(path):  # of the file
+    "CLIP with exact GELU, as open_clip's weights want it."
+    return load_clip(path, "gelu")
+def load_script(path):  # of the file
+    "I3D as a TorchScript archive."
+    return load_i3d(path, script=True)
+def load_loftr(path):  # a file of its folder
+    "LoFTR of a folder."
+    return load_matcher("loftr", Path(path).parent)
+def load_lightglue(path):  # a file of its folder
+    "LightGlue of a folder."
+    return load_matcher("lightglue", Path(path).parent)
+def folder_of(path):  # of a network that its metric loads itself
+    "The folder of a weights file, for metrics that load their network themselves."
+    return str(Path(path).parent)
 
 
 WEIGHTS = {
@@ -130,7 +140,9 @@ class Settings:
         if self.real not in ("source", "reference"): raise InputError(f"real {self.real!r}; Settings; source or reference")
 
 # %% ../../nbs/metrics/38_suite.ipynb #034d0f05
-def side(net): return getattr(net, "side", 224)
+def side(net):  # the network
+    "Pixels along a side of what a network sees."
+    return getattr(net, "side", 224)
 
 
 class Flickering(StreamMetric):
@@ -141,35 +153,39 @@ class Flickering(StreamMetric):
 
 class Consistency(StreamMetric):
     "Similarity of each frame to the one before and the first."
-    def __init__(self, name, rows): self.name, self.needs = name, {"rows": Need(rows)}
+    def __init__(self, name,  # subject_consistency or background_consistency
+                       rows):  # feature: rows of numbers per frame
+        self.name, self.needs = name, {"rows": Need(rows)}
     def score(self, sample, rows): return consistency(torch.from_numpy(rows["rows"]))
 
 
 class Aesthetic(StreamMetric):
     "Mean mark of LAION's head."
     name = "aesthetic_quality"
-    def __init__(self, rows, head): self.needs, self.head, self.networks = {"rows": Need(rows)}, head, (head,)
+    def __init__(self, rows,  # feature: rows of numbers per frame
+                       head):  # LAION's, on CLIP's features
+        self.needs, self.head, self.networks = {"rows": Need(rows)}, head, (head,)
     def score(self, sample, rows): return aesthetic_quality(torch.from_numpy(rows["rows"]), self.head.cpu())
 
 
 class Imaging(StreamMetric):
     "Mean mark of MUSIQ, 0..100."
     name = "imaging_quality"
-    def __init__(self, rows): self.needs = {"rows": Need(rows)}
+    def __init__(self, rows): self.needs = {"rows": Need(rows)}  # feature: rows of numbers per frame
     def score(self, sample, rows): return imaging_quality(rows["rows"][:, 0])
 
 
 class Smoothness(StreamMetric):
     "How well odd frames are predicted from even ones."
     name = "motion_smoothness"
-    def __init__(self, feature): self.needs = {"between": Need(feature)}
+    def __init__(self, feature): self.needs = {"between": Need(feature)}  # what it needs of a clip
     def score(self, sample, between): return between["smoothness"].mean()
 
 
 class Dynamic(StreamMetric):
     "Whether enough pairs of frames move fast: 1 or 0."
     name, inputs = "dynamic_degree", ("video", "fps")
-    def __init__(self, feature): self.needs = {"motion": Need(feature)}
+    def __init__(self, feature): self.needs = {"motion": Need(feature)}  # what it needs of a clip
 
     def score(self, sample, motion):
         details = dynamic_decision(motion["scores"].tolist(), tuple(motion["size"].tolist())) | {"scores": motion["scores"].tolist(), "interval": int(motion["interval"])}
@@ -179,7 +195,9 @@ class Dynamic(StreamMetric):
 class ClipText(StreamMetric):
     "Similarity of the frames and the text."
     name, inputs = "clip_t", ("video", "prompt")
-    def __init__(self, rows, tokenizer): self.needs, self.tokenizer, self.net = {"rows": Need(rows)}, tokenizer, rows.network
+    def __init__(self, rows,  # feature: rows of numbers per frame
+                       tokenizer):  # of CLIP
+        self.needs, self.tokenizer, self.net = {"rows": Need(rows)}, tokenizer, rows.network
 
     @torch.no_grad()
     def score(self, sample, rows):
@@ -191,21 +209,21 @@ class ClipText(StreamMetric):
 class ClipFrames(StreamMetric):
     "Similarity of neighbouring looked-at frames."
     name = "clip_f"
-    def __init__(self, rows): self.needs = {"rows": Need(rows)}
+    def __init__(self, rows): self.needs = {"rows": Need(rows)}  # feature: rows of numbers per frame
     def score(self, sample, rows): return clip_f(torch.from_numpy(rows["rows"]))
 
 
 class ClipSource(StreamMetric):
     "Similarity of frames with equal numbers in the generated and the source video."
     name, inputs = "clip_v", ("video", "source")
-    def __init__(self, rows): self.needs = {"rows": Need(rows), "source": Need(rows, "source")}
+    def __init__(self, rows): self.needs = {"rows": Need(rows), "source": Need(rows, "source")}  # feature: rows of numbers per frame
     def score(self, sample, rows, source): return clip_v(torch.from_numpy(source["rows"]), torch.from_numpy(rows["rows"]))
 
 
 class Matched(StreamMetric):
     "Inliers in thousands, summed over frames, and the share of pixels matched surely, which does not saturate."
     name, inputs = "matched_pixels", ("video", "source")
-    def __init__(self, feature): self.needs = {"pairs": Need(feature, ("video", "source"))}
+    def __init__(self, feature): self.needs = {"pairs": Need(feature, ("video", "source"))}  # what it needs of a clip
 
     def score(self, sample, pairs):
         counts, density = pairs["counts"], pairs["density"]
@@ -214,12 +232,16 @@ class Matched(StreamMetric):
         return [answer("matched_pixels", np.nansum(counts) / 1000, nets, **details), answer("matched_pixels.density", np.nanmean(density), nets)]
 
 # %% ../../nbs/metrics/38_suite.ipynb #2f793928
-def psnr_frames(a, b): return psnr(a, b, "byte", per_frame=True)
-def ssim_frames(a, b): return ssim(a, b, "byte", per_frame=True)
+def psnr_frames(a, b):  # [T,3,H,W] bytes; likewise
+    "PSNR of each pair of frames, dB."
+    return psnr(a, b, "byte", per_frame=True)
+def ssim_frames(a, b):  # [T,3,H,W] bytes; likewise
+    "SSIM of each pair of frames."
+    return ssim(a, b, "byte", per_frame=True)
 
 
 @torch.no_grad()
-def lpips_frames(a, b, net):
+def lpips_frames(a, b, net):  # [T,3,H,W] bytes; likewise; the network
     "LPIPS of each pair of frames."
     where = next(net.parameters()).device
     return net(*(x.to(where).float() / 255 for x in (a, b))).cpu().double()
@@ -229,7 +251,10 @@ class AgainstReference(StreamMetric):
     "Mean over frames of a number for each pair."
     inputs = ("video", "reference")
 
-    def __init__(self, name, function, higher_is_better, network=None):
+    def __init__(self, name,              # of the metric
+                       function,          # (frames, frames) -> value per frame
+                       higher_is_better,  # of the value
+                       network=None):     # that the function takes, too; None: none
         self.name, self.higher_is_better = name, higher_is_better
         self.needs = {"frames": Need(PairValues(name, function, network), ("video", "reference"))}
 
@@ -245,7 +270,7 @@ class Distance(SetMetric):
     "FID, KID, FVD or KVD."
     higher_is_better = False
 
-    def __init__(self, name, feature, kind, protocol, settings):
+    def __init__(self, name, feature, kind, protocol, settings):  # of the metric; what it needs of a clip; frechet or kernel; of the inputs; of the suite
         self.name, self.kind, self.protocol, self.minimum, self.seed = name, kind, protocol, settings.minimum, settings.seed
         self.needs = {"fake": Need(feature), "real": Need(feature, settings.real)}
 

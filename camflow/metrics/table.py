@@ -8,7 +8,6 @@ __all__ = ['SCHEMA', 'make_row', 'Table', 'write_csv', 'write_rows', 'export_vbe
 # %% ../../nbs/metrics/32_table.ipynb #d07bb991
 import json
 import math
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +27,7 @@ SCHEMA = pa.schema([
 
 def make_row(result: Result,             # one number, or why there is none
              clip=None,                  # Clip; None: of a set metric
-             higher_is_better: bool = True,
+             higher_is_better: bool = True,  # of the metric
              version: str = "",          # of camflow and metric
              job: str = "",              # hash of what made it
              frames: int = 0,            # of the video; 0: unknown

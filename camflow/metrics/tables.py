@@ -68,7 +68,7 @@ def _line(part, n, seed):
 def summary(table: pd.DataFrame,  # the long table
             by: str = "",         # "group": a line per metric and group
             n: int = 2000,        # bootstrap resamples, of whole sources
-            seed: int = 0) -> pd.DataFrame:
+            seed: int = 0) -> pd.DataFrame:  # of the bootstrap
     "Mean with 95 % interval, median, worst case, how many clips have a number and what became of the others."
     table = checked(table)
     keys = ["metric", *([by] if by else [])]

@@ -16,7 +16,7 @@ from .features import FrameRows
 from .frechet import fvd_v
 from .interface import Result
 from .streaming import Need, SetMetric
-from .weights import NoWeights, answer
+from .weights import answer
 
 # Shapes: V views, N scenes, T moments, C channels, H W pixels
 

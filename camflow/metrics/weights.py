@@ -57,7 +57,7 @@ def read_weights(path,                   # .safetensors or a torch file; None: t
     return state
 
 
-def is_script(path) -> bool:
+def is_script(path) -> bool:  # of the file
     "Whether a file is a TorchScript archive."
     return zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
 

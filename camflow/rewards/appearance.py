@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # %% ../../nbs/rewards/02_appearance.ipynb #51181adc
 def statistics(frames  # Frames or uint8 [T,3,H,W]
@@ -36,7 +35,7 @@ def bell(distance: float,  # from the ideal
     return math.exp(-0.5 * (max(0.0, abs(distance) - slack) / width) ** 2)
 
 
-def compare(made: dict, source: dict) -> dict:
+def compare(made: dict, source: dict) -> dict:  # `statistics` of the generated clip; of its source
     "Scores 0..1 of each property of the generated clip against the source's."
     ratio = lambda k: math.log(max(made[k], 1e-4) / max(source[k], 1e-4))
     return {"brightness": bell(made["brightness"] - source["brightness"], 0.08, 0.1),
@@ -47,13 +46,11 @@ def compare(made: dict, source: dict) -> dict:
 @dataclass
 class AppearanceReward:
     "Geometric mean of the properties' scores: 1 for a sound clip, towards 0 for a broken one."
-    weights: dict = field(default_factory=lambda: {"brightness": 1, "contrast": 1, "detail": 2, "colour": 1, "flicker": 1, "jerk": 2})
+    weights: dict = field(default_factory=lambda: {"brightness": 1, "contrast": 1, "detail": 2, "colour": 1, "flicker": 1, "jerk": 2})  # of the properties
     floor: float = 1e-3   # a property counts at least this much
-    name: str = "appearance"
+    name: str = "appearance"  # in tables and logs
 
-    def __call__(self, samples: list) -> Scores:
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
     def one(self, sample):
         "(value, status, details) of one sample."

@@ -34,7 +34,7 @@ def path_errors(target: Tensor,       # [T,4,4] asked
     return {"rot_deg": e.rot_mean_deg, "trans_m": e.trans_mean, "segment_rot_deg": mean(e.segment_rot), "segment_trans_m": mean(e.segment_trans), "kind": e.status}
 
 
-def camera_penalty(errors: dict, rot_scale: float, trans_scale: float) -> float:
+def camera_penalty(errors: dict, rot_scale: float, trans_scale: float) -> float:  # of `path_errors`; degrees that cost 1; metres that cost 1
     "p of the formula above."
     whole = errors["rot_deg"] / rot_scale + errors["trans_m"] / trans_scale
     parts = errors["segment_rot_deg"] / rot_scale + errors["segment_trans_m"] / trans_scale
@@ -60,7 +60,7 @@ class CameraReward:
     limit: float = 4.0                 # largest cost
     gaps: tuple = (1, 4)               # segment lengths, frames
     batch: int = 16                    # clips per call of the estimator
-    name: str = "camera"
+    name: str = "camera"               # in tables and logs
 
     def __call__(self, samples: list) -> Scores:
         rows = []
@@ -110,7 +110,7 @@ class FollowReward(CameraReward):
     "Reward 0 (as far as it was told, straight along the path) down to -limit."
     trans_scale: float = 0.5  # metres that cost one point
     across: float = 0.25      # weight of what is off the path
-    name: str = "follow"
+    name: str = "follow"      # in tables and logs
 
     def one(self, sample: Sample, estimate: Tensor):
         "(value, status, details) of one sample; the errors of the whole path are told beside."
@@ -123,7 +123,7 @@ class FollowReward(CameraReward):
         return -self.limit * math.tanh(p / self.limit), "ok", {k: errors[k] for k in ("rot_deg", "trans_m", "kind")} | e | {"penalty": p}
 
 # %% ../../nbs/rewards/01_camera.ipynb #e05f38f4
-def same_length(samples: list, most: int) -> list:
+def same_length(samples: list, most: int) -> list:  # list of Sample; samples in a list
     "Index lists of at most `most` samples whose clips have one length and size."
     groups = {}
     for i, s in enumerate(samples):
@@ -142,20 +142,20 @@ def cam_score(rot_err: float,   # mean geodesic error, radians
     return {"score": 0.8 * rot + 0.2 * trans, "rot_score": rot, "trans_score": trans, "raw_rot": rot_err, "raw_trans": trans_err}
 
 
-def answer_text(reply: str) -> str | None:
+def answer_text(reply: str) -> str | None:  # of a judge
     "What stands in the first <answer>...</answer>, or None."
     found = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
     return found[1].strip() if found else None
 
 
-def parse_answer(reply: str) -> float | None:
+def parse_answer(reply: str) -> float | None:  # of a judge
     "The number in the first <answer>...</answer>, or None."
     try: return None if (text := answer_text(reply)) is None else float(text)
     except ValueError: return None
 
 
 def unified_score(ask: Callable,  # () -> reply; may raise ConnectionError
-                  attempts: int = 3
+                  attempts: int = 3  # at most
                  ) -> dict:
     "CameraFlow's judge score: the first parsable reply, 0.0 after the last attempt."
     for made in range(1, attempts + 1):

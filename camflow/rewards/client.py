@@ -9,7 +9,6 @@ __all__ = ['server_order', 'Busy', 'Down', 'Breaker', 'backoff', 'Parts', 'is_lo
 import contextlib
 import hashlib
 import json
-import math
 import os
 import random
 import socket
@@ -17,7 +16,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,7 +55,7 @@ class Breaker:
     "Failures of one server."
     most: int = 3         # in a row, after which it is left alone ..
     pause: float = 30.0   # .. for so many seconds
-    failures: int = 0
+    failures: int = 0     # in a row
     until: float = 0.0    # of the clock
 
     def free(self, now: float) -> bool: return now >= self.until
@@ -93,7 +92,7 @@ class Parts:
     def close(self): self.data.clear()
 
 
-def is_local(url: str) -> bool:
+def is_local(url: str) -> bool:  # of a server
     "Whether a server is on this machine."
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
@@ -102,7 +101,7 @@ def is_local(url: str) -> bool:
 class RemoteReward:
     "Scores by reward servers that speak /v1/score."
     urls: list                  # e.g. http://127.0.0.1:34567, one per server; rank r prefers number r mod n
-    name: str = "remote"
+    name: str = "remote"        # in tables and logs
     token_file: str = ""        # file with the servers' bearer token
     admin_token_file: str = ""  # file with the token of /v1/state, for leases; "": the same
     rank: int | None = None     # None: as the launcher set it

@@ -36,10 +36,10 @@ class Combined:
     "Weighted sum of rewards; itself a reward."
     rewards: dict                 # {name: (reward, weight)}
     normalise: str | None = None  # None, "batch", or "group" (groups from each sample's meta["group"])
-    name: str = "combined"
+    name: str = "combined"        # in tables and logs
 
     def __post_init__(self):
-        if not self.rewards: raise InputError("combine needs at least one reward")
+        if not self.rewards: raise InputError("combine needs at least one reward; there is none; give {name: weight}")
         if self.normalise not in (None, "batch", "group"): raise InputError(f"normalise {self.normalise!r}; combine; None, 'batch' or 'group'")
         for name, pair in self.rewards.items():
             if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[0]) and math.isfinite(pair[1])):

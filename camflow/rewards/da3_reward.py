@@ -31,7 +31,7 @@ class DA3Reward:
     ref_view: str = "first"         # "first" or "middle"; choices by content could flip between the clips of a group
     rays: bool = False              # read cameras from the rays: slower, more accurate
     options: dict = field(default_factory=dict) # of the judge: rot_scale, trans_scale, limit, gaps, ...
-    name: str = "da3"
+    name: str = "da3"                           # in tables and logs
 
     def __post_init__(self):
         if not self.weights:

@@ -27,14 +27,14 @@ from ..vlm.video_inputs import Clip
 @dataclass(frozen=True)
 class Profile:
     "A question to a judge, and the form of its answer."
-    name: str
+    name: str                                                                                                 # by which it is chosen
     question: str              # `{prompt}` becomes the prompt of the clip
     axes: tuple                # names of the scores
     lines: tuple               # what stands before each of them
     send: str                  # "images" or "video"
     frames: int | None = None  # frames shown; None: at the model's own rate
     low: float = 1.0           # the scale
-    high: float = 5.0
+    high: float = 5.0                                                                                         # largest score
     answer: bool = False       # the model also states a mean, in <answer>...</answer>
 
     @property
@@ -84,7 +84,7 @@ class Judgement:
 
 
 def read_reply(text: str,               # of the model
-               profile: Profile,
+               profile: Profile,        # that was asked
                finished: bool = True,   # the model ended the reply itself
                slack: float = 0.02      # of a stated mean, which is rounded
               ) -> Judgement:
@@ -118,7 +118,7 @@ class VideoJudge:
                  cache: int = 4096,            # judgements that are remembered, by clip and prompt
                  send: str | None = None,      # "images" or "video"; None: the profile's
                  frames: int | None = None,    # frames shown; None: the profile's
-                 name: str = "judge",
+                 name: str = "judge",           # in tables and logs
                  **options):                   # further arguments of QwenVL: device, dtype, attention, form, batch, family, seed, fps
         if isinstance(profile, str) and profile not in PROFILES: raise InputError(f"profile {profile!r}; judge; one of {', '.join(PROFILES)}, or a Profile")
         if score not in ("expected", "text"): raise InputError(f"score {score!r}; judge; 'expected' or 'text'")
@@ -219,7 +219,7 @@ def unpark(self: VideoJudge):
     self.vlm.unpark()
 
 # %% ../../nbs/rewards/07_judge.ipynb #79c031da
-def read_as(text: str,
+def read_as(text: str, # the reply
             who: str   # "documented", "mixgrpo", "mixgrpo_final", "verl_omni", "flow_grpo", "think"
            ):
     "What the published readers make of a reply."

@@ -16,7 +16,7 @@ from ..metrics.engine import networks_of
 from ..metrics.interface import measure
 from ..metrics.streaming import as_metric
 from ..metrics.suite import SUITE, build
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # %% ../../nbs/rewards/13_metric_reward.ipynb #98afd612
 @dataclass
@@ -40,9 +40,7 @@ class MetricReward:
         if self.judge.of_set: raise InputError(f"{self.metric} is of a set of clips; MetricReward; a reward judges single clips")
         self.unpark()
 
-    def __call__(self, samples: list) -> Scores: # of Sample
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples) # of Sample
 
     def one(self, sample) -> tuple:
         "(value, status, details) of one sample."

@@ -36,13 +36,13 @@ class Reliability:
     snr: float          # variance between clips of a group over variance between repetitions
     noise: float        # standard deviation of one score of one clip
     spread: float       # standard deviation between clips of a group, noise removed
-    clips: int
+    clips: int          # judged
     groups: int         # with at least two complete clips
-    repeats: int
+    repeats: int        # of every clip
     dropped: int        # clips without a score in some repetition
     means: list         # of the complete clips
-    usable: bool = False
-    reason: str = ""
+    usable: bool = False  # as a reward
+    reason: str = ""    # why not
 
     def __str__(self):
         seen = f"{self.clips} clips in {self.groups} groups x {self.repeats}, {self.dropped} dropped"
@@ -78,7 +78,7 @@ def reliability(table,          # [n,k] scores of n clips in k repetitions; NaN 
 def draw_reliability(ax,            # matplotlib axes
                      table,         # [n,k]
                      groups=None,   # [n]
-                     title: str = ""):
+                     title: str = ""):  # of the plot
     "Every clip's repetitions, sorted within groups."
     x = np.asarray(table, dtype=np.float64)
     names = np.zeros(len(x), int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -108,12 +108,12 @@ def retest(reward,              # a Reward that reads frames and prompt
 @dataclass
 class GroupCheck:
     "What a judge made of one group."
-    group: object
+    group: object   # its name
     clips: int      # with a score
     missing: int    # without one
     spread: float   # standard deviation of the scores
     status: str     # "differs", "identical", "within noise", "too few"
-    message: str
+    message: str    # for people
 
 
 def must_differ(values,            # [n] scores, NaN where there was none

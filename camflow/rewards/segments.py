@@ -64,7 +64,7 @@ class SourceUnits:
     estimator: Callable     # see depth.estimators.estimate
     most: int = 256         # source clips to remember
     still: float = 0.02     # a source that moves less, in metres, says nothing about the scale
-    seen: OrderedDict = field(default_factory=OrderedDict, repr=False)
+    seen: OrderedDict = field(default_factory=OrderedDict, repr=False)  # of the sources measured so far
 
     def __call__(self, sample: Sample) -> tuple[float, float]:
         "(metres per unit in the source clip, its median first depth or NaN)."
@@ -102,7 +102,7 @@ class SegmentReward:
     trans_scale: float = 0.3           # metres that cost one point
     limit: float = 4.0                 # largest cost
     batch: int = 16                    # clips per call of the estimator
-    name: str = "segments"
+    name: str = "segments"                                  # in tables and logs
 
     def __post_init__(self):
         self.gaps = tuple(self.gaps)

@@ -14,22 +14,15 @@ import numpy as np
 import torch
 
 from ..files import InputError
+from ..flow.consistency import follow
 from ..flow.dis import searcher
 from ..media.frames import Frames
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # shape suffixes: T frames, H W pixels
 
 # %% ../../nbs/rewards/10_smoothness.ipynb #e34448e6
 _search = lru_cache(maxsize=1)(lambda: searcher("fine"))
-
-
-def _follow(image, flow):
-    "image at the places that the flow points to."
-    import cv2
-    H, W = flow.shape[:2]
-    y, x = np.mgrid[:H, :W].astype(np.float32)
-    return cv2.remap(image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def gray_frames(frames,          # Frames or uint8 [T,3,H,W]
@@ -55,11 +48,11 @@ def flow_statistics(frames,            # Frames or uint8 [T,3,H,W], at least thr
     there = [search.calc(a, b, None) for a, b in zip(gray[:-1], gray[1:])]
     back = [search.calc(b, a, None) for a, b in zip(gray[:-1], gray[1:])]
     length = lambda flow: np.sqrt((flow ** 2).sum(-1))
-    sure = [length(f + _follow(b, f)) < 0.5 + 0.1 * length(f) for f, b in zip(there, back)]
+    sure = [length(f + follow(b, f)) < 0.5 + 0.1 * length(f) for f, b in zip(there, back)]
     mean = lambda values, where: float(values[where].mean()) if where.any() else math.nan
     motion = np.array([mean(length(f), ok) for f, ok in zip(there, sure)])
-    residual = [np.abs(_follow(b, f).astype(np.float32) - a) / 255 for a, b, f in zip(gray[:-1], gray[1:], there)]
-    change = [mean(length(_follow(g, f) - f), ok) for f, g, ok in zip(there[:-1], there[1:], sure[:-1])]
+    residual = [np.abs(follow(b, f).astype(np.float32) - a) / 255 for a, b, f in zip(gray[:-1], gray[1:], there)]
+    change = [mean(length(follow(g, f) - f), ok) for f, g, ok in zip(there[:-1], there[1:], sure[:-1])]
     if np.isnan(motion).all() or np.isnan(change).all(): raise InputError("no pixel can be followed from frame to frame; flow smoothness; is it noise?")
     steps = float(np.nanmean(motion))
     flicker = float(np.mean([r.mean() for r in residual]))
@@ -74,15 +67,13 @@ class SmoothnessReward:
     least: float = 0.5      # l: share of the expected motion from which on nothing is lost
     still: float = 0.2      # pixels per frame: a source or a target that moves less expects no motion
     side: int = 96          # rows on which flow is measured
-    name: str = "smoothness"
+    name: str = "smoothness"                                                                                             # in tables and logs
 
     def __post_init__(self):
         if not min(self.jerk, self.flicker, self.least, self.still) > 0 or self.side < 16:
             raise InputError("jerk, flicker, least and still must be above 0 and side at least 16; SmoothnessReward")
 
-    def __call__(self, samples: list) -> Scores:
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
     def expected(self, sample, usual) -> float:
         "Pixels per frame that the clip should move at least; 0 where none are expected."

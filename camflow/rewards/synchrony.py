@@ -15,7 +15,7 @@ from ..device import device
 from ..files import InputError
 from ..metrics.clip import Clip, image_features, load_clip, random_clip
 from ..metrics.vbench import frame_indices
-from .protocol import Scores, byte_frames, no_scores
+from .protocol import Scores, byte_frames, each, no_scores
 
 # %% ../../nbs/rewards/09_synchrony.ipynb #845b505b
 @dataclass
@@ -23,7 +23,7 @@ class SynchronyReward:
     "CLIP-V against the source clip, at most 1."
     weights: str = ""        # of `load_clip`: a folder in transformers' layout or a published file; "random": toy size, for tests
     frames: int = 60         # of each clip that are compared
-    name: str = "synchrony"
+    name: str = "synchrony"                                 # in tables and logs
     network: Clip | None = field(default=None, repr=False)  # instead of weights
 
     def __post_init__(self):
@@ -33,8 +33,7 @@ class SynchronyReward:
     def __call__(self, samples: list) -> Scores:
         if self.network is None:
             return no_scores(len(samples), "failed", "no CLIP weights; synchrony; set weights to the folder of a published CLIP in transformers' layout")
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+        return each(self.one, samples)
 
     def one(self, sample):
         "(value, status, details) of one sample."

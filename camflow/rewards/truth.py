@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..files import InputError
 from ..metrics.perceptual import psnr, ssim
-from .protocol import Scores, byte_frames
+from .protocol import Scores, byte_frames, each
 
 # %% ../../nbs/rewards/11_truth.ipynb #c3fe769d
 MEASURES = ("psnr", "ssim", "error")
@@ -23,15 +23,13 @@ class TruthReward:
     measure: str = "psnr"  # "psnr" (dB, at most `limit`), "ssim" (at most 1) or "error" (minus the mean difference, grey levels 0..1)
     skip: int = 1          # first frames that do not count: the first is the source's own
     limit: float = 50.0    # dB of a frame that is equal, whose PSNR is infinite
-    name: str = "truth"
+    name: str = "truth"    # in tables and logs
 
     def __post_init__(self):
         if self.measure not in MEASURES: raise InputError(f"measure {self.measure!r}; TruthReward; one of {', '.join(MEASURES)}")
         if self.skip < 0 or not self.limit > 0: raise InputError(f"skip={self.skip}, limit={self.limit}; TruthReward; skip at least 0, limit above 0")
 
-    def __call__(self, samples: list) -> Scores:
-        rows = [self.one(s) for s in samples]
-        return Scores([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+    def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
     def one(self, sample):
         "(value, status, details) of one sample."

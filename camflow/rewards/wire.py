@@ -185,7 +185,7 @@ def decode_file(file, fps: float | None, limits: Limits): # open file; rate of a
     return decode_video(file.name, limits)
 
 # %% ../../nbs/rewards/05_wire.ipynb #4be864ea
-def decode_video(path: str, limits: Limits):
+def decode_video(path: str, limits: Limits):  # of the file; of what is accepted
     "Frames of a video: size from the header, number from the packets, then pixels."
     import av
     from camflow.media.video import probe, read_video
@@ -227,7 +227,7 @@ def _put_clip(frames, put) -> dict:
     return ref | ({"fps": frames.fps} if getattr(frames, "fps", None) else {})
 
 # %% ../../nbs/rewards/05_wire.ipynb #5b817efe
-def sample_to_item(sample: Sample,
+def sample_to_item(sample: Sample,  # to send
                    id: str, # names the sample for good
                    put      # array -> {"shm": ..} or {"sha256": ..}
                   ) -> dict:
@@ -263,9 +263,9 @@ def target_poses(camera: Camera, # as received
     return (pose if torch.equal(pose[0], torch.eye(4, dtype=pose.dtype)) else inverse(pose[:1]) @ pose), at
 
 # %% ../../nbs/rewards/05_wire.ipynb #fd2351a8
-def item_to_sample(item: Item,
+def item_to_sample(item: Item,               # of a request
                    roots,                    # resolved folders that may be read
-                   limits: Limits = Limits(),
+                   limits: Limits = Limits(),  # of what is accepted
                    parts: dict | None = None # {sha256: path of the binary part}
                   ) -> Sample:
     "The sample that an item describes; InputError says what is wrong with it."
@@ -291,7 +291,7 @@ class Garbage(RuntimeError):
     "An answer that cannot be one."
 
 
-def plain(obj):
+def plain(obj):  # anything
     "JSON-ready: arrays become lists, NaN and infinities null, what JSON does not know its text."
     if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)): return [plain(v) for v in obj]
@@ -301,7 +301,7 @@ def plain(obj):
 
 
 def to_rows(ids: list,       # of the samples, in order
-            scores: Scores,
+            scores: Scores,      # of the samples
             seconds: float = 0.0 # that judging them took
            ) -> list:
     "Rows of a reply as dicts."

@@ -15,7 +15,7 @@ from .kernels import FORMS, KINDS
 from .losses import FORWARD, LOSSES, WEIGHTINGS
 from .rollout import SOLVERS
 from .schedules import LEVEL_LAWS, SCHEDULES, STEP_WEIGHTS, window_range
-from ..training.loop import at_least
+from ..training.config import at_least
 
 # %% ../../nbs/rl/06_config.ipynb #407eb687
 def check_numbers(settings): # a dataclass
@@ -40,7 +40,7 @@ CHOICES = {"kind": KINDS, "form": FORMS, "schedule": SCHEDULES, "step_weight": S
 @dataclass
 class RLConfig:
     "Knobs of the algorithm; counts are in `Plan`."
-    seed: int = 0
+    seed: int = 0                      # of all draws
     kind: str = "flow"            # kernel, see kernels.KINDS
     level: float = 0.7            # noise strength
     form: str = "gaussian"        # of the log-probability, see kernels.log_prob
@@ -62,11 +62,11 @@ class RLConfig:
     zero_tol: float = 1e-5        # relative std below which a group has no signal
     best_of: int = 0              # train on the best and the worst of each group, this many in all; 0: all
     pack: bool = False            # refill micro-batches with the samples that are kept: less compute, if the device's results do not depend on a sample's neighbours
-    adv_clip: float = 5.0
+    adv_clip: float = 5.0              # advantages are cut at this size
     adv_mode: str = "all"         # see advantage.MODES
     adv_top: float = None         # what adv_clip is rescaled to; None: stays
     loss: str = "ppo"             # see losses.LOSSES; "awm" and "nft" train on the forward process, without a window
-    clip: float = 1e-4
+    clip: float = 1e-4                 # of the likelihood ratio
     clip_unit: str = "ratio"      # "ratio", or "velocity": clip is an rms velocity change
     threshold: float = 1e-5       # "dppo": divergence from which a sample is dropped
     levels: tuple = (0.95, 0.85, 0.65) # forward process: noise levels
@@ -82,9 +82,9 @@ class RLConfig:
     epochs: int = 1               # passes over a rollout
     optimizer: str = "adamw"      # "sgd" (momentum 0.5) where few rollouts give noisy gradients: AdamW's first steps are as long along noise as along the gradient
     lr: float = 1e-4              # with "sgd" in units of the gradient, e.g. 0.1
-    weight_decay: float = 1e-4
-    grad_clip: float = 1.0
-    ema_decay: float = 0.9
+    weight_decay: float = 1e-4         # of AdamW
+    grad_clip: float = 1.0             # norm of the gradient
+    ema_decay: float = 0.9             # of the averaged weights
     ratio_tol: float = 1e-6       # allowed |ratio - 1| at the first update of a rollout
     shuffle_rewards: bool = False # control: permute rewards over the whole batch
 

@@ -44,7 +44,9 @@ def parameter_shapes(config: dict) -> dict: # of a ReCam transformer
     return shapes
 
 
-def count(shapes: dict) -> int: return sum(math.prod(s) for s in shapes.values())
+def count(shapes: dict) -> int:  # {name: shape}
+    "Numbers in all tensors."
+    return sum(math.prod(s) for s in shapes.values())
 
 # %% ../../nbs/rl/16_estimate.ipynb #9226f5bf
 RECAM = ("*.attn1.*", "*.cam_encoder.*", "*.projector.*", "source_token") # what ReCamMaster trains
@@ -79,7 +81,7 @@ def forward_flops(config: dict, tokens: int, text: int) -> int: # per sample; te
 # %% ../../nbs/rl/16_estimate.ipynb #557dac69
 def activation_bytes(config: dict, tokens: int, text: int, # per sample
                      batch: int = 1, low: bool = False,    # samples; bfloat16 autocast
-                     checkpointing: bool = False) -> int:
+                     checkpointing: bool = False) -> int:  # layers are computed again in the backward pass
     "Bytes that one forward keeps for its backward."
     c = {**PUBLISHED, **config}
     D, F, L = c["num_attention_heads"] * c["attention_head_dim"], c["ffn_dim"], c["num_layers"]
@@ -93,7 +95,7 @@ def activation_bytes(config: dict, tokens: int, text: int, # per sample
 class Estimate:
     "What a run needs; bytes and operations per rank."
     parameters: int                            # of the transformer
-    trained: int
+    trained: int                               # parameters that train
     steps: int                                 # rollouts, or optimizer steps
     device: dict = field(default_factory=dict) # {what: bytes} on the device that computes
     host: dict = field(default_factory=dict)   # {what: bytes} beside it
@@ -121,7 +123,7 @@ ASCEND_910B = 376e12 * PEAK_SHARE # bfloat16 operations per second of one 910B
 def _clock(seconds): return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
 
 
-def describe(e: Estimate,
+def describe(e: Estimate,               # the estimate
              rate: float | None = None, # operations per second and rank; None: times are left out
              ) -> str:
     "The estimate in a few lines, for a log."
@@ -163,7 +165,7 @@ def vae_flops(numbers: int, frames: int, size) -> float: # weights of one half; 
     return 2 * numbers / 2 * frames * size[0] * size[1] / 24
 
 
-def vae_bytes(config: dict, frames: int, size, batch: int) -> float:
+def vae_bytes(config: dict, frames: int, size, batch: int) -> float:  # of the VAE; of a clip; (H, W) pixels; clips at once
     "Peak of encoding or decoding a batch."
     patch, width = config.get("patch_size") or 1, max(config.get("base_dim", 96), config.get("decoder_base_dim") or 0)
     values = frames * size[0] * size[1] // patch**2 * width

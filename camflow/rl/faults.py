@@ -19,7 +19,7 @@ from ..training.checkpoint import load_checkpoint, save_checkpoint
 # %% ../../nbs/rl/09_faults.ipynb #7475812b
 class NonFiniteError(FloatingPointError):
     "A gradient that is not finite; `saved` are the folders for `replay_batch`."
-    def __init__(self, message, saved=()):
+    def __init__(self, message, saved=()):  # for people; files that were kept
         super().__init__(message)
         self.saved = list(saved)
 

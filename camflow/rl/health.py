@@ -61,7 +61,7 @@ class CollapseRule:
 
 
 def collapse(history,              # metrics of each rollout so far, oldest first, as `Trainer.step` returns or `read_records` reads them
-             rule=CollapseRule(),
+             rule=CollapseRule(),  # what counts as a collapse
              ) -> str:             # "" when the run is well, else what collapsed, with numbers
     "Whether the newest window of rollouts shows a collapse: a pure function of the run's metrics, the same after a resume."
     W, mean = rule.window, lambda rows, name: finite_mean([row.get(name) for row in rows])

@@ -118,7 +118,7 @@ class Kernel:
         return coefficients(float(sigmas[i]), float(sigmas[i + 1]), self.kind, self.level, **self._ends(sigmas))
 
 
-def ode_step(x, v, sigma, sigma_next):
+def ode_step(x, v, sigma, sigma_next):  # latents; velocity of the network; level of x; level wanted
     "The deterministic Euler step."
     return x.float() + (float(sigma_next) - float(sigma)) * v.float()
 

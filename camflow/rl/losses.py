@@ -79,7 +79,12 @@ def guard_loss(logp, old_logp, adv, # as in ppo_loss
                drift,            # [B], mean_kl of the new and the old step, with gradient
                std,              # the step's standard deviation
                dt,               # the step's size, negative
-               clip=2e-6, clip_scale=1.0, adv_clip=5.0, keep=None, denominator=None, **_):
+               clip=2e-6,         # of the ratio
+               clip_scale=1.0,    # of the lower side against the upper
+               adv_clip=5.0,      # advantages are cut at this size; None: not
+               keep=None,         # [B] bool; None: all
+               denominator=None,  # what the sum is divided by; None: the number kept
+               **_):              # ignored: what other losses need
     "(loss, metrics) of GRPO-Guard."
     change = (logp - old_logp + drift) * std
     loss, metrics = ppo_loss(change, torch.zeros_like(change), adv, clip, clip_scale, adv_clip, keep, denominator)
@@ -89,7 +94,10 @@ def guard_loss(logp, old_logp, adv, # as in ppo_loss
 def dppo_loss(logp, old_logp, adv, # as in ppo_loss
               drift,            # [B], divergence of the new from the old step
               threshold=1e-5,   # tau
-              adv_clip=None, keep=None, denominator=None, **_):
+              adv_clip=None,     # advantages are cut at this size; None: not
+              keep=None,         # [B] bool; None: all
+              denominator=None,  # what the sum is divided by; None: the number kept
+              **_):              # ignored: what other losses need
     "(loss, metrics) of Flow-DPPO."
     adv, change, ratio = _ratio(logp, old_logp, adv, adv_clip, keep)
     dropped = (drift >= threshold) & (((ratio > 1) & (adv > 0)) | ((ratio < 1) & (adv < 0)))
@@ -125,7 +133,8 @@ def nft_loss(v,          # trained velocity at x_t [B, ...]
              adv,        # advantages [B]
              mix=1.0,    # beta
              adv_clip=5.0, # the advantage that counts as certain
-             keep=None, denominator=None):
+             keep=None,  # [B] bool; None: all
+             denominator=None):  # what the sum is divided by; None: the number kept
     "(loss, metrics) of DiffusionNFT."
     r = (adv.to(v) / adv_clip / 2 + 0.5).clamp(0, 1)
     def error(u):

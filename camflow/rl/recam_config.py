@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from ..files import InputError
 from .config import RLConfig, check_numbers, real
 from .losses import FORWARD
-from ..training.loop import at_least
+from ..training.config import at_least
 
 # %% ../../nbs/rl/12_recam_config.ipynb #d831c3ab
 REWARDS = {"camera": "camflow.rewards.camera:CameraReward", "follow": "camflow.rewards.camera:FollowReward",
@@ -69,7 +69,7 @@ class Settings:
     explore: float = 0.0            # awm: members are drawn with larger and smaller motion; spread of the factors, e.g. 0.2
     train: tuple = ("*attn1*", "*cam_encoder*", "*projector*", "*source_token*")  # patterns of trained names
     lora_rank: int = 0              # > 0: adapters on attn1, cam_encoder and projector instead
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False                                          # less memory, more time
     rewards: dict = field(default_factory=lambda: {"camera": 1.0})  # {name: weight}
     reward_options: dict = field(default_factory=dict)              # {name: {option: value}}
     eval_conditions: int = 20       # held-out conditions, judged before and after
@@ -79,15 +79,15 @@ class Settings:
     finetune_batch: int = None      # samples per optimizer step of the finetune arm; None: groups * k
     finetune_shift: float = None    # its training levels; None: as the weights were trained (tiny 2, published 5)
     cache: bool = False             # keep rollouts on disk while debugging rewards
-    checkpoint_every: int = 10
-    keep: int = 2
+    checkpoint_every: int = 10                                                    # rollouts
+    keep: int = 2                                                                 # checkpoints
     max_seconds: float = 0          # stop cleanly after this time; 0 = no limit
     stop_on_collapse: bool = False  # stop cleanly when rewards or pictures collapse, see health.collapse
 
     def __post_init__(self):
         for name, known in {"arm": ("grpo", "shuffled", "finetune"), "data": ("world", "multicam", "videos"), "cameras": ("presets", "random", "paired")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(known)}")
-        if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}")
+        if self.data != "world" and not self.root: raise InputError(f"data={self.data!r} needs root=, the folder of the {self.data}; give it with -p root=FOLDER")
         if self.cameras == "paired" and self.data != "multicam": raise InputError("cameras='paired' needs data='multicam'; use presets or random")
         if self.arm == "finetune" and (self.data == "videos" or self.data == "multicam" and self.cameras != "paired"): raise InputError("the finetune arm needs true target videos: data='world', or data='multicam' with cameras='paired'")
         if isinstance(self.train, str) or not self.train: raise InputError(f"train={self.train!r} must be a list of patterns of parameter names, e.g. ['*attn1*']")

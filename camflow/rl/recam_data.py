@@ -27,14 +27,14 @@ class Clip:
     "One training or evaluation condition in pixels."
     source: Frames              # T frames
     path_T44: torch.Tensor      # target camera-to-world relative to the source's first frame, metres
-    prompt: str
-    id: str
+    prompt: str                 # of the clip
+    id: str                     # of the clip
     truth: Frames = None        # the target video, if the data has it
     depth: torch.Tensor = None  # [H,W] metres, of the source's first frame, if the data has it
     K: torch.Tensor = None      # [3,3] its intrinsics, pixels
 
 
-def target_path(s: Settings, index: int, seed: int):
+def target_path(s: Settings, index: int, seed: int):  # settings of the run; of the condition; of the random paths
     "Target path of a condition: presets in turn, or a random one."
     if s.cameras == "random": return random_trajectory(generator(seed, "path", index), s.frames)
     return rescale(preset(PRESETS[index % len(PRESETS)], s.frames), translation=s.factor, rotation=s.factor)
@@ -79,7 +79,7 @@ def split_scenes(data, s: Settings): # MultiCamVideo -> (training pairs, held-ou
     return training, turns[:s.eval_conditions]
 
 # %% ../../nbs/rl/13_recam_data.ipynb #dc74b1c2
-def check_multicam(s: Settings, run_dir):
+def check_multicam(s: Settings, run_dir):  # settings of the run; folder of the run
     "Every video, pose file and caption, before training; what is left out is listed in skipped.json."
     from camflow.data.multicam import MultiCamVideo, clip_indices
     from camflow.wan import finetune
@@ -101,7 +101,7 @@ def multicam_clips(s: Settings, seed: int, data, held: bool = False): # of the r
     return load, s.conditions
 
 # %% ../../nbs/rl/13_recam_data.ipynb #47f76e43
-def check_videos(s: Settings, run_dir):
+def check_videos(s: Settings, run_dir):  # settings of the run; folder of the run
     "Probes every video and decodes its last frame, before training; what is left out is listed in skipped.json."
     from camflow.data.multicam import UnpairedVideos, clip_indices
     from camflow.media.video import probe, read_video
@@ -128,7 +128,7 @@ def video_clips(s: Settings, seed: int, data, held: bool = False): # of the run;
     return load, s.conditions
 
 # %% ../../nbs/rl/13_recam_data.ipynb #1e54f1f0
-def open_data(s: Settings, seed: int, run_dir):
+def open_data(s: Settings, seed: int, run_dir):  # settings of the run; of the conditions; folder of the run
     "(index -> Clip, index -> held-out Clip or None) of the run's data, after looking at all of it."
     if s.data == "world": return world_clips(s, seed)[0], None
     check, clips = {"multicam": (check_multicam, multicam_clips), "videos": (check_videos, video_clips)}[s.data]

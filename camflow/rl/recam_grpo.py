@@ -43,7 +43,7 @@ class Parts:
     tiles: object = None  # tiling of the latents that the transformer was trained on; None: whole
 
 
-def load_parts(s: Settings):
+def load_parts(s: Settings):  # settings of the run
     "Loads the parts named by `model` onto the device; only the transformer will be trained."
     if s.model == "random":
         from camflow.wan.recam import tiny_recam
@@ -124,13 +124,13 @@ def explore_cameras(spread): # standard deviation of the two factors, e.g. 0.2
     return explore_fn
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #f7f3b931
-def decoder(vae):
+def decoder(vae):  # on its device
     "x0 [B,C,f,h,w] -> B Frames."
     from camflow.wan.vae import decode_latents
     return lambda x0: [Frames(video, "signed") for video in decode_latents(vae, x0).transpose(1, 2).float().cpu().clamp(-1, 1)]
 
 
-def to_sample(frames, cond, item):
+def to_sample(frames, cond, item):  # of the decoded clip; of the condition; of the rollout
     "What rewards judge: the clip, what was asked, and what it was made from."
     from camflow.rewards.protocol import Sample
     clip = cond["clip"]
@@ -140,7 +140,7 @@ def to_sample(frames, cond, item):
 # %% ../../nbs/rl/15_recam_grpo.ipynb #fc7af2de
 class Judge:
     "A reward that remembers why it last gave no value."
-    def __init__(self, reward_fn): self.reward_fn, self.reason = reward_fn, ""
+    def __init__(self, reward_fn): self.reward_fn, self.reason = reward_fn, ""  # of `reward_from`
 
     def __call__(self, samples):
         result = self.reward_fn(samples)
@@ -154,7 +154,7 @@ class Judge:
         return next(filter(None, everywhere(self.reason)), "the reward named no reason")
 
 
-def reward_from(s: Settings, cfg: RLConfig):
+def reward_from(s: Settings, cfg: RLConfig):  # settings of the run; knobs of the algorithm
     "The configured rewards as one function of samples; with combine='each' (GDPO) they stay apart."
     from camflow.depth.estimators import load_estimator
     from camflow.rewards.combine import combine
@@ -168,13 +168,13 @@ def reward_from(s: Settings, cfg: RLConfig):
     return both.parts if cfg.combine == "each" else both
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #4bdfa5a1
-def forwards_per_rollout(s: Settings, cfg: RLConfig):
+def forwards_per_rollout(s: Settings, cfg: RLConfig):  # settings of the run; knobs of the algorithm
     "Forward passes (one sample each) that a GRPO step costs; guidance doubles the sampling and adds one per replay."
     passes = 1 if s.guidance == 1 else 2
     return s.groups * s.k * (s.sampling_steps * passes + cfg.epochs * cfg.trained(s.sampling_steps) * (2 + passes + (passes if cfg.kl else 0)))
 
 
-def finetune_step(trainer, s: Settings, cfg: RLConfig):
+def finetune_step(trainer, s: Settings, cfg: RLConfig):  # of the run; settings of the run; knobs of the algorithm
     "As many flow-matching steps as one rollout's compute buys; returns metrics."
     from camflow.wan.finetune import Levels, flow_loss
     levels, batch, clock, losses = Levels(s.finetune_shift, "none" if s.model in ("tiny", "random") else "bsmntw"), s.finetune_batch or s.groups * s.k, Clock(), []
@@ -201,7 +201,10 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):
     return {"loss": mean(0), "grad_norm": mean(1), "updates": len(losses), "lr": cfg.lr, **clock}
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #8f2501f1
-def judged(trainer, s, conditions, held):
+def judged(trainer,     # of the run
+           s,           # settings of the run
+           conditions,  # index -> condition
+           held):       # index -> held-out Clip; None: none
     "({name: values per request}, {videos uint8 [M,T,3,H,W], poses [M,n,4,4] read}) of the averaged weights. The ranks share the requests; call it on all."
     mine = list(range(trainer.rank, s.eval_conditions, trainer.plan.world))
     rows, videos, poses = [], [], []
@@ -316,7 +319,11 @@ def main(config: dict, run_dir, reward_fn=None): # of the run; its folder; inste
     return result | {"seconds": time.monotonic() - started, "peak_memory_gb": memory_stats()["peak_bytes"] / 2**30}
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #47e1720f
-def conclude(trainer, s, conditions, held, run_dir):
+def conclude(trainer,     # of the run
+             s,           # settings of the run
+             conditions,  # index -> condition
+             held,        # index -> held-out Clip; None: none
+             run_dir):    # folder of the run
     "The second judgement, the comparison, and the model: averaged weights and a pipeline."
     from safetensors.torch import save
     after, tensors = judged(trainer, s, conditions, held)

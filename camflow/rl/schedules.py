@@ -22,7 +22,7 @@ def shifted(u,      # uniform time in [0, 1], number or tensor
 
 
 def schedule(steps,         # N
-             shift=3.0,
+             shift=3.0,     # of the levels towards noise
              kind="plain"): # "plain" (ReCam, Dance, Mix), "euler" (diffusers' Euler shifts the smallest level twice), "unipc" (diffusers' UniPC)
     "Noise levels [N+1], float32, from about 1 to 0."
     ends = {"plain": 0.0, "euler": 1e-3, "unipc": 1e-3}

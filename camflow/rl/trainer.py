@@ -72,12 +72,12 @@ class Trainer:
         self.old = EMA(self.params, warmup=False) if cfg.loss == "nft" else None  # the policy that samples, if it is not the trained one
 
 # %% ../../nbs/rl/10_trainer.ipynb #cfeba453
-def generators(self, purpose, items, same=False):
+def generators(self, purpose, items, same=False):  # names the draw; of the sampler; the same for all of a group
     "One generator per item; `same`: one per group."
     return [generator(self.cfg.seed, purpose, item.group, 0 if same else item.member) for item in items]
 
 
-def sample(self, items, window, purpose=""):
+def sample(self, items, window, purpose=""):  # of one micro-batch; steps with noise; names the draw
     "Rolls out one micro-batch."
     self.beat(purpose + "rollout", self.done)
     by_index = {index: self.conditions(index) for index in dict.fromkeys(item.index for item in items)}
@@ -94,7 +94,7 @@ def sample(self, items, window, purpose=""):
     return Batch(items, asked, parts, self.cache.get(path, make, window), {})
 
 
-def score(self, batches, clock, reward_fn=None):
+def score(self, batches, clock, reward_fn=None):  # of `sample`; times the parts; None: the trainer's own
     "Decodes and judges; returns ({name: values}, status, {detail: values}, frames, samples)."
     self.beat("decode", self.done)
     with clock("decode"), torch.inference_mode(): frames = [one for batch in batches for one in self.decode_fn(batch.trajectory.x0)]
@@ -111,7 +111,7 @@ def fetched(metrics): # dicts of numbers and tensors of one element
     return [{name: next(numbers) if torch.is_tensor(value) else float(value) for name, value in one.items()} for one in metrics]
 
 
-def learn(self, batches, adv, keep, everyone):
+def learn(self, batches, adv, keep, everyone):  # of a rollout; [n] of this rank; [n] bool of this rank; [world, n], keep of all ranks
     "Optimizer steps on a rollout. adv, keep [n] of this rank; everyone [world, n] is keep on all ranks. Returns metrics."
     cfg, sums, count, gap, norms = self.cfg, {}, 0, 0.0, []
     share = len(adv) // self.plan.updates                              # samples per update
@@ -130,7 +130,7 @@ def learn(self, batches, adv, keep, everyone):
     return self.averaged(sums, count) | {"first_ratio_gap": gap, "grad_norm": sum(norms) / len(norms) if norms else math.nan, "updates": len(norms)}
 
 # %% ../../nbs/rl/10_trainer.ipynb #0514e956
-def portion(self, batches, adv, keep, rows):
+def portion(self, batches, adv, keep, rows):  # of a rollout; [n]; [n] bool; slice of the samples
     "[(micro-batch, adv, keep)] of some rows of a rollout, without micro-batches that hold nothing kept; with `pack` the kept samples fill new ones."
     size = self.plan.micro_batch
     mine = [(batches[r // size], adv[r:r + size], keep[r:r + size]) for r in range(rows.start, rows.stop, size) if keep[r:r + size].any()]
@@ -140,7 +140,7 @@ def portion(self, batches, adv, keep, rows):
     return [(picked(whole, part), adv[part], torch.ones(len(part), dtype=torch.bool)) for part in chosen.split(size)]
 
 # %% ../../nbs/rl/10_trainer.ipynb #9ce02005
-def points(self, batch):
+def points(self, batch):  # of `sample`
     "Yields (x, level, noise or None) of a micro-batch."
     made, cfg = batch.trajectory, self.cfg
     if cfg.loss not in FORWARD: yield from ((made.latents[n], float(made.sigmas[made.window[0] + n]), None) for n in range(len(made)))
@@ -151,12 +151,17 @@ def points(self, batch):
             yield (1 - t) * made.x0 + t * noise, t, noise
 
 
-def answer(self, average, x, t, cond):
+def answer(self, average, x, t, cond):  # of weights; latents; their levels; conditions
     "Velocity of other weights than the trained ones."
     with torch.no_grad(), average.applied(self.params): return self.model_fn(x, t, cond)
 
 # %% ../../nbs/rl/10_trainer.ipynb #af9d72fd
-def window_loss(self, batch, n, v, adv, keep, denominator):
+def window_loss(self, batch,  # of `sample`
+                      n,      # step of the window
+                      v,      # velocity of the trained weights
+                      adv,    # [B]
+                      keep,   # [B] bool
+                      denominator):  # what the sum is divided by; None: the number kept
     "(loss, metrics) of the likelihood ratio at a recorded step."
     cfg, made, i = self.cfg, batch.trajectory, batch.trajectory.window[0] + n
     step, (_, kv, std) = self.kernel.step(made.sigmas, i, made.latents[n], v, x_next=made.latents[n + 1]), self.kernel.coefficients(made.sigmas, i)
@@ -168,7 +173,14 @@ def window_loss(self, batch, n, v, adv, keep, denominator):
     return weight * loss, metrics | {f"dlogp_step{i}": metrics["dlogp_abs"] * len(made)}
 
 
-def forward_loss(self, batch, n, point, v, v_old, adv, keep, denominator):
+def forward_loss(self, batch,  # of `sample`
+                       n,      # number of the point
+                       point,  # of `points`
+                       v,      # velocity of the trained weights
+                       v_old,  # of the old ones
+                       adv,    # [B]
+                       keep,   # [B] bool
+                       denominator):  # what the sum is divided by; None: the number kept
     "(loss, metrics) of the forward process at one level."
     cfg, x0, (x, t, noise) = self.cfg, batch.trajectory.x0, point
     if cfg.loss == "nft": return self.loss_fn(v, v_old, x, x0, t, adv, cfg.mix, cfg.adv_top or cfg.adv_clip, keep, denominator)
@@ -177,7 +189,7 @@ def forward_loss(self, batch, n, point, v, v_old, adv, keep, denominator):
     return loss, metrics | {f"matching_level{n}": -logp.detach()[keep].mean() * cfg.trained(0)}
 
 # %% ../../nbs/rl/10_trainer.ipynb #1159411a
-def backward(self, batch, adv, keep, total):
+def backward(self, batch, adv, keep, total):  # of `sample`; [B]; [B] bool; samples kept, all ranks
     "Adds the gradients of one micro-batch; yields the metrics of each point."
     cfg, forward = self.cfg, self.cfg.loss in FORWARD
     denominator = total * (cfg.trained(0) if forward else len(batch.trajectory))
@@ -220,13 +232,13 @@ def same_on_all_ranks(self, what, value): # for the message; anything comparable
     if other := [rank for rank, one in enumerate(parts) if one != parts[0]]: raise InputError(f"{what} differ between rank 0 and ranks {other}; start all ranks from the same files and draw what is random from the run's seed")
 
 
-def largest(self, value):
+def largest(self, value):  # of this rank
     "Maximum over ranks."
     self.beat("waiting for all ranks", self.done)
     return float(gather(torch.tensor([value], dtype=torch.float32, device=self.device)).max())
 
 
-def averaged(self, sums, count):
+def averaged(self, sums, count):  # {name: sum} of this rank; of its samples
     "Sample-weighted means over ranks."
     self.beat("waiting for metrics", self.done)
     parts = everywhere((sums, count))

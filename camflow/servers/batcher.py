@@ -9,7 +9,7 @@ __all__ = ['QueueFull', 'Lost', 'Entry', 'Counts', 'MicroBatcher', 'settle']
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable
 
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from ..files import InputError
 # %% ../../nbs/servers/00_batcher.ipynb #b2558cc9
 class QueueFull(RuntimeError):
     "There is no room; `retry_after` says in how many seconds to try again."
-    def __init__(self, retry_after: float):
+    def __init__(self, retry_after: float):  # seconds
         super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
         self.retry_after = retry_after
 
@@ -31,20 +31,20 @@ class Lost(RuntimeError):
 @dataclass
 class Entry:
     "An item that waits."
-    item: Any
-    cost: float
+    item: Any           # that is to be judged
+    cost: float         # of its kind, counted against the limit
     deadline: float   # of time.monotonic()
-    future: asyncio.Future
+    future: asyncio.Future  # of its score
     alone: bool = False # it was in a batch that killed a worker
 
 
 @dataclass
 class Counts:
     "What a batcher has done."
-    batches: int = 0
-    items: int = 0
-    expired: int = 0
-    refused: int = 0
+    batches: int = 0     # given to the worker
+    items: int = 0       # in them
+    expired: int = 0     # too late before they were begun
+    refused: int = 0     # for a full queue
     seconds: float = 0.0 # spent in batches
 
 # %% ../../nbs/servers/00_batcher.ipynb #1ec351db
@@ -165,7 +165,7 @@ async def fly(self: MicroBatcher, batch: list):
         self.pump()
 
 
-def settle(entries: list, error: Exception):
+def settle(entries: list, error: Exception):  # that wait; for all of them
     "Gives the error to whoever waits."
     for entry in entries:
         if not entry.future.done(): entry.future.set_exception(error)

@@ -18,8 +18,8 @@ from fastapi import FastAPI, Request, Response
 
 from ..files import InputError
 from ..rewards.wire import Limits, decode_file, open_allowed
-from .app import Refused, expected, in_memory, parse, permitted, told
 from .batcher import QueueFull
+from .http import Refused, expected, in_memory, parse, permitted, told
 from .worker import Broken
 
 # %% ../../nbs/servers/04_cameraflow.ipynb #03b83ac6
@@ -50,14 +50,14 @@ def frames_of(numbers: list, # of the poses
     return numbers
 
 # %% ../../nbs/servers/04_cameraflow.ipynb #59471721
-def pose_answer(row: dict) -> dict:
+def pose_answer(row: dict) -> dict:  # of the reply
     "Errors of a row that a camera reward made."
     if not {"rot_deg", "trans_m"} <= set(row["scores"]):
         raise Refused(500, "this reward reports no rot_deg and trans_m; serve a camera reward for /evaluate_pose")
     return {"rot_err_mean": math.radians(row["scores"]["rot_deg"]), "trans_err_mean": row["scores"]["trans_m"]}
 
 
-def video_answer(row: dict) -> dict:
+def video_answer(row: dict) -> dict:  # of the reply
     "The judge's own words if they hold an answer, else its score."
     told = [v for v in (row["raw"] or {}).values() if isinstance(v, str) and "<answer>" in v]
     return {"output_text": told[0] if told else f"<answer>{row['scores']['score']:.2f}</answer>"}
@@ -92,7 +92,7 @@ async def body_of(request: Request, service, required: dict) -> dict: # {key: ty
     return body
 
 
-async def evaluate_pose(request: Request, service) -> dict:
+async def evaluate_pose(request: Request, service) -> dict:  # as it came; that answers
     "Rotation and translation error of a clip's camera."
     body = await body_of(request, service, {"video_path": str, "gt_json_data": dict})
     try:
@@ -102,7 +102,7 @@ async def evaluate_pose(request: Request, service) -> dict:
     return pose_answer(await one_score(service, {"video": {"path": body["video_path"]}, "camera": {"c2w": poses, "frame_idx": at, "convention": "opencv_c2w"}}))
 
 
-async def evaluate_video(request: Request, service) -> dict:
+async def evaluate_video(request: Request, service) -> dict:  # as it came; that answers
     "A judge's words about a clip. `fps` is accepted and ignored: the file has its own rate."
     body = await body_of(request, service, {"video_path": str, "prompt": str})
     return video_answer(await one_score(service, {"video": {"path": body["video_path"]}, "prompt": body["prompt"]}))
@@ -131,7 +131,7 @@ def add_cameraflow(app: FastAPI, kind: str): # "pose" or "video"
         app.add_api_route(where, answering(function), methods=[method], response_class=Response)
 
 
-def answering(function):
+def answering(function):  # async function of (request, service)
     "A handler of FastAPI around one of ours."
     async def handler(request: Request): return await told(request, function)
     return handler

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from ..files import InputError
 from ..processes import resident
 from ..rewards.wire import SHM, Item, Limits, SharedMemory, allowed, no_row
-from .batcher import Lost, MicroBatcher, QueueFull
+from .batcher import Lost, MicroBatcher
 from .worker import Broken, Worker, WorkerSpec
 
 # %% ../../nbs/servers/02_service.ipynb #3857ae49
@@ -151,7 +151,7 @@ class Results:
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
 
-def mark_of(item: dict) -> bytes:
+def mark_of(item: dict) -> bytes:  # of a request
     "Digest of a sample as it was sent."
     return hashlib.blake2b(_sorted(item).encode(), digest_size=16).digest()
 
@@ -159,14 +159,14 @@ def mark_of(item: dict) -> bytes:
 @dataclass
 class Job:
     "A sample on its way to the worker."
-    item: dict
+    item: dict    # of a request
     parts: dict   # {sha256: path} of the clips sent with it
     size: int = 0 # stored bytes of its clip
 
 
 class Service:
     "A reward behind a queue, with a state."
-    def __init__(self, config: ServerConfig):
+    def __init__(self, config: ServerConfig):  # of one server
         c = self.config = config
         c.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.limits = Limits(**c.limits)

@@ -56,7 +56,7 @@ def reward_class(place: str): # package.module:Class
         raise InputError(f"reward {place!r} cannot be imported ({error}); give package.module:Class of an installed package") from error
 
 
-def make_reward(place: str, options: dict):
+def make_reward(place: str, options: dict):  # module:Class; of the class
     "The reward, with options that its class knows."
     cls = reward_class(place)
     try: inspect.signature(cls).bind(**options)
@@ -79,7 +79,7 @@ def receive(file): # binary file
     return json.loads(data)
 
 
-def decode(message: dict, roots, limits):
+def decode(message: dict, roots, limits):  # of the parent, changed in place; folders that may be read; of what is accepted
     "The samples of a batch, or the reason why one cannot be had, in the message's place `samples`."
     from pydantic import ValidationError
     from camflow.rewards.wire import Item, item_to_sample
@@ -103,7 +103,7 @@ def judge(reward, message: dict) -> list: # rows
     return [rows.get(item["id"]) or no_row(item["id"], "invalid", sample) for item, sample in zip(message["items"], message["samples"])]
 
 
-def describe(reward) -> dict:
+def describe(reward) -> dict:  # as it was made
     "What the server tells about its reward."
     return {"name": reward.name, "scores": [{"name": "score", "lo": None, "hi": None, "higher_better": True}]} | (reward.info() if hasattr(reward,
             "info") else {})
@@ -154,7 +154,7 @@ def reuse_memory():
     with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-1, 2**28)       # M_TRIM_THRESHOLD
 
 
-def read_ahead(file, todo, roots, limits):
+def read_ahead(file, todo, roots, limits):  # pipe from the parent; queue for the reward; folders that may be read; of what is accepted
     "Reads messages and decodes their samples while the reward is busy."
     while message := receive(file):
         if message["op"] == "score": decode(message, roots, limits)
@@ -170,7 +170,7 @@ class Broken(RuntimeError):
 class Worker:
     "A reward in a child process."
     def __init__(self,
-                 spec: WorkerSpec,
+                 spec: WorkerSpec,         # what is to be started
                  env: dict | None = None): # further environment variables of the child
         self.spec, self.env = spec, env or {}
         self.process, self.writer, self.tasks = None, None, []

@@ -39,7 +39,7 @@ HEAD = 32  # channels of a head
 
 class EncoderLayer(nn.Module):
     "x + norm2(mlp([x, norm1(merge(attention(x, source)))]))"
-    def __init__(self, dim: int):
+    def __init__(self, dim: int):  # width
         super().__init__()
         self.heads = max(1, dim // HEAD)
         self.q_proj, self.k_proj, self.v_proj, self.merge = (nn.Linear(dim, dim, bias=False) for _ in range(4))
@@ -56,7 +56,7 @@ class EncoderLayer(nn.Module):
 # %% ../../nbs/stereo/01_attention.ipynb #1399f613
 class SelfAttention(nn.Module):
     "Each view attends to itself."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dim)])
 
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     "The first view attends to the second, then the second to the updated first."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dim)])
 
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
 
 class SpaceAttention(nn.Module):
     "Every position of an image attends to all others."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.encoder_layer = EncoderLayer(dim)
 
@@ -93,7 +93,7 @@ def from_tokens(x_NLC: Tensor, size) -> Tensor: # [N,C,h,w] view, channels last
 # %% ../../nbs/stereo/01_attention.ipynb #eee04d2f
 class Unread(nn.Module):
     "Holds the tensor `weight` that published checkpoints carry and no computation uses."
-    def __init__(self, dim):
+    def __init__(self, dim):  # width
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3 * dim, dim) * dim ** -0.5)
 
@@ -107,7 +107,7 @@ class _Projection(nn.Module):
 
 class TimeAttention(nn.Module):
     "Attention over the frames of a clip, position by position."
-    def __init__(self, dim: int, dead: bool = True):
+    def __init__(self, dim: int, dead: bool = True):  # width; with the weights that the original has and never reads
         super().__init__()
         self.heads = max(1, dim // HEAD)
         self.temporal_norm1 = nn.LayerNorm(dim)

@@ -86,7 +86,7 @@ def _integer(g, low, high): return int(torch.randint(low, max(high, low + 1), ()
 def _chance(g, p): return float(torch.rand((), generator=g)) < p
 
 
-def draw_look(settings: Augment, g: torch.Generator) -> dict:
+def draw_look(settings: Augment, g: torch.Generator) -> dict:  # of the augmentation; of the draws
     "Colours for a clip or a picture."
     s = settings
     return {"order": torch.randperm(4, generator=g).tolist(), "brightness": _uniform(g, max(0, 1 - s.brightness), 1 + s.brightness),
@@ -212,14 +212,14 @@ def apply_plan(clip: dict,               # left, right 0..255, disparity, valid,
     return out
 
 # %% ../../nbs/stereo/05_augment.ipynb #517ad259
-def upside_down(clip: dict) -> dict:
+def upside_down(clip: dict) -> dict:  # dict of `clip_tensors`
     "The clip flipped top to bottom."
     out = {name: value.flip(-2) if isinstance(value, torch.Tensor) else value for name, value in clip.items()}
     if out.get("flow") is not None: out["flow"] = out["flow"] * torch.tensor([1.0, -1.0])[:, None, None]
     return out
 
 
-def mirror(clip: dict) -> dict:
+def mirror(clip: dict) -> dict:  # dict of `clip_tensors`
     "The clip seen in a mirror: the eyes change places, so the right view's disparity is the truth; flow is not known any more."
     if clip.get("right_disparity") is None: raise InputError("no right_disparity; horizontal flip; it exchanges the eyes and needs the right view's truth: use flip='v', or read the set with the right disparity")
     out = clip | {a: clip[b].flip(-1) for a, b in (("left", "right"), ("right", "left"), ("disparity", "right_disparity"), ("valid", "right_valid"), ("right_disparity", "disparity"), ("right_valid", "valid"))}

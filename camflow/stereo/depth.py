@@ -39,9 +39,9 @@ MATCHING = ("left", "right", "layout", "squeezed", "swap", "calibration", "unit"
 
 def checked(config: dict) -> dict: # any of DEFAULTS
     "All settings, refused early when they make no sense."
-    unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
-    if unknown: raise InputError(f"stereo depth: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    from camflow.training.config import settings
+    given = settings(config, DEFAULTS, "stereo depth")
+    config = {name: given[name] for name in DEFAULTS}
     wrong = [f"{k}={config[k]} must be at least {low}" for k, low in dict(window=1, overlap=0, iters=1, max_size=0, min_disparity=-1, start=0, limit=0, ply=0, max_depth=0, fps=0).items() if not config[k] >= low]
     if config["overlap"] >= config["window"] and not config["compat"]: wrong.append(f"overlap={config['overlap']} must be smaller than window={config['window']}")
     if config["precision"] not in ("float32", "float16"): wrong.append(f"precision={config['precision']!r} must be float32 or float16")
@@ -78,6 +78,7 @@ def lead_in(pairs, least: int): # iterator of (left, right); frames
 
 
 def shifted(view_3HW, s: int): # picture; px to the right
+    "The view [3,H,W] moved right by s pixels; its edge column is repeated."
     return torch.cat([view_3HW[..., :1].expand(*view_3HW.shape[:-1], s), view_3HW[..., :view_3HW.shape[-1] - s]], -1) if s else view_3HW
 
 # %% ../../nbs/stereo/11_depth.ipynb #3480981a
@@ -145,18 +146,18 @@ def refuse_memory(plan: dict, size, window: int, overlap: int = 4): # of `memory
 @dataclass
 class Job:
     "All that is known before the first map."
-    source: StereoSource
+    source: StereoSource                             # of the pictures
     indices: list                 # positions of the frames in the source
     names: list                   # stems of the files written
     input_size: tuple             # (H, W) of the source
     size: tuple                   # (H, W) of the maps
-    fps: float
+    fps: float                                       # frames per second
     rig: StereoRig | None         # for maps of this size
     calibration: str              # file, or ""
-    rectifier: Rectifier
-    before: RectificationReport | None
-    after: RectificationReport | None
-    remarks: list
+    rectifier: Rectifier                             # of both views
+    before: RectificationReport | None               # report on the pair as it came
+    after: RectificationReport | None                # report on the rectified pair
+    remarks: list                                    # for the report
 
     def pairs(self, start: int = 0, chunk: int = 8): # first frame; frames decoded together
         "Yields (left, right) uint8 [3,H,W], rectified and resized."
@@ -198,7 +199,7 @@ def prepare(config: dict) -> Job: # of `checked`
     for path in {str(getattr(source, side, "")) for side in ("left", "right", "path")}: _undamaged(path)
     if bad := source.check() if hasattr(source, "check") else []: raise InputError(f"{len(bad)} of {2 * len(source)} pictures cannot be used; {bad[0]}")
     total, stop = len(source), config["start"] + config["limit"] if config["limit"] else len(source)
-    if config["start"] >= total: raise InputError(f"start={config['start']}, but {source.name} has {total} frames (0..{total - 1})")
+    if config["start"] >= total: raise InputError(f"start={config['start']}, but {source.name} has {total} frames (0..{total - 1}); start earlier")
     indices = list(range(config["start"], min(stop, total)))
     H, W = source.size
     if min(H, W) < 16: raise InputError(f"frames of {H} x {W} pixels; {source.name}; at least 16 x 16 are needed to match anything")
@@ -221,13 +222,17 @@ def _undamaged(path):
     if Path(path).suffix.lower() in VIDEOS and (damage := probe(path).damage): raise InputError(f"{path} is damaged: {damage}; copy or download it again")
 
 # %% ../../nbs/stereo/11_depth.ipynb #45efedf7
-def short_clip(job, model, config: dict) -> int:
+def short_clip(job,    # the clip
+               model,  # the network; None: another method
+               config: dict) -> int:  # the full configuration
     "Frames that a shorter clip is led in to: the network's own length; 0 where that is not needed."
     own = model.config.num_frames if model is not None and not config["compat"] else 0
     return own if len(job.indices) < own <= config["window"] else 0
 
 
-def map_files(folder, names): return [Path(folder)/f"{name}.npy" for name in names]
+def map_files(folder, names):  # that holds them; of the frames
+    "The .npy files of some frames."
+    return [Path(folder)/f"{name}.npy" for name in names]
 
 
 def compute_maps(job: Job, model, config: dict, folder, flip: bool = False, tick=None): # tick: called with the number of maps done
@@ -295,7 +300,7 @@ def _ends(values) -> dict:
     return dict(zip(("p2", "median", "p98"), np.percentile(values, [2, 50, 98]).tolist() if len(values) else [math.nan] * 3))
 
 
-def shape_rig(job: Job) -> StereoRig:
+def shape_rig(job: Job) -> StereoRig:  # the clip
     "The rig, or a made-up one of 53 degrees that gives the cloud some shape."
     H, W = job.size
     return job.rig or StereoRig([[W, 0, W / 2], [0, W, H / 2], [0, 0, 1]], [[W, 0, W / 2], [0, W, H / 2], [0, 0, 1]], 1.0, job.size)
@@ -314,7 +319,11 @@ class _Frame:
         if right_file is not None: _, self.confidence = consistency(self.disparity[None], read_npy(right_file)[None])
 
 
-def write_maps(frame: _Frame, run_dir, config: dict, scale: Scale, metric: bool):
+def write_maps(frame: _Frame,  # with its maps
+               run_dir,        # folder of the run
+               config: dict,   # the full configuration
+               scale: Scale,   # of the colours
+               metric: bool):  # depth is in metres
     "The files of one frame."
     write_image(run_dir/f"visualisations/{frame.name}.png", colours(frame.disparity, scale))
     if config["pfm"]: write_pfm(run_dir/f"disparity_pfm/{frame.name}.pfm", frame.disparity)
@@ -372,7 +381,7 @@ def publish(run_dir, out): # results; folder of the user's choice
         shutil.copyfile(run_dir/name, out/name)
 
 
-def check_disk(job: Job, config: dict, run_dir):
+def check_disk(job: Job, config: dict, run_dir):  # the clip; the full configuration; folder of the run
     "InputError when the results will not fit on the disk."
     pixels, n, wide = job.size[0] * job.size[1], len(job.indices), 4 if config["precision"] == "float32" else 2
     per_frame = wide * (1 + config["confidence"] + (job.rig is not None)) + 4 * config["pfm"] + 2.5 + 0.5 * config["orbit"]
@@ -382,7 +391,7 @@ def check_disk(job: Job, config: dict, run_dir):
     if need > 0.95 * free: raise InputError(f"{n} frames of {job.size[0]} x {job.size[1]} need about {need / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free in {where}; use precision=float16, ply=0, confidence=false, max_size, or fewer frames (limit)")
 
 # %% ../../nbs/stereo/11_depth.ipynb #58299dbc
-def same_settings(config: dict, run_dir):
+def same_settings(config: dict, run_dir):  # the full configuration; folder of the run
     "A folder continues only what it began with."
     mark = {k: config[k] for k in MATCHING}
     path = Path(run_dir)/"matching.json"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..assets import tiny_path
-from ..device import device, generator
+from ..device import device
 from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..media.frames import Frames
 from ..metrics.statistics import paired_bootstrap
@@ -50,8 +50,9 @@ DEFAULTS = dict(protocol="world", root="", weights="", methods=["network", "per_
 
 def settled(config: dict): # any of DEFAULTS
     "The configuration with defaults and the protocol's numbers filled in; contradictions are errors."
-    if unknown := sorted(set(config) - set(DEFAULTS) - {"resume", "module"}): raise InputError(f"stereo evaluation: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **{k: v for k, v in config.items() if k in DEFAULTS}}
+    from camflow.training.config import settings
+    given = settings(config, DEFAULTS, "stereo evaluation")
+    config = {name: given[name] for name in DEFAULTS}
     if config["protocol"] not in PROTOCOLS: raise InputError(f"protocol {config['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[config["protocol"]]
     changed = sorted(k for k in protocol if config.get(k) is not None and config[k] != protocol[k])
@@ -67,11 +68,11 @@ def settled(config: dict): # any of DEFAULTS
 @dataclass
 class Example:
     "A clip with truth."
-    left: Frames
-    right: Frames
-    disparity: Any
-    valid: Any
-    name: str = ""
+    left: Frames                                  # view
+    right: Frames                                 # view
+    disparity: Any                                # [T,1,H,W] px
+    valid: Any                                    # [T,1,H,W] bool
+    name: str = ""                                # of the clip
     suite: str = ""                               # hard case of the world
     flow: Any = None                              # [T-1,2,H,W], NaN unknown
     flow_occlusion: Any = None                    # [T-1,1,H,W]
@@ -171,7 +172,7 @@ def depth_numbers(example: Example, pred): # disparity [T,1,H,W]
 
 
 def evaluate_clip(method: str,       # of METHODS
-                  example: Example,
+                  example: Example,  # a clip with truth
                   config: dict):     # of `settled`
     "(numbers with `frames`, `suite`, seconds per frame, `worst_frame`; the disparity)."
     before = example.matched[2:] if method in MATCHERS else (0., 0.)           # what others may have paid already
@@ -260,7 +261,7 @@ def _row(folder, i, name, method, example, config):
 def main(config: dict,   # any of DEFAULTS
          run_dir):       # rows/<method>-<hash>/ and metrics.jsonl go there
     "Evaluates methods on a protocol; continues a killed run. Returns the result."
-    from camflow.training.loop import at_least
+    from camflow.training.config import at_least
     from camflow.training.metric_writer import MetricWriter
     config, run_dir = settled(config), Path(run_dir)
     at_least(config, limit=0, samples=1, window=1, **({"clips": 1, "frames": 1} if config["data"] == "world" else {}))
@@ -310,7 +311,7 @@ def table(methods: dict,           # result["methods"], or one of result["suites
 
 def worst_clips(result: dict,        # of `main`
                 method: str = None,  # whose worst; None: the first of the table
-                count: int = 3):
+                count: int = 3):     # at most
     "[(clip, EPE, {method: path of its row relative to the run's folder})], worst first."
     found = result["per_clip"][method or next(iter(result["per_clip"]))]
     order = sorted((f for f, e in found.items() if e is not None and math.isfinite(e)), key=found.__getitem__, reverse=True)

@@ -31,7 +31,7 @@ def pad_frames(x: Tensor,    # [...,C,H,W]
     return F.pad(x.flatten(0, -4), pads, mode="replicate").unflatten(0, x.shape[:-3])
 
 
-def crop_frames(x: Tensor, pads: tuple) -> Tensor:
+def crop_frames(x: Tensor, pads: tuple) -> Tensor:  # padded; (left, right, top, bottom)
     "Undoes `pad_frames`."
     left, right, top, bottom = pads
     return x[..., top:x.shape[-2] - bottom, left:x.shape[-1] - right]
@@ -74,7 +74,7 @@ def _sum(terms: tuple, d: list, out: Tensor | None = None) -> Tensor:
     return y
 
 
-def to_points(d: list, taps: int, out: Tensor):
+def to_points(d: list, taps: int, out: Tensor):  # pixels under four outputs; length of the kernel; filled
     "B^T d: the pixels under four outputs to values at the points, written to out[0], out[1], .."
     _, _, pairs, ends = POINTS[taps]
     for i, (even, odd, weight) in enumerate(pairs):
@@ -83,7 +83,7 @@ def to_points(d: list, taps: int, out: Tensor):
     _sum(ends[0], d, out[0]), _sum(ends[1], d, out[len(out) - 1])
 
 
-def from_points(m: list, taps: int, out: list):
+def from_points(m: list, taps: int, out: list):  # values at the points; length of the kernel; filled
     "A^T m: values at the points to four pixels, written to out[0..3]; m is overwritten."
     pairs, parts = POINTS[taps][0], []
     for plus, minus in zip(m[1::2], m[2::2]): parts.append((plus + minus, torch.sub(plus, minus, out=minus)))
@@ -93,7 +93,7 @@ def from_points(m: list, taps: int, out: list):
     out[0].add_(m[0]), out[3].add_(m[-1])
 
 
-def under_four(x: Tensor, axis: int, taps: int) -> list:
+def under_four(x: Tensor, axis: int, taps: int) -> list:  # padded map; of the convolution; length of the kernel, 3 or 5
     "Every pixel position under groups of four outputs along `axis` of a padded map: views."
     size = x.shape[axis] - taps + 1
     return [x[(slice(None),) * axis + (slice(j, j + size - 3, 4),)] for j in range(taps + 3)]
@@ -103,7 +103,7 @@ MIN_PIXELS, MIN_CHANNELS = 2048, 96 # smaller maps do not repay the way to the p
 PORTION = 20480                     # pixels at a time
 
 
-def pays(x_NChw: Tensor, weight: Tensor, axes=(3,)) -> bool:
+def pays(x_NChw: Tensor, weight: Tensor, axes=(3,)) -> bool:  # features; of the convolution; that it goes along
     "Whether fewer multiplications are worth their additions here."
     return (not torch.is_grad_enabled() and x_NChw.device.type == "cpu" and x_NChw.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and all(x_NChw.shape[a] % 4 == 0 for a in axes)
             and weight.shape[1] >= MIN_CHANNELS and x_NChw.numel() >= MIN_PIXELS * x_NChw.shape[1])
@@ -130,7 +130,7 @@ def conv_by_points(x_NChw: Tensor, weight: Tensor, bias: Tensor, T: int = 1) -> 
     return y.flatten(2, 3).add_(bias).permute(0, 3, 1, 2)
 
 # %% ../../nbs/stereo/00_features.ipynb #e14dcbe7
-def conv3x3(conv: nn.Conv2d, x_NChw: Tensor) -> Tensor:
+def conv3x3(conv: nn.Conv2d, x_NChw: Tensor) -> Tensor:  # the layer; features
     "The layer's convolution, with half the multiplications where that pays."
     if conv.stride == (1, 1) and pays(x_NChw, conv.weight): return conv_by_points(x_NChw, conv.weight, conv.bias)
     return conv(x_NChw)
@@ -138,7 +138,7 @@ def conv3x3(conv: nn.Conv2d, x_NChw: Tensor) -> Tensor:
 # %% ../../nbs/stereo/00_features.ipynb #ce597a13
 class ResidualBlock(nn.Module):
     "relu(norm(conv1x1(x)) + relu(norm(conv(relu(norm(conv(x)))))))"
-    def __init__(self, channels, out, stride=1):
+    def __init__(self, channels, out, stride=1):  # that come in; that go out; of the first layer
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, stride, 1)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
@@ -174,7 +174,7 @@ class FeatureEncoder(nn.Module):
         return torch.cat([self.encode(x) for x in x_NCHW.split(1)]).contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/stereo/00_features.ipynb #d89a84ad
-def check_pair(left_BTCHW: Tensor, right_BTCHW: Tensor):
+def check_pair(left_BTCHW: Tensor, right_BTCHW: Tensor):  # RGB 0..255; RGB 0..255
     "Raises unless both are RGB clips of one shape."
     for name, x in (("left", left_BTCHW), ("right", right_BTCHW)):
         if x.dim() != 5 or x.shape[2] != 3 or min(x.shape) < 1:
@@ -183,6 +183,6 @@ def check_pair(left_BTCHW: Tensor, right_BTCHW: Tensor):
         raise InputError(f"left {tuple(left_BTCHW.shape)} and right {tuple(right_BTCHW.shape)} differ; give as many frames of the same size for both views")
 
 
-def to_signed(x: Tensor) -> Tensor:
+def to_signed(x: Tensor) -> Tensor:  # RGB 0..255
     "RGB 0..255 (bytes or floats) to -1..1."
     return 2 * (x.float() / 255) - 1

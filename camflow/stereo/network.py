@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..files import InputError, atomic_write, read_json, write_json
+from ..files import InputError, read_json
+from ..training.checkpoint import load_whole, save_folder
 from .attention import CrossAttention, SelfAttention, TimeAttention, frame_embedding, from_tokens, position_table
 from .features import FeatureEncoder, check_pair, crop_frames, interp, pad_amounts, pad_frames, to_signed
 from .update import Correlation, UpdateBlock, convex_upsample
@@ -51,7 +52,7 @@ CONFIGS = {
 # %% ../../nbs/stereo/03_network.ipynb #e156db20
 class DynamicStereo(nn.Module):
     "Disparity of a stereo clip, all frames together."
-    def __init__(self, config: StereoConfig = CONFIGS["published"]):
+    def __init__(self, config: StereoConfig = CONFIGS["published"]):  # sizes of the network
         super().__init__()
         self.config, dim, has = config, config.dim, config.has
         if dim not in (16, 32, 48) and (dim % 32 or dim < 32): raise InputError(f"dim {dim}: give a multiple of 32 (or 16, 48), for every width is a fraction of it and heads have 32 channels")
@@ -165,7 +166,7 @@ def read_state(path) -> dict: # name -> tensor
     except Exception as error: raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0]}); save its state_dict again with torch.save") from None
 
 
-def unwrap(state: dict) -> dict:
+def unwrap(state: dict) -> dict:  # as it was read
     "Takes the state dict out of `model` or `state_dict` and the prefix `module.` off its names."
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
@@ -174,20 +175,12 @@ def unwrap(state: dict) -> dict:
     return {k.removeprefix("module."): v for k, v in state.items()} if all(k.startswith("module.") for k in state) else dict(state)
 
 # %% ../../nbs/stereo/03_network.ipynb #3070445e
-def _some(names): return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def load_state(model: nn.Module, state: dict) -> nn.Module:
+def load_state(model: nn.Module, state: dict) -> nn.Module:  # a DynamicStereo; {name: tensor}
     "Loads every tensor or raises, naming what is missing, unexpected or of another shape."
-    state, own = unwrap(state), model.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    problems = [f"{what}: {_some(names)}" for what, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("wrong shape", shapes)) if names]
-    if problems: raise InputError(f"the weights do not fit the network, nothing was loaded; {'; '.join(problems)}. Choose the configuration that they were made with")
-    model.load_state_dict(state)
-    return model
+    return load_whole(model, unwrap(state))
 
 # %% ../../nbs/stereo/03_network.ipynb #e8921e62
-def config_of(state: dict) -> StereoConfig:
+def config_of(state: dict) -> StereoConfig:  # {name: tensor}
     "The configuration that fits a bare state dict (published signs)."
     try:
         count = lambda head: len({k.split(".")[1] for k in state if k.startswith(head)})
@@ -199,17 +192,14 @@ def config_of(state: dict) -> StereoConfig:
         return StereoConfig(num_frames=state["time_embed"].shape[1] if "time_embed" in state else 5, attention_type="_".join(k for k, v in parts.items() if v) or None,
                             use_3d_update_block=state[f"{block}.gru.convz1.weight"].dim() == 5, different_update_blocks=different, dim=dim,
                             depth=parts["self_stereo"] or parts["temporal"] or 4, head=None if head == dim else head, dead_weights=any("qkv" in k for k in state))
-    except KeyError as error: raise InputError(f"this is no DynamicStereo checkpoint: it has no tensor {error}") from None
+    except KeyError as error: raise InputError(f"this is no DynamicStereo checkpoint: it has no tensor {error}; give dynamic_stereo_sf.pth, dynamic_stereo_dr_sf.pth, or a folder of save_stereo") from None
 
 # %% ../../nbs/stereo/03_network.ipynb #769ad109
-def save_stereo(model: DynamicStereo,
+def save_stereo(model: DynamicStereo, # a DynamicStereo
                 folder,               # gets config.json and model.safetensors
                 half: bool = True):   # store in float16: half the size
     "Writes a folder that `load_stereo` reads."
-    from safetensors.torch import save
-    tensors = {k: v.detach().cpu().to(torch.float16 if half else v.dtype).contiguous() for k, v in model.state_dict().items()}
-    with atomic_write(Path(folder) / "model.safetensors") as file: file.write(save(tensors))
-    write_json(Path(folder) / "config.json", asdict(model.config))
+    save_folder(folder, model.state_dict(), asdict(model.config), torch.float16 if half else None)
 
 
 def load_stereo(path,                                 # our folder, or a published .pth or a .safetensors file

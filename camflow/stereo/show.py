@@ -28,8 +28,8 @@ from ..media.frames import Frames
 @dataclass(frozen=True)
 class Scale:
     "Values at the two ends of the colours, for a whole clip."
-    low: float
-    high: float
+    low: float          # value of the first colour
+    high: float         # value of the last
     unit: str = "px"    # what the numbers are
     near: str = "high"  # which end is near: "high" for disparity, "low" for depth
 
@@ -70,15 +70,15 @@ def colours(map_HW,           # values, NaN where unknown
     return torch.from_numpy(np.where(known[..., None], picture, hatch[..., None])).permute(2, 0, 1).contiguous()
 
 
-def coloured(maps, scale: Scale, fps=None, name: str = "turbo") -> Frames: # [T,1,H,W]; of the clip; frames per second
+def coloured(maps, scale: Scale, fps=None) -> Frames: # [T,1,H,W]; of the clip; frames per second
     "A short clip in colours."
-    return Frames(torch.stack([colours(m, scale, name) for m in maps]), "byte", fps)
+    return Frames(torch.stack([colours(m, scale) for m in maps]), "byte", fps)
 
 # %% ../../nbs/stereo/10_show.ipynb #00149dfb
-def colour_bar(scale: Scale, width: int = 320, name: str = "turbo"): # px
+def colour_bar(scale: Scale, width: int = 320): # px
     "uint8 [3,34,width]: the colours with their numbers."
     from PIL import Image, ImageDraw, ImageFont
-    bar = colours(np.linspace(scale.low, scale.high, width)[None].repeat(16, 0), scale, name)
+    bar = colours(np.linspace(scale.low, scale.high, width)[None].repeat(16, 0), scale)
     strip = Image.new("RGB", (width, 18), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(11)
     for share, anchor in ((0, "la"), (0.5, "ma"), (1, "ra")):
@@ -165,7 +165,7 @@ _POINT = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("gr
 def write_ply(path,        # the file
               points_N3,   # metres
               colours_N3,  # uint8
-              comment: str = "left camera axes: x right, y down, z forward, metres"):
+              comment: str = "left camera axes: x right, y down, z forward, metres"):  # in the head of the file
     "Writes a coloured point cloud, atomically."
     points, paint = np.asarray(points_N3, np.float32), np.asarray(colours_N3)
     if points.shape != paint.shape or points.ndim != 2 or paint.dtype != np.uint8: raise InputError(f"points {points.shape} with colours {paint.shape} {paint.dtype}; {path}; give [N,3] floats and [N,3] bytes")
@@ -180,7 +180,7 @@ def write_ply(path,        # the file
 def read_ply(path):  # written by `write_ply`
     "(points [N,3] float32, colours [N,3] uint8)."
     head, _, body = Path(path).read_bytes().partition(b"end_header\n")
-    if not head.startswith(b"ply\nformat binary_little_endian"): raise InputError(f"{path} is not a binary PLY of write_ply")
+    if not head.startswith(b"ply\nformat binary_little_endian"): raise InputError(f"{path} is not a binary PLY of write_ply; give a points*.ply of stereo_depth")
     count = int(head.split(b"element vertex ")[1].split()[0])
     if len(body) != count * _POINT.itemsize: raise InputError(f"{path} holds {len(body)} bytes of {count} points, {count * _POINT.itemsize} are expected; write it again")
     table = np.frombuffer(body, _POINT)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'DEFAULTS', 'CARD', 'clip_tensors', 'crop_clip', 'some_frames', 'recolor', 'stack', 'predict', 'judge',
-           'Joined', 'open_sets', 'open_data', 'crop_length', 'start_model', 'step_loss', 'write_model', 'main',
-           'export']
+           'open_sets', 'open_data', 'crop_length', 'start_model', 'step_loss', 'write_model', 'main', 'export']
 
 # %% ../../nbs/stereo/08_train.ipynb #28bc69e2
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..assets import licence_note
 from ..device import device, generator
 from ..files import InputError, atomic_write
 from .loss import edge_weight, sequence_loss, temporal_error, temporal_loss
@@ -126,18 +126,6 @@ def judge(model, clips,       # network; sequence of bank rows (or of other clip
     return {name: total / pixels if pixels else float("nan") for name, (total, pixels) in sums.items()}
 
 # %% ../../nbs/stereo/08_train.ipynb #39e6f8b4
-class Joined:
-    "Several sets as one."
-    def __init__(self, sets): self.sets = list(sets)
-    def __len__(self): return sum(map(len, self.sets))
-
-    def __getitem__(self, i):
-        for one in self.sets:
-            if i < len(one): return one[i]
-            i -= len(one)
-        raise IndexError(i)
-
-
 def open_sets(listed,    # [[set, folder], [set, folder, {option: value}], ...]
               seed: int = 0): # of sets that draw their clips once (`training: true`)
     "The named sets of `camflow.data`, joined."
@@ -148,7 +136,7 @@ def open_sets(listed,    # [[set, folder], [set, folder, {option: value}], ...]
         options = options or {}
         if options.get("training"): options = options | {"training": generator(seed, "training clips", name)}
         return known[name](folder, **options)
-    return Joined(one(*row) for row in listed)
+    return torch.utils.data.ConcatDataset([one(*row) for row in listed])
 
 # %% ../../nbs/stereo/08_train.ipynb #b4f36eb9
 def open_data(config: dict, run_dir): # of `main`
@@ -208,24 +196,44 @@ CARD = """# Stereo network
 
 {count:.2f} M parameters, {model}. Disparity from stereo video, positive pixels; the raw output is the signed flow (negative disparity).
 
-- Data: {data}; {frames} frames of {size[0]} x {size[1]} per crop, {iters} refinements.
-- Training: {steps} steps of {batch_size}, AdamW, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of this process. {note}
-- Licence: Apache-2.0. Made for the tiny family of this project.
+## Data
 
-Held-out clips ({held_out}), {validate_iters} refinements:
+- {data}; {frames} frames of {size[0]} x {size[1]} per crop, {iters} refinements.
+
+## Training
+
+- {steps} steps of {batch_size}, AdamW, peak rate {lr}, one cycle, gradients clipped to {grad_clip}, {minutes:.0f} minutes of this process. {note}
+
+## Held-out numbers
+
+Clips ({held_out}), {validate_iters} refinements:
 
 | number | value |
 |---|---|
 {rows}
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights stereo` says what is published, under which licence, and how it is loaded.
 """
 
 
-def write_model(model, folder, config: dict, numbers: dict, steps: int, minutes: float, held_out: int):
+def write_model(model,           # the trained network
+                folder,          # to write
+                config: dict,    # the full configuration
+                numbers: dict,   # held-out, for the card
+                steps: int,      # that were trained
+                minutes: float,  # of CPU; NaN: not known
+                held_out: int):  # clips behind the numbers
     "Writes config.json, model.safetensors (float16) and card.md."
     save_stereo(model, folder)
     data = f"{config['clips']} clips of camflow.world, {config['render_size'][0]} x {config['render_size'][1]}" if config["data"] == "world" else config["data"]
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items())
-    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, note=config["card"],
+    text = CARD.format(count=sum(p.numel() for p in model.parameters()) / 1e6, rows=rows, minutes=minutes, licence=licence_note(start=config["start"], data=config["data"]), note=config["card"],
                        **config | {"data": data, "steps": steps, "held_out": held_out})
     with atomic_write(Path(folder) / "card.md", "w") as file: file.write(text)
 
@@ -270,7 +278,7 @@ def export(run_dir,        # of `main`
     from camflow.training.checkpoint import load_checkpoint
     run_dir, config = Path(run_dir), configuration(config or read_json(Path(run_dir) / "config.json"), DEFAULTS)
     found = load_checkpoint(run_dir / "checkpoints")
-    model = load_state(start_model(config | {"start": config["start"]}), {**found.tensors["model"], **found.tensors.get("ema", {})}).eval()
+    model = load_state(start_model(config | {"start": config["start"]}), found.weights).eval()
     _, held = open_data(config | {"data": "world", "clips": 1}, run_dir)
     numbers = judge(model, held, config["validate_iters"], min(len(held), config["held_out"]))
     write_model(model, folder or run_dir / "model", config, {f"held_{k}": v for k, v in numbers.items()}, found.step, float("nan"), min(len(held), config["held_out"]))

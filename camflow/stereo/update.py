@@ -62,7 +62,7 @@ class Correlation:
 # %% ../../nbs/stereo/02_update.ipynb #88494cb5
 class MotionEncoder(nn.Module):
     "What the lookup and the present flow say."
-    def __init__(self, dim: int):
+    def __init__(self, dim: int):  # width
         super().__init__()
         self.convc1, self.convc2 = nn.Conv2d(TAPS, dim, 1), nn.Conv2d(dim, dim * 3 // 4, 3, padding=1)
         self.convf1, self.convf2 = nn.Conv2d(2, dim // 2, 7, padding=3), nn.Conv2d(dim // 2, dim // 4, 3, padding=1)
@@ -85,7 +85,11 @@ def from_time(x_BCTP: Tensor, size) -> Tensor: # [N,C,h,w]
     return from_tokens(x_BCTP.permute(0, 2, 3, 1).flatten(0, 1), size)
 
 
-def axis_conv(x_NChw: Tensor, weight: Tensor, bias, axis: str, T: int) -> Tensor:
+def axis_conv(x_NChw: Tensor,  # features
+              weight: Tensor,  # [out,in,length]
+              bias,            # [out]; None: none
+              axis: str,       # w, h or t
+              T: int) -> Tensor:  # frames
     "A convolution of odd length along axis 'w', 'h' or 't', zeros outside; weight [out,in,length]."
     pad = weight.shape[-1] // 2
     if axis == "w": return F.conv2d(x_NChw, weight.unsqueeze(2), bias, padding=(0, pad))
@@ -93,13 +97,15 @@ def axis_conv(x_NChw: Tensor, weight: Tensor, bias, axis: str, T: int) -> Tensor
     return from_time(F.conv2d(along_time(x_NChw, T), weight.unsqueeze(3), bias, padding=(pad, 0)), x_NChw.shape[-2:])
 
 # %% ../../nbs/stereo/02_update.ipynb #ef41663d
-def gate(x, weight, constant, axis, T):
+def gate(x, weight, constant, axis, T):  # features; [out,in,length]; [out], or a map; w, h or t; frames
     "The convolution plus its constant: a bias per channel, or a map."
     if constant.dim() == 1: return axis_conv(x, weight, constant, axis, T)
     return axis_conv(x, weight, None, axis, T).add_(constant)
 
 
-def put_state(joint_NChw: Tensor, h: Tensor, r: Tensor | None = None) -> Tensor:
+def put_state(joint_NChw: Tensor,  # state and input side by side
+              h: Tensor,           # the state
+              r: Tensor | None = None) -> Tensor:  # reset gate; None: none
     "[h, x] with its first channels replaced by h, or r*h: in place when no gradient is recorded."
     H = h.shape[1]
     if torch.is_grad_enabled(): return torch.cat([h if r is None else r * h, joint_NChw[:, H:]], 1)
@@ -145,7 +151,7 @@ def gates_by_points(joint_NChw: Tensor, h_NChw: Tensor, w_zr: Tensor, w_q: Tenso
 
 class SeparableGRU(nn.Module):
     "Gated passes along rows, columns and (three_d) time; the tensors' names and shapes are the published ones."
-    def __init__(self, hidden: int, inputs: int, three_d: bool = True):
+    def __init__(self, hidden: int, inputs: int, three_d: bool = True):  # channels of the state; channels of what is seen; also along time
         super().__init__()
         self.hidden, self.axes = hidden, "wht" if three_d else "wh"
         kernels = ((1, 1, 5), (1, 5, 1), (5, 1, 1)) if three_d else ((1, 5), (5, 1))
@@ -188,7 +194,7 @@ class SeparableGRU(nn.Module):
 # %% ../../nbs/stereo/02_update.ipynb #0a4172bc
 class FlowHead(nn.Module):
     "State to a correction of the flow, [N,2,h,w]."
-    def __init__(self, hidden: int, width: int, three_d: bool = True):
+    def __init__(self, hidden: int, width: int, three_d: bool = True):  # channels of the state; channels inside; also along time
         super().__init__()
         conv = nn.Conv3d if three_d else nn.Conv2d
         self.conv1, self.conv2, self.three_d = conv(hidden, width, 3, padding=1), conv(width, 2, 3, padding=1), three_d

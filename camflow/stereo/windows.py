@@ -22,9 +22,9 @@ from .network import DynamicStereo
 @dataclass(frozen=True)
 class Plan:
     "Window length, the newer window's weight at each frame shared with the older one, and the shortest tail that is run."
-    window: int
-    ramp: tuple = ()
-    shortest: int = 1
+    window: int  # frames
+    ramp: tuple = ()  # weights of the newer window at the frames that it shares with the older one
+    shortest: int = 1  # frames of a tail that is run
 
     @property
     def step(self) -> int: return self.window - len(self.ramp)
@@ -39,7 +39,7 @@ def linear_plan(window: int = 20,    # frames that the network sees together
     return Plan(window, tuple((j + 1) / (overlap + 1) for j in range(overlap)), overlap + 1)
 
 
-def reference_plan(window: int) -> Plan:
+def reference_plan(window: int) -> Plan:  # frames
     "Half-window steps, cut in the middle of the overlap; windows that the original runs but takes nothing from are left out."
     if window < 1: raise InputError(f"window {window}: give at least 1 frame")
     step = max(1, window // 2)
@@ -76,7 +76,7 @@ def fade(older: Tensor, newer: Tensor, ramp: tuple) -> Tensor: # [t,...]
 
 def run_plan(run: Callable,      # list of frames -> tensor [t,...]
              frames: Iterable,   # frames in order
-             plan: Plan
+             plan: Plan          # how the windows lie
             ) -> Iterator:       # (index, result of that frame)
     "Every frame's result, in order, as soon as no later window can change it."
     held, waiting, at, source = [], None, 0, iter(frames)   # frames from `at` on; results of the first of them by the window before
@@ -111,7 +111,7 @@ def run_causal(run: Callable,      # list of frames -> tensor [t,...]
     if fresh: yield from results()
 
 # %% ../../nbs/stereo/04_windows.ipynb #eb4bef61
-def positive(flow: Tensor, config) -> Tensor:
+def positive(flow: Tensor, config) -> Tensor:  # of the network; of the network
     "Disparity from the network's flow."
     return flow.abs() if config.cascade_sign < 0 else (-flow).clamp_min(0)
 
@@ -125,14 +125,14 @@ def refine_window(model: DynamicStereo, pairs: list, iters, multiple: int = 16) 
     return positive(crop_frames(flow, pads)[0], model.config).cpu()
 
 
-def pixels(frames) -> Iterator:
+def pixels(frames) -> Iterator:  # Frames, tensor [T,3,H,W], or any iterable of either's items
     "Frames one by one as [3,H,W] tensors 0..255, from Frames, a tensor [T,3,H,W] or any iterable of either's items."
     for f in frames:
         if isinstance(f, Frames): f = f.data[0] if f.range == "byte" else f.unit().data[0] * 255
         yield torch.as_tensor(f)
 
 
-def pairs_of(left, right) -> Iterator:
+def pairs_of(left, right) -> Iterator:  # Frames, tensor [T,3,H,W], or an iterator of pictures; likewise
     "Left and right in step; raises where one ends early or sizes differ, naming the frame."
     end, first = object(), None
     right = pixels(right)
@@ -147,7 +147,7 @@ def pairs_of(left, right) -> Iterator:
     if next(right, end) is not end: raise InputError("the right video has more frames than the left one; give as many frames for both")
 
 # %% ../../nbs/stereo/04_windows.ipynb #81287a36
-def stereo_stream(model: DynamicStereo,
+def stereo_stream(model: DynamicStereo,       # a DynamicStereo
                   left,                     # frames: Frames, tensor [T,3,H,W] 0..255, or any iterable of frames
                   right,                    # the same for the right view
                   window: int = 20,         # frames refined together
@@ -163,7 +163,14 @@ def stereo_stream(model: DynamicStereo,
     return run_plan(run, pairs_of(left, right), reference_plan(window) if compat else linear_plan(window, overlap))
 
 
-def stereo_video(model: DynamicStereo, left, right, window: int = 20, overlap: int | None = None, iters=20, compat: str | None = None, causal: int = 0):
+def stereo_video(model: DynamicStereo,        # a DynamicStereo
+                 left,                        # Frames, tensor [T,3,H,W], or an iterator of pictures
+                 right,                       # likewise
+                 window: int = 20,            # frames
+                 overlap: int | None = None,  # frames; None: 4
+                 iters=20,                    # refinements
+                 compat: str | None = None,   # None or reference
+                 causal: int = 0):            # as for `stereo_stream`
     "`stereo_stream`; whole clips (Frames or tensors) give one tensor [T,1,H,W]."
     whole = [isinstance(x, (Frames, Tensor)) for x in (left, right)]
     if whole == [True, True] and len(left) != len(right): raise InputError(f"{len(left)} left and {len(right)} right frames; give as many frames for both")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'checkpoint_path', 'save_checkpoint', 'list_checkpoints', 'sweep', 'Checkpoint', 'damage',
-           'latest_checkpoint', 'load_checkpoint', 'check_architecture', 'load_strict', 'from_folder',
-           'flatten_optimizer', 'unflatten_optimizer', 'rng_state', 'set_rng_state', 'fingerprint']
+           'latest_checkpoint', 'load_checkpoint', 'differences', 'check_architecture', 'load_strict', 'load_newest',
+           'from_folder', 'load_whole', 'save_folder', 'flatten_optimizer', 'unflatten_optimizer', 'rng_state',
+           'set_rng_state', 'fingerprint']
 
 # %% ../../nbs/training/00_checkpoint.ipynb #4b741b6d
 import json
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from ..files import InputError, content_hash, read_json, sha256_file, write_json
+from ..files import InputError, atomic_write, content_hash, read_json, sha256_file, write_json
 
 # %% ../../nbs/training/00_checkpoint.ipynb #8dd004b8
 FORMAT = 1
@@ -97,8 +98,13 @@ class Checkpoint:
     "A checkpoint in memory."
     step: int                                   # optimizer steps done
     tensors: dict = field(repr=False)           # {group: {name: tensor}}
-    meta: dict = field(repr=False, default_factory=dict)
-    path: Path = None
+    meta: dict = field(repr=False, default_factory=dict)  # what else was saved
+    path: Path = None                           # the folder
+
+    @property
+    def weights(self) -> dict:
+        "{name: tensor}: averaged weights where they were kept, else the live ones."
+        return {**self.tensors["model"], **self.tensors.get("ema", {})}
 
 
 def damage(path): # a checkpoint folder
@@ -135,14 +141,21 @@ def load_checkpoint(path,           # a checkpoint folder, or the folder that ho
     return Checkpoint(record["step"], {name: load_file(path/f"{name}.safetensors") for name in names}, record["meta"], path)
 
 # %% ../../nbs/training/00_checkpoint.ipynb #2f0f322c
+def differences(expected: dict, # {name: tensor} of the model
+                found: dict     # {name: tensor} read
+               ) -> str:        # "" where names and shapes are the same
+    "What is missing, unexpected or of another shape, the first five names of each."
+    missing, unexpected = [k for k in expected if k not in found], [k for k in found if k not in expected]
+    shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}" for k in expected if k in found and found[k].shape != expected[k].shape]
+    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names)
+
+
 def check_architecture(expected: dict, # {name: tensor} of the model
                        found: dict,    # {name: tensor} read
                        where="checkpoint"): # for the message
     "Raises `InputError` unless both hold the same names and shapes."
-    missing, unexpected = [k for k in expected if k not in found], [k for k in found if k not in expected]
-    shapes = [f"{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}" for k in expected if k in found and found[k].shape != expected[k].shape]
-    parts = [f"{len(names)} {kind} (first: {', '.join(names[:3])})" for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)) if names]
-    if parts: raise InputError(f"{where} is of another architecture: {'; '.join(parts)}; use the configuration it was trained with, or a new run folder")
+    if wrong := differences(expected, found): raise InputError(f"{where} is of another architecture: {wrong}; use the configuration it was trained with, or a new run folder")
 
 
 def load_strict(target: dict,    # {name: tensor} filled in place
@@ -152,6 +165,15 @@ def load_strict(target: dict,    # {name: tensor} filled in place
     check_architecture(target, source, where)
     with torch.no_grad():
         for name, value in target.items(): value.copy_(source[name])
+
+
+def load_newest(run_dir,                  # folder of a run
+                model: torch.nn.Module    # as it was before training
+               ) -> Checkpoint:
+    "Fills in what the newest checkpoint of a run has, averaged weights where they were kept."
+    found, own = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema")), model.state_dict()
+    load_strict({name: own[name] for name in own if name in found.weights}, found.weights, f"checkpoint {found.path}")
+    return found
 
 # %% ../../nbs/training/00_checkpoint.ipynb #c0659bc0
 def from_folder(cls,       # a diffusers or transformers model class
@@ -169,6 +191,27 @@ def from_folder(cls,       # a diffusers or transformers model class
     wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched") if found.get(f"{kind}_keys")}
     if wrong: raise InputError(f"{folder} is of another architecture than its config.json says: {'; '.join(f'{len(names)} {kind} (first: {names[0]})' for kind, names in wrong.items())}; copy or convert it again")
     return model
+
+# %% ../../nbs/training/00_checkpoint.ipynb #6f31071b
+def load_whole(model: torch.nn.Module,         # filled in place
+               state: dict,                    # {name: tensor}
+               where: str = "the state dict",  # for the message
+              ) -> torch.nn.Module:
+    "Loads every tensor, or nothing and says what does not fit."
+    if wrong := differences(model.state_dict(), state):
+        raise InputError(f"the weights do not fit {type(model).__name__}, nothing was loaded; {where}; {wrong}: give the configuration that they were made with")
+    model.load_state_dict(state)
+    return model
+
+
+def save_folder(folder,          # gets model.safetensors and config.json
+                state: dict,     # {name: tensor}
+                config: dict,    # of the network, for JSON
+                dtype: torch.dtype | None = torch.float16): # of what is stored; None: as it is
+    "Writes a model as a folder, each file whole or not at all."
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in state.items()}
+    with atomic_write(Path(folder)/"model.safetensors") as file: file.write(save(tensors))
+    write_json(Path(folder)/"config.json", config)
 
 # %% ../../nbs/training/00_checkpoint.ipynb #8f3e38cb
 def flatten_optimizer(state: dict): # `optimizer.state_dict()`

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -25,8 +24,9 @@ class Heartbeat:
         self.record = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "count": 0}
         if not run_dir: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try: faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
-        except (AttributeError, ValueError, OSError): self.record["pid"] = None  # no stack on request: not every system and not every stderr can
+        self.stack = open(self.path.with_suffix(".stack"), "wb", buffering=0)   # one file per rank: in a common log their lines would mix
+        try: faulthandler.register(signal.SIGUSR1, file=self.stack)
+        except AttributeError: self.record["pid"] = None                       # no stack on request: not every system can
 
     def __call__(self,
                  phase: str,          # what begins; "waiting ..." is for what depends on other ranks
@@ -72,10 +72,15 @@ class Watch:
         where = lambda record: record["phase"] + ("" if record["step"] is None else f" of step {record['step']}")
         return "; ".join(f"rank {rank}: {where(record)}, {silent:.0f} s ago" for rank, (record, silent) in self.look().items())
 
-    def ask_stacks(self):
-        "Asks the ranks of this machine to write their Python stacks into their log; returns how many were asked."
-        asked = [record["pid"] for record, _ in self.look().values() if record["pid"] and record["host"] == socket.gethostname()]
-        for pid in asked:
+    def stacks(self, wait: float = 3.0): # seconds at most
+        "{rank: Python stacks of its threads}, of the ranks of this machine that answer; each writes into its own `rank<N>.stack`."
+        asked = {rank: record["pid"] for rank, (record, _) in self.look().items() if record["pid"] and record["host"] == socket.gethostname()}
+        read = lambda: {rank: path.read_text(errors="replace") for rank in asked if (path := self.folder/f"rank{rank}.stack").exists()}
+        for pid in asked.values():
             try: os.kill(pid, signal.SIGUSR1)
             except ProcessLookupError: continue       # ended meanwhile
-        return len(asked)
+        until, before = self.clock() + wait, {}
+        while self.clock() < until and (len(before) < len(asked) or not all(before.values()) or before != read()):
+            before = read()
+            time.sleep(0.1)
+        return {rank: text for rank, text in read().items() if text}

@@ -54,6 +54,10 @@ class MetricWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None: self.truncate(resume_step)
 
+    def progress(self, rank: int, world: int): # this process and how many there are
+        "Function of (items done, items in all) that logs both; only rank 0 writes."
+        return lambda done, total: self.log(done, done=done, of=total, ranks=world) if rank == 0 else None
+
     def log(self, step: int, **scalars): # one record
         "Appends one line."
         line = json.dumps({**record(step, scalars), "time": round(time.time(), 3)}, allow_nan=False)

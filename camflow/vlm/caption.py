@@ -15,7 +15,7 @@ from ..data.caption import PROMPT, caption_videos, write_captions
 from ..data.prepare import Item, list_items
 from ..device import process_share
 from ..files import InputError, read_json, write_json
-from ..training.loop import at_least
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 
 # %% ../../nbs/vlm/05_caption.ipynb #58fc740f
@@ -52,9 +52,7 @@ def identity_of(config: dict): # full configuration
 # %% ../../nbs/vlm/05_caption.ipynb #0410ce3e
 def checked(config: dict): # overrides of DEFAULTS
     "The full configuration, or an error before anything is read."
-    unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
-    if unknown: raise InputError(f"multicam_caption: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **config}
+    config = settings(config, DEFAULTS, "multicam_caption")
     if bool(config["root"]) == bool(config["videos"]):
         raise InputError("multicam_caption needs root (a MultiCamVideo set) or videos (a folder of videos), and not both")
     if sum(bool(config[name]) for name in ("captioner", "urls")) > 1: raise InputError("captioner and urls exclude each other; leave one out")
@@ -80,8 +78,7 @@ def main(config: dict, # overrides of DEFAULTS
     config, run_dir = checked(config), Path(run_dir)
     rank, world, wait = process_share()
     writer, items = MetricWriter(run_dir), items_of(config)
-    def progress(done, total):
-        if rank == 0: writer.log(done, done=done, of=total, ranks=world)
+    progress = writer.progress(rank, world)
     asked = {name: config[name] for name in ("prompt", "frames", "max_new_tokens", "batch", "workers", "retry")}
     made = caption_videos(config["ledger_folder"] or run_dir/"ledger", items, functools.partial(build_captioner, config), identity_of(config), **asked,
                           rank=rank, world=world, wait=wait, on_batch=progress)

@@ -37,11 +37,11 @@ def image_uri(picture_CHW: torch.Tensor,  # uint8
     return f"data:image/{codec};base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def message(clip: Clip, prompt: str,
+def message(clip: Clip, prompt: str,    # what is shown; the question
             send: str = "images",       # or "video"
             codec: str = "png",         # of images
             frames: int | None = None,  # images; None: as the settings sample
-            s: VideoSettings = VideoSettings()
+            s: VideoSettings = VideoSettings()  # how the family samples and resizes
            ) -> tuple:                  # (messages, record)
     "One user turn: the frames, then the question."
     record = {"fps": clip.fps, "size": list(clip.frames.shape[-2:]), "send": send, "codec": "h264" if send == "video" else codec}
@@ -58,7 +58,7 @@ class Garbage(Exception):
     "An answer that is not what the protocol promises."
 
 
-def read_answer(body: bytes, record: dict) -> Reply:
+def read_answer(body: bytes, record: dict) -> Reply:  # of the response; of the request
     "The reply in a response body."
     try:
         choice = json.loads(body)["choices"][0]
@@ -234,7 +234,7 @@ def score_pattern(lines: list,            # what stands before each score
 # %% ../../nbs/vlm/03_endpoint.ipynb #75149440
 def read_digits(tokens: list,           # of a Reply
                 lines: list,            # what stands before each score, in order
-                digits: str = "12345"
+                digits: str = "12345"   # that can be scores
                ) -> tuple:              # (probabilities [A][K], expected [A]), or an InputError that says what is missing
     "Probabilities at the places where an answer has its scores."
     starts, text = [], ""

@@ -34,7 +34,7 @@ START, END, VIDEO, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 
 def expand(text: str,            # with one placeholder per video or image
            seen: VisionInputs,   # of this text alone or of the rest of a batch, see `first`
-           s: VideoSettings = VideoSettings(),
+           s: VideoSettings = VideoSettings(),  # how the family samples and resizes
            form: str = "inner",  # see above
            clips: list | None = None # which clips of `seen` this text shows, in order; default all
           ) -> str:
@@ -97,7 +97,7 @@ def tokenize(tokenizer: Any,   # of the model
 @dataclass
 class Reply:
     "What a model answered to one question."
-    text: str
+    text: str                                   # as it came
     finished: bool = True      # the model ended the answer itself; False: cut off at max_new_tokens
     status: str = "ok"         # or "failed" (refused), "timeout" (no answer in time), "invalid" (nothing readable where it should be)
     reason: str = ""           # of a status that is not ok

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..device import compute_dtype, device
 from ..files import InputError, content_hash, read_json
 from .prompt import FORMS, DigitScores, Reply, chat, expand, plain, texts_of, tokenize
-from .video_inputs import FAMILIES, Clip, VideoSettings, at_rate, image_inputs, settings_from_files, video_inputs
+from .video_inputs import FAMILIES, Clip, at_rate, image_inputs, settings_from_files, video_inputs
 
 # shape suffixes: B questions, L tokens, A axes of a judgement, K digits
 
@@ -38,7 +38,7 @@ def tiny_tokenizer():
 
 # %% ../../nbs/vlm/02_qwen.ipynb #8f798237
 def tiny_config(family: str = "qwen3_vl", # or "qwen2_5_vl"
-                vocab: int = 263):
+                vocab: int = 263):        # words of the tokenizer
     "The configuration of a model of about 200 thousand weights."
     from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
     text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -88,7 +88,7 @@ def check_folder(folder) -> dict: # its config.json
     return config
 
 # %% ../../nbs/vlm/02_qwen.ipynb #77988857
-def model_revision(folder) -> str:
+def model_revision(folder) -> str:  # of the weights
     "A name for the weights: a hash of the configuration and of size, head and tail of every weight file."
     def sample(path):
         size = path.stat().st_size

@@ -53,20 +53,20 @@ class VideoSettings:
     merge: int = 2                   # patches per side that become one token
     pair: int = 2                    # frames per patch
     min_pixels: int = 4096           # of all frames, or of one (`per_frame`)
-    max_pixels: int = 25165824
+    max_pixels: int = 25165824       # of all frames
     per_frame: bool = False          # the limits hold for one frame
     mean: tuple = (0.5, 0.5, 0.5)    # of pixels in 0..1
-    std: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)     # of the normalisation
     fps: float = 2.0                 # frames per second that are looked at
     num_frames: int | None = None    # or their number; excludes fps
     min_frames: int = 4              # limits of what fps gives
-    max_frames: int = 768
+    max_frames: int = 768            # of a clip
     ends: bool = True                # first and last frame are always taken; else equal steps from the first
     timestamps: bool = True          # the prompt says the time of every pair of frames
     cap_per_frame: bool = False      # also limit one frame to its share; None in the library means off
     max_video_tokens: int = 768      # for cap_per_frame
     image_min_pixels: int = 65536    # of a single image
-    image_max_pixels: int = 16777216
+    image_max_pixels: int = 16777216 # of a single picture
 
     @property
     def factor(self) -> int: return self.patch * self.merge
@@ -99,7 +99,9 @@ def settings_from_files(family: str,          # key of FAMILIES
     return replace(FAMILIES[family], **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None})
 
 
-def at_rate(s: VideoSettings, fps: float | None = None, num_frames: int | None = None) -> VideoSettings:
+def at_rate(s: VideoSettings,          # how the family samples and resizes
+            fps: float | None = None,  # frames per second; None: the family's
+            num_frames: int | None = None) -> VideoSettings:  # of every clip; None: by the rate
     "The settings with another rate, or with a fixed number of frames; not both."
     if fps is not None and num_frames is not None: raise InputError(f"{fps} frames per second and {num_frames} frames; sampling; give one of the two")
     return replace(s, num_frames=num_frames, fps=s.fps if fps is None else fps)
@@ -107,7 +109,7 @@ def at_rate(s: VideoSettings, fps: float | None = None, num_frames: int | None =
 # %% ../../nbs/vlm/00_video_inputs.ipynb #f4be6acd
 def sample_indices(total: int,             # frames of the clip
                    fps: float | None,      # their rate; None: 24
-                   s: VideoSettings = VideoSettings()
+                   s: VideoSettings = VideoSettings()  # how the family samples and resizes
                   ) -> list:
     "Numbers of the frames that the model is shown."
     if total < 1: raise InputError(f"{total} frames; sampling; a clip needs at least one")
@@ -137,7 +139,7 @@ def smart_resize(T: int, h: int, w: int,   # frames, rows, columns
                  factor: int = 32,         # sides become multiples of this
                  pair: int = 2,            # frames per patch; 1 for images
                  min_pixels: int = 4096,   # of all frames
-                 max_pixels: int = 25165824
+                 max_pixels: int = 25165824  # of all frames
                 ) -> tuple:                # (rows, columns)
     "The size at which the frames are shown."
     if T < pair: raise InputError(f"{T} frames; resize; at least {pair} are needed: repeat a frame or send it as an image")
@@ -155,7 +157,7 @@ def smart_resize(T: int, h: int, w: int,   # frames, rows, columns
     return hh, ww
 
 
-def pixel_limit(T: int, s: VideoSettings) -> int:
+def pixel_limit(T: int, s: VideoSettings) -> int:  # frames; how the family samples and resizes
     "The largest number of pixels of all T frames, with the share per frame where that is asked for."
     if not s.cap_per_frame: return s.max_pixels
     return max(min(s.max_video_tokens * s.factor**2, s.max_pixels // T), int(1.05 * s.min_pixels)) * T
@@ -176,7 +178,7 @@ def resize_bytes(frames_TCHW: Tensor, # uint8
 
 # %% ../../nbs/vlm/00_video_inputs.ipynb #33fb40b6
 def patches(frames_TCHW: Tensor,  # uint8, sides multiples of the factor
-            s: VideoSettings = VideoSettings()
+            s: VideoSettings = VideoSettings()  # how the family samples and resizes
            ) -> tuple:            # (float32 [N,D], grid (pairs, rows, columns) in patches)
     "Normalised patches of one video in the order that the model reads."
     x = frames_TCHW.float()
@@ -204,7 +206,7 @@ class VisionInputs:
 
 
 def video_inputs(clips: list,                       # of Clip
-                 s: VideoSettings = VideoSettings(),
+                 s: VideoSettings = VideoSettings(),  # how the family samples and resizes
                  sample: bool = True                # choose frames; False: all of them
                 ) -> VisionInputs:
     "Patches and grids of clips sent as videos."
@@ -222,7 +224,7 @@ def video_inputs(clips: list,                       # of Clip
 
 # %% ../../nbs/vlm/00_video_inputs.ipynb #8b75dc89
 def image_inputs(clips: list,                       # of Clip
-                 s: VideoSettings = VideoSettings(),
+                 s: VideoSettings = VideoSettings(),  # how the family samples and resizes
                  n: int | None = None               # frames of a clip at int(i*T/n); None: as the settings sample
                 ) -> VisionInputs:
     "Patches and grids of clips sent as single images."

@@ -104,11 +104,15 @@ def rename(state: dict,            # {name: tensor}
     return out
 
 # %% ../../nbs/wan/06_convert.ipynb #5c6078b7
-def dit_to_diffusers(state: dict) -> dict: return rename(state, DIT)
-def dit_to_reference(state: dict) -> dict: return rename(state, DIT, back=True)
+def dit_to_diffusers(state: dict) -> dict:  # {name: tensor} under the other names
+    "A transformer of the original under diffusers' names."
+    return rename(state, DIT)
+def dit_to_reference(state: dict) -> dict:  # {name: tensor} under the other names
+    "The way back."
+    return rename(state, DIT, back=True)
 
 
-def vae_to_diffusers(state: dict) -> dict:
+def vae_to_diffusers(state: dict) -> dict:  # {name: tensor} under the other names
     "Accepts names with the `model.` in front that one wrapper class adds."
     state = {k.removeprefix("model."): v for k, v in state.items()}
     return rename(state, vae_table(_resnets(state)))
@@ -117,18 +121,21 @@ def vae_to_diffusers(state: dict) -> dict:
 def _resnets(state): return min((int(k.split(".")[2]) for k in state if re.match(r"decoder\.upsamples\.\d+\.resample", k)), default=3)
 
 
-def vae_to_reference(state: dict) -> dict:
+def vae_to_reference(state: dict) -> dict:  # {name: tensor} under the other names
+    "The way back."
     resnets = len({k.split(".")[4] for k in state if k.startswith("decoder.up_blocks.0.resnets.")})
     return rename(state, vae_table(resnets), back=True)
 
 # %% ../../nbs/wan/06_convert.ipynb #ecfd9a3a
-def umt5_to_transformers(state: dict) -> dict:
+def umt5_to_transformers(state: dict) -> dict:  # {name: tensor} under the other names
     "The embedding is stored once more, as transformers ties it."
     out = rename(state, UMT5)
     return out | {"encoder.embed_tokens.weight": out["shared.weight"]}
 
 
-def umt5_to_reference(state: dict) -> dict: return rename({k: v for k, v in state.items() if k != "encoder.embed_tokens.weight"}, UMT5, back=True)
+def umt5_to_reference(state: dict) -> dict:  # {name: tensor} under the other names
+    "The way back, without the copy of the embedding."
+    return rename({k: v for k, v in state.items() if k != "encoder.embed_tokens.weight"}, UMT5, back=True)
 
 # %% ../../nbs/wan/06_convert.ipynb #4cc446b0
 def _count(state, pattern): return len({m[1] for k in state if (m := re.match(pattern, k))})
@@ -139,7 +146,7 @@ def dit_config(state: dict,                    # reference names
                **extras) -> dict:              # more config fields
     "Config of `ReCamTransformer3DModel` for a reference checkpoint."
     shape = {k: tuple(v.shape) for k, v in state.items()}
-    if "patch_embedding.weight" not in shape: raise InputError("no patch_embedding.weight: this is not a Wan transformer with reference names")
+    if "patch_embedding.weight" not in shape: raise InputError("no patch_embedding.weight: this is not a Wan transformer with reference names; a folder in diffusers' layout needs no conversion")
     dim, channels, *patch = shape["patch_embedding.weight"]
     if num_heads is None and dim % 128: raise InputError(f"width {dim} is no multiple of 128; pass num_heads")
     num_heads = num_heads or dim // 128
@@ -172,7 +179,7 @@ def read_weights(path) -> dict:  # .safetensors (one file, or an index of shards
     "{name: tensor} of a checkpoint file; pickles only as weights."
     from safetensors.torch import load_file
     path = Path(path)
-    if not path.exists(): raise InputError(f"no checkpoint at {path}")
+    if not path.exists(): raise InputError(f"no checkpoint at {path}; give a .safetensors, .pth, .ckpt or .pt file; `camflow weights` says where published ones come from")
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {k: v for shard in shards for k, v in load_file(path.parent / shard).items()}
@@ -180,10 +187,10 @@ def read_weights(path) -> dict:  # .safetensors (one file, or an index of shards
     return state["state_dict"] if "state_dict" in state else state
 
 
-def load_strict(model, state: dict):
+def load_strict(model, state: dict):  # filled in place; {name: tensor} under the other names
     "Puts every tensor in its place; says which names are missing or left over."
     missing, left = sorted(model.state_dict().keys() - state.keys()), sorted(state.keys() - model.state_dict().keys())
-    if missing or left: raise InputError(f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing {missing[:3]}, {len(left)} left over {left[:3]}")
+    if missing or left: raise InputError(f"the checkpoint does not fit {type(model).__name__}: {len(missing)} missing {missing[:3]}, {len(left)} left over {left[:3]}; is it a checkpoint of another size or model?")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -201,7 +208,7 @@ def with_camera_layers(state: dict, camera_dim: int = 12) -> dict:  # diffusers 
 def recam_from_reference(state: dict,                   # reference names, Wan or ReCam
                          num_heads: int | None = None,  # None: 128 channels per head
                          dtype=None,                    # None: as stored
-                         **extras) -> ReCamTransformer3DModel:
+                         **extras) -> ReCamTransformer3DModel:  # of `dit_config`
     "The transformer of a published checkpoint."
     config = dit_config(state, num_heads, **extras)
     with torch.device("meta"): model = ReCamTransformer3DModel(**config)

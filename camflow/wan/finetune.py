@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..assets import tiny_path
-from ..data.cache import LatentCache, fill, fill_texts, text_key, texts
+from ..assets import licence_note, tiny_path
+from ..data.cache import LatentCache, fill, fill_texts, texts
 from ..data.multicam import clip_indices
 from ..data.prepare import Item, prepare_videos
 from ..device import compute_dtype, device, generator, ranks_share
@@ -28,8 +28,8 @@ from .conditions import Hidden, hide
 from .recam import ReCamTransformer3DModel, from_wan, is_trainable, tiny_recam
 from .sampling import add_noise, euler_sample, recam_sigmas, training_schedule
 from .text import TextEncoder, build_tiny_text
-from .vae import decode_latents, encode_as, tiling, tiny_vae
-from .vae_train import WorldBank, signed
+from .vae import decode_latents, encode_as, signed, tiling, tiny_vae
+from .vae_train import WorldBank
 from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, S scenes, N cameras, C channels, f latent frames, h w latent rows and columns, L tokens, D width
@@ -67,7 +67,7 @@ def seed_adapters(model, rank: int, seed: int = 0, adapter: str = "default"): # 
         if f".lora_A.{adapter}." in name: p.copy_(torch.randn(p.shape, generator=generator(seed, "lora", name)) / rank)
 
 
-def prepare_trained(model: ReCamTransformer3DModel,
+def prepare_trained(model: ReCamTransformer3DModel, # changed in place
                     trained: str = "recam",  # "recam", "lora", "attention" or "all"
                     rank: int = 16, seed: int = 0): # of LoRA
     "Predicate of trained parameter names; adds LoRA layers where asked, equal for equal seeds."
@@ -83,9 +83,9 @@ def prepare_trained(model: ReCamTransformer3DModel,
 
 
 @torch.no_grad()
-def open_cameras(model: ReCamTransformer3DModel,
+def open_cameras(model: ReCamTransformer3DModel,  # changed in place
                  std: float = 1.0,  # of the weights
-                 seed: int = 0):
+                 seed: int = 0):    # of the draw
     "For training from nothing: camera layers that start non-zero and give zero for the identity pose."
     identity = torch.eye(3, 4).flatten()
     for number, block in enumerate(model.blocks):
@@ -100,7 +100,7 @@ class LatentScenes:
     latents: list           # per scene [N,C,f,h,w], normalised
     c2w: list               # per scene float64 [N,f,4,4], poses of the latent frames
     text_SLD: torch.Tensor  # embeddings
-    captions: list
+    captions: list                                             # of the scenes
 
     def __len__(self): return len(self.latents)
 
@@ -159,7 +159,7 @@ def cached_latents(folder, vae, keys, load, identity: dict): # cache folder, enc
 
 # %% ../../nbs/wan/07_finetune.ipynb #d2ee8cce
 def world_scenes(folder,            # caches go to folder/latents and folder/text
-                 bank: WorldBank, vae, text: TextEncoder):
+                 bank: WorldBank, vae, text: TextEncoder):  # of the clips; the video VAE; the text encoder
     "Scenes of the procedural world as latents."
     keys = [f"{bank.first + s}/{n}" for s in range(len(bank)) for n in range(bank.cameras)]
     def load(key):
@@ -174,7 +174,7 @@ def world_scenes(folder,            # caches go to folder/latents and folder/tex
 @dataclass
 class CachedLatents:
     "Latents of one scene's cameras [N,C,f,h,w], read when a camera is asked for: a data set of 34,000 videos has 140 GB of them."
-    cache: LatentCache
+    cache: LatentCache      # that holds them
     keys: list              # of the cameras
 
     def __len__(self): return len(self.keys)
@@ -287,7 +287,7 @@ def hidden_of(config: dict): # full configuration
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
-    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set")
+    if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError("tiles belong to data = multicam; clips of the world are encoded whole")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
@@ -351,13 +351,28 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 # %% ../../nbs/wan/07_finetune.ipynb #a8a3c2d7
 CARD = """# tiny ReCam
 
-ReCamTransformer3DModel, {parameters:.2f} M weights, trained from nothing by `camflow.wan.finetune`; latents of the tiny VAE (16 x 3 x 6 x 10 for 9 x 48 x 80).
+ReCamTransformer3DModel, {parameters:.2f} M weights, trained from {start} by `camflow.wan.finetune`; {frames} frames of {size[0]} x {size[1]}, latents of {vae}.
 
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), any two cameras of a scene
-- training: {step} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights
-- held-out scenes (seeds from {held_out}), {clips} clips, {steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
+## Data
+
+- {data}, any two cameras of a scene
+
+## Training
+
+- {step} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights
+
+## Held-out numbers
+
+- scenes (seeds from {held_out}), {clips} clips, {steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
-- licence: Apache-2.0; no outside data or weights
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights recam-dit wan-dit` says what is published, under which licence, and how it is loaded.
 """
 
 
@@ -365,7 +380,7 @@ def load_trained(run_dir, model, trained="all", lora_rank=16): # folder of the r
     "Fills in the newest checkpoint's averaged (else live) weights; returns the checkpoint."
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
     chosen = prepare_trained(model, trained, lora_rank)
-    weights, own = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}, model.state_dict()
+    weights, own = ckpt.weights, model.state_dict()
     trained_names = {name for name, _ in model.named_parameters() if chosen(name)} | (weights.keys() & own.keys())
     load_strict({name: own[name] for name in own if name in trained_names}, weights, f"checkpoint {ckpt.path}")
     if trained == "lora": model.fuse_lora(); model.unload_lora()
@@ -390,8 +405,10 @@ def export_recam(run_dir,        # folder of the run
         text.tokenizer.save_pretrained(out/"tokenizer")
     write_json(out/"scores.json", {"step": ckpt.step, "clips": clips, **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"], held_out=HELD_OUT, clips=clips,
-                optimizer="Muon and AdamW" if config["muon"] else "AdamW", steps=config["sample_steps"], table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()))
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "sample_shift")}, **card), encoding="utf-8")
+                optimizer="Muon and AdamW" if config["muon"] else "AdamW", steps=config["sample_steps"], table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()),
+                start=config["transformer"] or "nothing", vae=config["vae"] or "the tiny VAE", licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "root")}),
+                data="{scenes} procedural scenes x {cameras} cameras (camflow.world)".format(**config) if config["data"] == "world" else f"{config['data']}, {config['root']}, {config['focal']}")
+    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "sample_shift")}, **card), encoding="utf-8")
     return numbers
 
 # %% ../../nbs/wan/07_finetune.ipynb #94b8d5f3

@@ -42,7 +42,7 @@ def fun_rays(c2w_BF44: torch.Tensor, K_B4: torch.Tensor, size: tuple[int, int]) 
 # %% ../../nbs/wan/25_fun.ipynb #52e568c3
 class FunResidual(nn.Module):
     "x + conv(relu(conv(x)))."
-    def __init__(self, width: int):
+    def __init__(self, width: int):  # channels
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
 
@@ -51,7 +51,11 @@ class FunResidual(nn.Module):
 
 class FunCameraAdapter(nn.Module):
     "Pixel rays to tokens of the model's width."
-    def __init__(self, out: int, patch=(2, 2), channels: int = 24, blocks: int = 1, stride: int = 8):
+    def __init__(self, out: int,            # width of the tokens
+                       patch=(2, 2),        # (rows, columns) of latents
+                       channels: int = 24,  # of four frames' rays
+                       blocks: int = 1,     # residual blocks
+                       stride: int = 8):    # pixels per latent
         super().__init__()
         self.stride, self.conv = stride, nn.Conv2d(channels * stride**2, out, patch, stride=patch)
         self.residual_blocks = nn.Sequential(*[FunResidual(out) for _ in range(blocks)])
@@ -65,7 +69,7 @@ class FunCameraAdapter(nn.Module):
 # %% ../../nbs/wan/25_fun.ipynb #aca7bff0
 class FunBlock(OmniCamBlock):
     "A Wan block; the camera came in with the tokens."
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs):  # of the parent's block; of the parent's block
         super().__init__(*args, **kwargs)
         del self.camera_attn, self.camera_gate
 

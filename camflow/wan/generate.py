@@ -105,7 +105,7 @@ def placed(moves,          # {folder name: path}, from `asked_paths`
     return {name: target_path(path, source, config["follow"], start) for name, path in moves.items()}
 
 
-def check_source(config):
+def check_source(config):  # the full configuration
     "Refuses settings of the source's camera that contradict each other or change nothing."
     given, world = config["source_cameras"], bool(config["trajectory"])
     if given == "estimate" and world and not config["follow"]: raise InputError("trajectory is in a world that an estimated source camera knows nothing of; give source_cameras as a file of the same world, or set follow=true to add the paths to the source's own")
@@ -124,7 +124,7 @@ def list_videos(where: str,       # a file or a folder
     path = Path(where).expanduser()
     if not path.exists(): raise InputError(f"videos: {path} does not exist; give a video file or a folder of videos")
     found = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix.lower() in VIDEO_TYPES]
-    if not found: raise InputError(f"videos: {path} holds no {', '.join(VIDEO_TYPES)} file")
+    if not found: raise InputError(f"videos: {path} holds no {', '.join(VIDEO_TYPES)} file; give a video, or a folder with videos directly in it")
     if same := sorted({p.stem for p in found if sum(p.stem == q.stem for q in found) > 1}): raise InputError(f"videos: {path} holds {same[0]!r} in several formats, their results would overwrite each other; keep one or rename it")
     found.sort(key=lambda p: (len(p.stem), p.stem))
     return found[:limit] if limit else found
@@ -181,11 +181,9 @@ def main(config: dict,    # keys of DEFAULTS
          run_dir):        # results/ and metrics.jsonl go there
     "Re-renders a folder of videos; continues a killed run. Returns counts and what was skipped."
     from camflow.data.multicam import clip_indices
-    from camflow.training.loop import at_least
+    from camflow.training.config import at_least, settings
     from camflow.training.metric_writer import MetricWriter
-    unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
-    if unknown: raise InputError(f"generate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
-    config, run_dir = {**DEFAULTS, **config}, Path(run_dir)
+    config, run_dir = settings(config, DEFAULTS, "generate"), Path(run_dir)
     results = run_dir/"results"
     at_least(config, limit=0, fps=0, batch=1, steps=1, frames=1, shift=0, guidance_batch=1)
     check_source(config)

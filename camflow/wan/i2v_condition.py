@@ -83,7 +83,7 @@ class ImageEncoder:
         return self.model(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def tiny_image_encoder(width: int = 32, layers: int = 3, seed: int = 0) -> ImageEncoder:
+def tiny_image_encoder(width: int = 32, layers: int = 3, seed: int = 0) -> ImageEncoder:  # channels; of the transformer; of the draw
     "A small CLIP vision model with seeded weights: 50 tokens."
     from transformers import CLIPVisionConfig, CLIPVisionModel
     config = CLIPVisionConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, image_size=224, patch_size=32)
@@ -117,6 +117,6 @@ def model_input(noisy_BCTHW: torch.Tensor,                      # [B,16,T,h,w]
     return torch.cat([p.to(noisy_BCTHW).expand(len(noisy_BCTHW), -1, -1, -1, -1) for p in parts], 1)
 
 
-def only_first(latents_BCTHW: torch.Tensor) -> torch.Tensor:
+def only_first(latents_BCTHW: torch.Tensor) -> torch.Tensor:  # of the whole clip
     "The Fun family's image latents: zero behind frame 0; there is no mask to say so."
     return torch.cat([latents_BCTHW[:, :, :1], torch.zeros_like(latents_BCTHW[:, :, 1:])], 2)

@@ -69,7 +69,7 @@ class Pair:
     def scale(self): return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def strip(key: str) -> str:
+def strip(key: str) -> str:  # of a file
     "A key without its makers' prefixes."
     while prefix := next((p for p in PREFIXES if key.startswith(p)), None): key = key.removeprefix(prefix)
     return key
@@ -80,7 +80,7 @@ def read_lora(file):  # path of a .safetensors, or {key: tensor}
     state, alphas = file, {}
     if not isinstance(file, dict):
         from safetensors import safe_open
-        if not Path(file).is_file(): raise InputError(f"no LoRA file at {file}")
+        if not Path(file).is_file(): raise InputError(f"no LoRA file at {file}; check the path")
         with safe_open(file, "pt") as opened:
             state, told = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         alphas = {strip(k): v for k, v in told.items()}
@@ -111,7 +111,7 @@ class LoraReport:
     camera: list            # of these: keys of the published OmniCam adapter; load them into PublishedOmniCam
     ranks: dict             # {rank: number of layers}
     alphas: dict            # {alpha / rank: number of layers}
-    warnings: list
+    warnings: list          # for people
 
     def __str__(self):
         return (f"{self.form} LoRA: {len(self.matched)} layers matched, {len(self.unmatched)} keys unmatched ({len(self.camera)} of the published camera adapter), "
@@ -143,7 +143,7 @@ def match_lora(model: nn.Module, file, loud: bool = True): # path or {key: tenso
     return found, report
 
 
-def activate_all(model: nn.Module):
+def activate_all(model: nn.Module):  # changed in place
     "Lets all LoRAs of a model act (PEFT: only the newest of a layer); what trains stays as it is."
     learns = {name: p.requires_grad for name, p in model.named_parameters()}
     for module in model.modules():
@@ -165,7 +165,7 @@ def attach(model: nn.Module, ranks: dict, alphas: dict, adapter: str = "default"
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module,
+def load_lora(model: nn.Module,            # changed in place
               file,                        # path of a .safetensors, or {key: tensor}
               multiplier: float = 1.0,     # m
               merge: bool = False,         # True: into the weights, nothing to switch off
@@ -193,11 +193,11 @@ def load_lora(model: nn.Module,
 LORA_LAYERS = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))"
 
 
-def add_lora(model: nn.Module,
-             rank: int = 64,
+def add_lora(model: nn.Module,                        # changed in place
+             rank: int = 64,                          # of every layer
              alpha: float | None = None,         # None: the rank, scale 1
              layers: str = LORA_LAYERS,          # regular expression over whole layer names
-             seed: int = 0,
+             seed: int = 0,                           # of the draw
              adapter: str = "default") -> list[str]:  # layers that got one
     "Adds an untrained LoRA (B is zero), equal for equal seeds."
     names = [name for name in linear_layers(model) if re.fullmatch(layers, name)]
@@ -207,7 +207,7 @@ def add_lora(model: nn.Module,
     return names
 
 
-def trainable_modules(model: nn.Module,
+def trainable_modules(model: nn.Module,                # changed in place
                       patterns=("lora_", "camera_"),   # part of a parameter's name, or with * and ? the whole name
                       ) -> list[str]:                  # names of what trains
     "Freezes everything but the parameters that a pattern names."
@@ -226,7 +226,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict: # {layer: Pa
         if hasattr(module, "lora_A") and adapter in module.lora_A:
             down, up = (getattr(module, side)[adapter].weight.detach() for side in ("lora_A", "lora_B"))
             pairs[name] = Pair(down, up, module.scaling[adapter] * down.shape[0])
-    if not pairs: raise InputError(f"this model carries no LoRA named {adapter!r}")
+    if not pairs: raise InputError(f"this model carries no LoRA named {adapter!r}; add one with add_lora, or load one")
     return pairs
 
 
@@ -247,7 +247,7 @@ def lora_state(pairs: dict, form: str = "peft") -> dict: # {layer: Pair}; peft, 
 
 def save_lora(model, path,                  # a model with a LoRA, or {layer: Pair}; the .safetensors to write
               form: str = "peft",           # peft (diffusers), kohya (musubi), comfy
-              adapter: str = "default",
+              adapter: str = "default",     # name of the LoRA
               dtype=None) -> dict:          # None: as trained; returns the state written
     "Writes the LoRA of a model."
     from safetensors.torch import save

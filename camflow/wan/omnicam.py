@@ -93,7 +93,7 @@ class CameraAttention(nn.Module):
     def __init__(self, dim: int,       # model width D
                  width: int,           # C, a multiple of head_dim
                  head_dim: int,        # the model's, so that rotary tables are shared
-                 eps: float = 1e-6):
+                 eps: float = 1e-6):   # of the norms
         super().__init__()
         if width % head_dim: raise InputError(f"camera_dim {width}; a head has {head_dim} channels: choose a multiple, e.g. {-(-width // head_dim) * head_dim}")
         self.head_dim = head_dim
@@ -118,8 +118,14 @@ class CameraAttention(nn.Module):
 # %% ../../nbs/wan/20_omnicam.ipynb #beb24f4d
 class OmniCamBlock(WanTransformerBlock):
     "A Wan block with a gated camera attention beside its cross-attention."
-    def __init__(self, dim, ffn_dim, num_heads, qk_norm="rms_norm_across_heads", cross_attn_norm=True, eps=1e-6, added_kv_proj_dim=None,
-                 camera_dim=640):
+    def __init__(self, dim,                              # width of the tokens
+                       ffn_dim,                          # width of the feed-forward part
+                       num_heads,                        # of the attention
+                       qk_norm="rms_norm_across_heads",  # norm of queries and keys
+                       cross_attn_norm=True,             # a norm before the text
+                       eps=1e-6,                         # of the norms
+                       added_kv_proj_dim=None,           # width of the image's tokens; None: no image
+                 camera_dim=640):  # width of the camera attention
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
         self.camera_attn, self.camera_gate = CameraAttention(dim, camera_dim, dim // num_heads, eps), nn.Parameter(torch.zeros(dim))
 
@@ -166,10 +172,21 @@ class OmniCamTransformer3DModel(WanTransformer3DModel):
     _cp_plan = None    # camera keys would have to be gathered
 
     @register_to_config
-    def __init__(self, patch_size=(1, 2, 2), num_attention_heads: int = 40, attention_head_dim: int = 128, in_channels: int = 36,
-                 out_channels: int = 16, text_dim: int = 4096, freq_dim: int = 256, ffn_dim: int = 13824, num_layers: int = 40, cross_attn_norm: bool = True,
-                 qk_norm: str = "rms_norm_across_heads", eps: float = 1e-6, image_dim: int | None = 1280, added_kv_proj_dim: int | None = 5120,
-                 rope_max_seq_len: int = 1024, pos_embed_seq_len: int | None = None,
+    def __init__(self, patch_size=(1, 2, 2),           # (frames, rows, columns) of latents
+                       num_attention_heads: int = 40,  # as in diffusers' Wan
+                       attention_head_dim: int = 128,  # as in diffusers' Wan
+                       in_channels: int = 36,          # as in diffusers' Wan
+                 out_channels: int = 16,  # as in diffusers' Wan
+                 text_dim: int = 4096,    # as in diffusers' Wan
+                 freq_dim: int = 256,     # as in diffusers' Wan
+                 ffn_dim: int = 13824,    # width of the feed-forward part
+                 num_layers: int = 40,    # blocks
+                 cross_attn_norm: bool = True,  # a norm before the text
+                 qk_norm: str = "rms_norm_across_heads",  # norm of queries and keys
+                 eps: float = 1e-6,                       # of the norms
+                 image_dim: int | None = 1280,            # as in diffusers' Wan
+                 added_kv_proj_dim: int | None = 5120,    # as in diffusers' Wan
+                 rope_max_seq_len: int = 1024, pos_embed_seq_len: int | None = None,  # as in diffusers' Wan; as in diffusers' Wan
                  camera_dim: int = 640,                # C, width of camera features and of the camera attention
                  camera_attention: str = "global",     # "global": over all tokens; "frame": within the latent frame
                  camera_warp: bool = False,            # reads the first frame warped along the path, behind the rays (`with_warp`)

@@ -15,7 +15,8 @@ import torch
 from ..data.ledger import Ledger
 from ..data.musubi import read_toml
 from ..data.musubi_exchange import take_musubi, write_musubi
-from ..data.omnicam_cache import CacheOptions, OmniCamCache, gc, list_clips, load_frames, make_cache, plan, survey, verify_cache
+from ..data.omnicam_cache import CacheOptions, OmniCamCache, gc, load_frames, make_cache, plan, verify_cache
+from ..data.omnicam_items import list_clips, survey
 from ..data.prepare import weights_identity
 from ..device import compute_dtype, device, process_share
 from ..depth.estimators import load_lens
@@ -24,7 +25,7 @@ from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..geometry.focal import choose_focal
 from ..media.frames import Frames
 from ..training.checkpoint import fingerprint, from_folder
-from ..training.loop import at_least
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 from .i2v_condition import ImageEncoder, given_mask, given_video, tiny_image_encoder
 from .prepare import Encoders
@@ -101,10 +102,8 @@ DEFAULTS = dict(toml="", root="", overlay="", cache_folder="", name="manifest", 
 
 def checked(config: dict): # overrides of DEFAULTS
     "The full configuration, or an error before anything is read."
-    unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
-    if unknown: raise InputError(f"omnicam_cache: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **config}
-    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form")
+    config = settings(config, DEFAULTS, "omnicam_cache")
+    if not config["toml"]: raise InputError("omnicam_cache needs toml, a data set file in musubi-tuner's form; -p toml=FILE")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1)
     tiling(config["tiles"])
     return config
@@ -125,8 +124,7 @@ def main(config: dict, # overrides of DEFAULTS
     took = take_files(config, folder, items, options, identity, ledger) if rank == 0 and config["take"] else dict(taken=0, bad={})
     checked_files = verify_cache(folder) if rank == 0 and config["verify"] and (folder/"manifests").is_dir() else None
     ledger.close(), wait()
-    def progress(done, total):
-        if rank == 0: writer.log(done, done=done, of=total, ranks=world)
+    progress = writer.progress(rank, world)
     report = make_cache(folder, items, identity, encoders.encode_clips, text_identity, encoders.encode_texts, options, config["name"],
                         config["batch"], config["shard"], config["text_batch"], config["workers"], rank, world, wait, config["retry"], progress)
     report["opened"] += opened

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATES', 'random_segment', 'random_script', 'training_paths', 'ImageClips', 'with_mask', 'lens', 'vae_identity',
-           'depth_identity', 'signed', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem',
-           'read_items', 'file_latents']
+           'depth_identity', 'world_clips', 'encoder_of', 'shared_fill', 'world_latents', 'FileItem', 'read_items',
+           'file_latents']
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #fe358db8
 import json
@@ -31,7 +31,7 @@ from .i2v_condition import given_mask, image_condition
 from .depth_warp import warp_latents
 from .omnicam import camera_rays, with_warp
 from .text import TextEncoder
-from .vae import encode_video
+from .vae import encode_video, signed
 from ..world.clips import DETAIL, FPS, random_move, scene_clips
 from ..world.render import default_K
 from ..world.scene import random_scene
@@ -44,7 +44,7 @@ RATES = {"sideways": 20.0, "lift": 15.0, "dolly": 0.2, "turn": 20.0}  # degrees 
 
 def random_segment(generator: torch.Generator,  # source of all randomness
                    steps: int,                  # frames of the segment after its first
-                   fps: float = FPS,
+                   fps: float = FPS,            # frames per second
                    depth: float = SUBJECT):     # distance of the subject, metres
     "One instruction with a direction, a speed and sometimes a turn: its path [steps + 1,4,4], and the distance of the subject after it."
     kind, bend, speed, extra, amount = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
@@ -65,7 +65,7 @@ def random_segment(generator: torch.Generator,  # source of all randomness
 
 # %% ../../nbs/wan/29_omnicam_clips.ipynb #2f7a2aa3
 def random_script(generator: torch.Generator,  # source of all randomness
-                  frames: int = 9, fps: float = FPS):
+                  frames: int = 9, fps: float = FPS):  # T; frames per second
     "One or two instructions one after the other, [frames,4,4]."
     count, cut = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     if count < 0.4 or frames < 5: return random_segment(generator, frames - 1, fps)[0]
@@ -76,7 +76,7 @@ def random_script(generator: torch.Generator,  # source of all randomness
 
 def training_paths(seed: int,        # of the scene
                    cameras: int = 4, # N
-                   frames: int = 9,
+                   frames: int = 9,         # T
                    scripted: float = 0.8):  # share of script-like paths; the others are `random_move`
     "Camera paths of a scene, [(path [frames,4,4], kind)]."
     source, moves = generator(int(seed), "omnicam paths"), []
@@ -89,12 +89,12 @@ def training_paths(seed: int,        # of the scene
 @dataclass
 class ImageClips:
     "Scenes as latents: what each camera saw, the first frame that they share, and the cameras' paths."
-    cache: LatentCache
+    cache: LatentCache                                   # that holds them
     keys: list              # of the scenes
     c2w_SNT44: torch.Tensor # float64, relative to frame 0
     K_S4: torch.Tensor      # fx/W, fy/H, cx/W, cy/H
-    text_SLD: torch.Tensor
-    captions: list
+    text_SLD: torch.Tensor                               # embedded captions
+    captions: list                                       # of the scenes
     held: dict = field(default_factory=dict, repr=False) # {"latents": [S,N,C,f,h,w], ...} where they are kept in memory
 
     @property
@@ -135,7 +135,7 @@ def lens(size) -> torch.Tensor: # (H, W)
     return torch.tensor([K[0, 0] / size[1], K[1, 1] / size[0], 0.5, 0.5])
 
 
-def vae_identity(vae):
+def vae_identity(vae):  # the video VAE
     "What latents depend on: the encoder and the statistics; decoders may get better without the latents changing."
     return {"vae": fingerprint({name: p for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}),
         "stats": [vae.config.latents_mean, vae.config.latents_std]}
@@ -144,11 +144,6 @@ def vae_identity(vae):
 def depth_identity(depth): # MonoNet or None
     "What warped first frames depend on."
     return {} if depth is None else {"depth": fingerprint(depth.state_dict())}
-
-
-def signed(frames_NT3HW): # uint8 array
-    "Float video [N,3,T,H,W] in -1..1."
-    return torch.from_numpy(frames_NT3HW).float().div_(127.5).sub_(1).transpose(1, 2)
 
 
 def world_clips(seed: int, cameras: int = 4, frames: int = 9, size=(48, 80)): # of the scene; (H, W)
@@ -206,8 +201,8 @@ def world_latents(folder, vae, text: TextEncoder,         # caches go to folder/
 @dataclass(frozen=True)
 class FileItem:
     "One video of a set."
-    video: str
-    text: str = ""
+    video: str                                           # path
+    text: str = ""                                       # caption
     camera: str = ""    # camera file; or
     script: str = ""    # camera script
 

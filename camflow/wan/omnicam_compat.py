@@ -18,7 +18,7 @@ from ..files import InputError
 from .convert import DIT, dit_config, load_strict, rename
 from .omnicam import CameraMemory, OmniCamBlock, OmniCamTransformer3DModel, fill
 from .recam import cast
-from .transformer import SCORE_LIMIT, FrameRotary, PlannedAttention, exact_positions, plan_attention
+from .transformer import FrameRotary, PlannedAttention, exact_positions, plan_attention
 
 # shape suffixes: B batch, N poses of the camera file, F video frames, T latent frames, H W token rows and columns, L = T H W, D model width
 
@@ -34,21 +34,25 @@ OMNICAM = [*DIT,
            ("myadapter.final_conv2d.*", "myadapter.final_conv2d.*"), ("myadapter.final_bn2d.*", "myadapter.final_bn2d.*")]
 
 
-def omnicam_to_diffusers(state: dict) -> dict: return rename(state, OMNICAM)
-def omnicam_to_reference(state: dict) -> dict: return rename(state, OMNICAM, back=True)
+def omnicam_to_diffusers(state: dict) -> dict:  # {name: tensor} under the other names
+    "An OmniCam transformer under diffusers' names."
+    return rename(state, OMNICAM)
+def omnicam_to_reference(state: dict) -> dict:  # {name: tensor} under the other names
+    "The way back."
+    return rename(state, OMNICAM, back=True)
 
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #56ab5992
 def pose_index(poses: int,             # in the camera file
                frames: int,            # of the video
                ) -> torch.Tensor:      # [frames]
     "Pose of every video frame in the published model."
-    if poses < 1: raise InputError("the camera file has no poses")
+    if poses < 1: raise InputError("the camera file has no poses; one per frame of the video is needed, at least one")
     if poses < frames: return torch.arange(frames).clamp(max=poses - 1)
     return torch.linspace(0, poses - 1, frames, dtype=torch.float32).long()
 
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #46297c3c
 def published_rays(K_BT4: torch.Tensor,      # fx, fy, cx, cy in tokens
-                   c2w_BT44: torch.Tensor,
+                   c2w_BT44: torch.Tensor,   # camera-to-world
                    grid: tuple[int, int],    # rows, columns
                    ) -> torch.Tensor:        # [B,T,H,W,6]
     "(o x d, d) per token."
@@ -62,7 +66,7 @@ def published_rays(K_BT4: torch.Tensor,      # fx, fy, cx, cy in tokens
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #cb50f1b7
 class RayLayer(nn.Module):
     "Pre-norm transformer layer."
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float):  # channels; of the attention; share
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
@@ -76,7 +80,11 @@ class RayLayer(nn.Module):
 
 class PluckerNet(nn.Module):
     "Rays to camera features of the model's width."
-    def __init__(self, hidden: int = 64, out: int = 5120, heads: int = 8, layers: int = 2, dropout: float = 0.1):
+    def __init__(self, hidden: int = 64,  # channels inside
+                       out: int = 5120,   # channels that go out
+                       heads: int = 8,    # of the attention
+                       layers: int = 2,   # of the transformer
+                       dropout: float = 0.1):  # share
         super().__init__()
         self.initial_conv = nn.Conv3d(6, hidden, 1)
         self.transformer_layers = nn.ModuleList(RayLayer(hidden, heads, dropout) for _ in range(layers))
@@ -99,7 +107,7 @@ class CameraCrossAttention(PlannedAttention):
         return torch.add(out_BLC, self.attend(q_BLHD, k, v, None), alpha=2)
 
 
-def camera_memory(attn, features_BLD):
+def camera_memory(attn, features_BLD):  # of a PublishedBlock; of the camera
     "Keys and values of camera features, [B,L,heads,head_dim]."
     return tuple(x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k_cam1(attn.k_camera1(features_BLD)), attn.v_camera1(features_BLD)))
 
@@ -114,7 +122,7 @@ def add_camera(attn, inner: int = 640): # a diffusers Wan cross-attention; width
 
 class PublishedBlock(OmniCamBlock):
     "A Wan block with the published camera layers."
-    def __init__(self, *args, inner=640, **kwargs):
+    def __init__(self, *args, inner=640, **kwargs):  # of the parent's block; width of the camera attention; of the parent's block
         super().__init__(*args, **kwargs)
         del self.camera_attn, self.camera_gate
         add_camera(self.attn2, inner)
@@ -127,7 +135,7 @@ class PublishedOmniCam(OmniCamTransformer3DModel):
     "OmniCam-Wan as published, with diffusers' names."
     _keep_in_fp32_modules = [*OmniCamTransformer3DModel._keep_in_fp32_modules, "conv", "myadapter"]    # poses and batch statistics
 
-    def __init__(self, num_layers: int = 40,
+    def __init__(self, num_layers: int = 40,           # blocks
                  camera_hidden: int = 64,              # width of PluckerNet
                  camera_inner: int = 640,              # between the two linear layers of camera keys and values
                  camera_dropout: float = 0.1,          # of PluckerNet, in training
@@ -226,10 +234,10 @@ def published_from_reference(state: dict,                  # total-N.safetensors
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #a14e3d07
 @torch.no_grad()
 def camera_attention_cost(tokens: int = 2048,     # L
-                          heads: int = 8,
-                          head_dim: int = 64,
+                          heads: int = 8,         # of the attention
+                          head_dim: int = 64,     # width of a head
                           inner: int = 160,       # the published ratio, an eighth of the width
-                          repeats: int = 7,
+                          repeats: int = 7,       # of the timing; the fastest counts
                           seed: int = 0) -> dict: # seconds (medians), ratios and the largest difference
     "Cost of the camera term of one block: published, and ours at an equal result."
     from diffusers.models.transformers.transformer_wan import WanAttention

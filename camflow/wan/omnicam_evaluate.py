@@ -18,16 +18,16 @@ from ..device import generator
 from ..files import InputError, read_json, write_json
 from ..geometry.script import Segment, path_state, script_path, script_text
 from ..geometry.trajectory import SUBJECT
-from ..training.loop import configuration
+from ..training.config import configuration
 from ..world.clips import DETAIL, FPS, HELD_OUT
 from ..world.render import default_K, render_clips
 from ..world.scene import random_scene
-from .evaluate import camera_error, frame_psnr, signed, to_bytes
+from .evaluate import camera_error, frame_psnr
 from .depth_warp import model_camera, restore_detail
 from .i2v_condition import image_condition
 from .omnicam_clips import lens
 from .omnicam_train import DEFAULTS, depth_net, parts, sample
-from .vae import decode_latents
+from .vae import decode_latents, signed, to_bytes
 
 # Shapes: M clips, T frames, n read frames, 3HW image, 44 pose.
 
@@ -63,16 +63,16 @@ class ScriptClips:
     c2w_MT44: np.ndarray          # asked, relative to the first frame, metres
     wrong_MT44: np.ndarray        # of the next clip's script
     scripts: list                 # Segments of each clip
-    captions: list
-    scenes: list = field(repr=False)
-    fps: float = FPS
+    captions: list                # of the clips
+    scenes: list = field(repr=False)  # of the world
+    fps: float = FPS              # frames per second
 
     def __len__(self): return len(self.scripts)
 
 
 def scripted(scripts,             # Segments of each clip
              first: int = HELD_OUT, # first scene seed
-             frames: int = 9, fps: float = FPS, size=(48, 80)):
+             frames: int = 9, fps: float = FPS, size=(48, 80)):  # T; frames per second; (H, W) pixels
     "Renders held-out scenes along scripts."
     if first < HELD_OUT: raise InputError(f"scene seed {first}; scripted; it belongs to training, held-out seeds start at {HELD_OUT}")
     paths = np.stack([script_path(segments, frames, fps, SUBJECT).numpy() for segments in scripts])
@@ -84,7 +84,7 @@ def scripted(scripts,             # Segments of each clip
 # %% ../../nbs/wan/27_omnicam_evaluate.ipynb #c86fec3a
 @torch.no_grad()
 def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKLWan, in eval mode
-         clips: ScriptClips,
+         clips: ScriptClips,                                                               # of `scripted`
          context_MLD,              # text
          camera: str = "asked",    # "asked", "wrong", "off"
          steps: int = 12, shift: float = 3.0, camera_guidance: float = 1.0, seed: int = 0, # as for `sample`
@@ -108,14 +108,14 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
     return torch.cat(videos)
 
 # %% ../../nbs/wan/27_omnicam_evaluate.ipynb #84cd6d6f
-def read_rows(clips: ScriptClips):
+def read_rows(clips: ScriptClips):  # of `scripted`
     "Frames whose camera is read: ends of instructions, and every second frame, which helps to read those."
     T = clips.truth_MT3HW.shape[1]
     ends = {round(t * clips.fps) for segments in clips.scripts for one in segments for t in (one.start, one.end)}
     return sorted({*range(0, T, 2), T - 1, *(k for k in ends if k < T)})
 
 
-def read_worlds(videos_MT3HW, clips: ScriptClips):
+def read_worlds(videos_MT3HW, clips: ScriptClips):  # bytes; of `scripted`
     "A pair of readings (PhotometricPose) per clip, of the frames of `read_rows`: figures move as in the truth, figures stand. Only what the first frame showed counts."
     from camflow.metrics.photometric import photometric_pose
     rows, found = read_rows(clips), []
@@ -243,5 +243,5 @@ def _with_scripts(card: str, found: dict):
     aims = {"signs agree in 0.90": asked["sign_agreement"] >= 0.9, "rotation error at most a third of that without camera": found["rotation_ratio"] <= 1 / 3,
             "translation error at most a third": found["translation_ratio"] <= 1 / 3, "PSNR above both controls": asked["psnr_db"] > max(off["psnr_db"], wrong["psnr_db"])}
     lines.append("  - aims: " + "; ".join(f"{name}: {'reached' if met else 'not reached'}" for name, met in aims.items()))
-    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("- licence:")[0]
-    return before + "\n".join(lines) + "\n- licence:" + card.split("- licence:")[1]
+    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("\n## Licence")[0]
+    return before + "\n".join(lines) + "\n\n## Licence" + card.split("\n## Licence")[1]

@@ -30,7 +30,8 @@ from ..media.frames import Frames
 from ..media.images import picture_facts, read_first_frame
 from ..media.video import write_video
 from ..training.checkpoint import from_folder
-from ..training.loop import at_least, run_main
+from ..training.config import at_least, settings
+from ..training.loop import run_main
 from .lora import load_lora
 from .depth_warp import model_camera, restore_detail
 from .omnicam import OmniCamBlock
@@ -124,7 +125,7 @@ def load_generator(weights: str = "",   # folder with transformer/, vae/, text_e
 SOLVERS = ("unipc", "dpm++", "euler")
 
 
-def make_solver(name: str = "unipc", shift: float = 5.0, steps: int = 20):
+def make_solver(name: str = "unipc", shift: float = 5.0, steps: int = 20):  # one of SOLVERS; of the levels towards noise; of the sampler
     "A diffusers scheduler with flow-matching levels."
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     if name not in SOLVERS: raise InputError(f"solver {name!r}; one of {', '.join(SOLVERS)}")
@@ -138,7 +139,11 @@ def make_solver(name: str = "unipc", shift: float = 5.0, steps: int = 20):
 MODES = ("original", "uncond")
 
 
-def make_guider(guidance: float, slg_layers=(), slg_scale: float = 3.0, slg_start: float = 0.0, slg_end: float = 0.3,
+def make_guider(guidance: float,         # of the text; 1: none
+                slg_layers=(),           # numbers of the layers that are skipped
+                slg_scale: float = 3.0,  # weight of their branch
+                slg_start: float = 0.0,  # share of the steps where it begins
+                slg_end: float = 0.3,    # share where it ends
     blocks: int = 0,           # of the text, 1: none; blocks that are skipped; strength and share of the steps; blocks of the model
     mode: str = "original"):   # original: a third forward skips, "uncond": the one without text does, which costs nothing and has no strength of its own
     "diffusers' guidance, with skipped layers where asked."
@@ -187,7 +192,7 @@ def _uncond_guider():
 def guided(run,            # (context) -> velocity
            guider, model,  # of `make_guider`; the transformer, which hooks of skipped layers go into
            context, negative, # text [B,L,D]; None: not needed
-           step: int, steps: int, timestep):
+           step: int, steps: int, timestep):  # number; of the sampler; what the model is told
     "Velocity of one step under guidance by text and skipped layers."
     guider.set_state(step=step, num_inference_steps=steps, timestep=timestep)
     branches = guider.prepare_inputs({"context": (context, context if negative is None else negative)})
@@ -215,7 +220,11 @@ def developed(parts: Generator, latents_Cfhw, image_3HW, camera: Cameras, detail
 
 
 @torch.no_grad()
-def film(parts: Generator, image_3HW, cameras: list, text: str, config: dict,
+def film(parts: Generator,  # of `load_generator`
+         image_3HW,         # bytes, the first frame
+         cameras: list,     # one Cameras per video
+         text: str,         # prompt
+         config: dict,      # the full configuration
     name: str = ""): # uint8 picture of the video's size; Cameras of that size; description; steps, shift, guidance, ...; names the noise
     "Latents [B,C,f,h,w], one per camera, from one noise."
     model, where = parts.transformer, device()
@@ -312,9 +321,7 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
          parts=None):           # a Generator; None: of `weights`
     "Films every image with every camera; what is there already is kept. Returns counts."
     from safetensors.torch import save
-    unknown = set(config) - set(DEFAULTS) - {"resume", "module"}
-    if unknown: raise InputError(f"omnicam_generate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
-    config, results = checked({**DEFAULTS, **config}), Path(run_dir)/"results"
+    config, results = checked(settings(config, DEFAULTS, "omnicam_generate")), Path(run_dir)/"results"
     if config["latents"]: return decode_files(config, results, parts)
     pictures = {Path(p): read_first_frame(p).data[0] for p in config["images"]}        # all input is read before the first network runs
     asked = named_cameras(config["cameras"])

@@ -46,7 +46,7 @@ class BatchOrder:
 # %% ../../nbs/wan/31_omnicam_set.ipynb #a1f03109
 class CachedClips:
     "Clips of a manifest, with the interface of `omnicam_clips.ImageClips`."
-    def __init__(self, cache: OmniCamCache,
+    def __init__(self, cache: OmniCamCache,      # of `omnicam_cache`
                  batch: int = 1,                 # clips per forward of a rank
                  patch=(2, 2),                   # rows and columns of latents per token
                  clip: bool = False):            # whether the transformer reads CLIP tokens

@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['TINY', 'MATRICES', 'DEFAULTS', 'ORIGINAL', 'CARD', 'image_velocity', 'flow_loss', 'draw_levels', 'draw_hidden',
            'open_camera', 'from_recam', 'resized', 'starting_model', 'prepare_trained', 'save_memory', 'sample',
-           'started_warp', 'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main', 'load_trained',
+           'started_warp', 'compare', 'checked', 'sampler_of', 'parts', 'depth_net', 'datasets', 'main',
            'trained_model', 'export_omnicam']
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #3a5fe50c
 import functools
-import math
 from pathlib import Path
 
 import torch
 
-from ..assets import tiny_path
+from ..assets import licence_note, tiny_path
 from ..depth.mono import load_mono, save_mono
 from ..device import compute_dtype, device, generator
 from ..files import InputError, read_json, write_json
-from ..training.checkpoint import from_folder, load_checkpoint, load_strict
+from ..training.checkpoint import from_folder, load_newest
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
 from .depth_warp import model_camera
 from .finetune import _shares, clip_psnr
@@ -27,12 +26,12 @@ from .i2v_condition import ImageEncoder
 from .lora import LORA_LAYERS, add_lora, save_lora, trainable_modules
 from .omnicam import OmniCamTransformer3DModel, from_wan, is_camera, tiny_omnicam, warp_of
 from .omnicam_set import cached_clips
-from .omnicam_clips import ImageClips, file_latents, read_items, signed, with_mask, world_clips, world_latents
+from .omnicam_clips import ImageClips, file_latents, read_items, with_mask, world_clips, world_latents
 from .recam import ReCamTransformer3DModel, cast
 from .sampling import add_noise, euler_sample, recam_sigmas
 from .text import TextEncoder
 from .timesteps import TimestepSampler, loss_weight, stratified
-from .vae import decode_latents
+from .vae import decode_latents, signed
 from ..world.clips import HELD_OUT
 
 # shape suffixes: B batch, C channels, T video frames, f latent frames, h w latent rows and columns, L tokens, D width
@@ -117,7 +116,10 @@ def resized(old: OmniCamTransformer3DModel, seed: int = 0, **changes): # of tens
     return model
 
 
-def starting_model(folder="", start: str = "recam", seed: int = 0, dtype=torch.float32,
+def starting_model(folder="",             # of a transformer in diffusers' layout; empty: the tiny one
+                   start: str = "recam",  # for the tiny one: recam or nothing
+                   seed: int = 0,         # of the draw
+                   dtype=torch.float32,   # of the weights
     **changes): # diffusers folder of OmniCam or Wan; of a tiny one: "recam" or "nothing"
     "What training starts from; plain Wan weights get a camera that changes nothing yet."
     if folder:
@@ -140,7 +142,7 @@ def prepare_trained(model, patterns=("lora_", "camera_"), rank: int = 0, seed: i
     return trainable_modules(model, tuple(patterns))
 
 
-def save_memory(model,
+def save_memory(model,              # changed in place
                 storage: str = "",  # torch type that frozen weights are stored in, e.g. float8_e4m3fn; "": as they are
                 offload: str = "",  # "block": frozen blocks wait on the host
                 backend: str = ""): # attention kernel of diffusers; "": planned by size
@@ -317,23 +319,30 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
 CARD = """# tiny OmniCam
 
 OmniCamTransformer3DModel, {parameters:.2f} M weights (with the camera adapter), image to video along a camera; trained by `camflow.wan.omnicam_train`.
-Text encoder, tokenizer and VAE are those of tiny ReCam and the tiny VAE (9 x 48 x 80 pixels to 16 x 3 x 6 x 10).
+Text encoder: {text}; VAE: {vae}; {frames} frames of {size[0]} x {size[1]}.
+
+## Data
+
+- {data}
+
+## Training
 
 - start: {start}
-- data: {scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves
-- training: {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
+- {step} of {steps} steps of batch {batch}, {optimizer}, flow matching with shift {shift}, averaged weights{note}
+
+## Held-out numbers
+
 - held-out scenes (seeds from {held_out}), {clips} clips, {sample_steps} Euler steps with shift {sample_shift}, PSNR of frames 1.. against the truth:
 {table}
-- licence: Apache-2.0; no outside data or weights
+
+## Licence
+
+- {licence}
+
+## Published weights of this architecture
+
+`camflow weights wan-i2v` says what is published, under which licence, and how it is loaded.
 """
-
-
-def load_trained(run_dir, model): # folder of the run; a model as it was before training, with its LoRA
-    "Fills in the newest checkpoint's averaged (else live) weights; returns the checkpoint."
-    ckpt, own = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema")), model.state_dict()
-    weights = {**ckpt.tensors["model"], **ckpt.tensors.get("ema", {})}
-    load_strict({name: own[name] for name in own if name in weights}, weights, f"checkpoint {ckpt.path}")
-    return ckpt
 
 
 def trained_model(run_dir, config=None): # folder of the run; None reads its config.json
@@ -341,7 +350,7 @@ def trained_model(run_dir, config=None): # folder of the run; None reads its con
     config = configuration(config or read_json(Path(run_dir)/"config.json"), DEFAULTS)
     model = parts(config)[0]
     prepare_trained(model, config["trainable_modules"], config["lora_rank"], config.get("seed", 0), config["lora_alpha"])
-    return model.eval(), load_trained(run_dir, model), config
+    return model.eval(), load_newest(run_dir, model), config
 
 
 def export_omnicam(run_dir, out, config=None, # folder of the run; folder to write; None reads run_dir/config.json
@@ -363,9 +372,11 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
     card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
-                start="an earlier tiny OmniCam" if config["transformer"] else "blocks of the tiny ReCam",
+                start=config["transformer"] or "blocks of the tiny ReCam", text=config["text_encoder"] or "that of tiny ReCam", vae=config["vae"] or "the tiny one",
+                licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "image_encoder", "depth", "items")}, data=config["data"]),
+                data="{scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves".format(**config) if config["data"] == "world" else f"{config['data']}: {config['items'] or config['cache_folder']}",
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("scenes", "cameras", "shift", "steps", "sample_steps", "sample_shift")} | card),
+    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "steps", "sample_steps", "sample_shift")} | card),
         encoding="utf-8")
     return numbers
 

@@ -55,7 +55,7 @@ def camera_tensor(cameras,             # Cameras, list of Cameras, or poses [B,f
 @dataclass
 class ReCamOutput(BaseOutput):
     "`frames`: what `output_type` asks for."
-    frames: object
+    frames: object  # what `output_type` asks for
 
 
 class ReCamPipeline(DiffusionPipeline):
@@ -64,7 +64,10 @@ class ReCamPipeline(DiffusionPipeline):
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, transformer: ReCamTransformer3DModel, vae: AutoencoderKLWan, text_encoder=None, tokenizer=None):
+    def __init__(self, transformer: ReCamTransformer3DModel,  # the network
+                       vae: AutoencoderKLWan,                 # the video VAE
+                       text_encoder=None,                     # UMT5; None: give embeddings
+                       tokenizer=None):                       # of the text encoder
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         # diffusers has a package named `wan` of its own and would look for the transformer there
@@ -181,7 +184,7 @@ class ReCamPipeline(DiffusionPipeline):
 
 # %% ../../nbs/wan/05_pipeline.ipynb #5c280fa2
 def tiny_pipeline(captions=("a room with moving objects",),  # texts that the tokenizer learns from
-                  seed: int = 0) -> ReCamPipeline:
+                  seed: int = 0) -> ReCamPipeline:           # of the draw
     "An untrained tiny pipeline: 9 frames of 48 x 80."
     text = build_tiny_text(captions, seed=seed)
     return ReCamPipeline(tiny_recam(seed), tiny_vae(seed), text.model, text.tokenizer)

@@ -21,7 +21,7 @@ from ..data.tensors_file import NOTE, read_set, write_set
 from ..device import compute_dtype, device, process_share
 from ..files import InputError, write_json
 from ..training.checkpoint import fingerprint, from_folder
-from ..training.loop import at_least
+from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 from .finetune import latent_encoder, video_identity
 from .text import TextEncoder
@@ -71,10 +71,8 @@ DEFAULTS = dict(root="", focals=["f24_aperture5"], metadata="", cache_folder="",
 
 def checked(config: dict): # overrides of DEFAULTS
     "The full configuration, or an error before anything is read."
-    unknown = sorted(set(config) - set(DEFAULTS) - {"resume", "module"})
-    if unknown: raise InputError(f"multicam_prepare: unknown settings {unknown}; there are: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **config}
-    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set")
+    config = settings(config, DEFAULTS, "multicam_prepare")
+    if not config["root"]: raise InputError("multicam_prepare needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, batch=1, shard=1, workers=0, text_batch=1, frames=1, start=0, stride=1)
     tiling(config["tiles"])
@@ -106,8 +104,7 @@ def main(config: dict, # overrides of DEFAULTS
     shape = {name: config[name] for name in ("frames", "size", "start", "stride")}
     taken, misfits = take_files(config, folder, items, captions, {**identity, **shape}, text_identity) if rank == 0 and config["take"] else (0, {})
     wait()
-    def progress(done, total):
-        if rank == 0: writer.log(done, done=done, of=total, ranks=world)
+    progress = writer.progress(rank, world)
     made = prepare_videos(folder, items, identity, encoders.encode_videos, **shape, batch=config["batch"], shard=config["shard"], workers=config["workers"],
                           rank=rank, world=world, wait=wait, retry=config["retry"], verify=config["verify"], on_batch=progress)
     words = {name: captions[name] for name in made.ok if name in captions} if config["texts"] else {}

@@ -43,7 +43,7 @@ class TrainingSchedule:
 
 # %% ../../nbs/wan/04_sampling.ipynb #d3e5f29b
 def training_schedule(n: int = 1000,              # levels
-                      shift: float = 5.0,
+                      shift: float = 5.0,         # of the levels towards noise
                       compat: str | None = None,  # "bf16": round the timestep as the published run does
                       ) -> TrainingSchedule:
     "Levels, timesteps and weights of training."
@@ -65,7 +65,7 @@ def add_noise(clean: torch.Tensor,    # latents [B, ...]
     return (1 - sigma) * clean + sigma * noise
 
 
-def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:  # latents; unit variance
     "What the network learns to predict: the way from the video to the noise."
     return noise - clean
 
@@ -75,7 +75,7 @@ def nearest_level(schedule: TrainingSchedule, timestep: torch.Tensor) -> torch.T
     return (schedule.timesteps - torch.as_tensor(timestep)[..., None]).abs().argmin(-1)
 
 # %% ../../nbs/wan/04_sampling.ipynb #c3e070f0
-def euler_step(x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+def euler_step(x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:  # latents; of the network; level of x; level wanted
     "One step along the velocity."
     return x + velocity * (sigma_next - sigma)
 

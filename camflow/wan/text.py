@@ -85,10 +85,10 @@ def tiny_tokenizer(captions,               # texts to learn the pieces from
 # %% ../../nbs/wan/03_text.ipynb #28c8d6cf
 def build_tiny_text(captions,               # texts to learn the pieces from
                     d_model: int = 64,      # width of the context
-                    layers: int = 2,
-                    vocab_size: int = 512,
+                    layers: int = 2,        # of the encoder
+                    vocab_size: int = 512,  # words of the tokenizer
                     max_length: int = 64,   # tokens
-                    seed: int = 0) -> TextEncoder:
+                    seed: int = 0) -> TextEncoder:  # of the draw
     "A small tokenizer from captions and a small UMT5 with seeded weights."
     from transformers import UMT5Config, UMT5EncoderModel
     tokenizer = tiny_tokenizer(captions, vocab_size, max_length)

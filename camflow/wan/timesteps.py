@@ -21,12 +21,12 @@ from .sampling import recam_sigmas
 # t: noise level, 0 clean .. 1 noise; u: uniform draw in [0, 1]; n: standard normal draw
 
 # %% ../../nbs/wan/23_timesteps.ipynb #c42c8bd4
-def normal_of(u: torch.Tensor) -> torch.Tensor:
+def normal_of(u: torch.Tensor) -> torch.Tensor:  # uniform, 0..1
     "The standard normal number with the rank of a uniform one."
     return math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-7, 1 - 1e-7) - 1)
 
 
-def uniform_of(n: torch.Tensor) -> torch.Tensor:
+def uniform_of(n: torch.Tensor) -> torch.Tensor:  # standard normal
     "Its inverse: the rank of a normal number."
     return 0.5 * (1 + torch.erf(n / math.sqrt(2)))
 
@@ -65,7 +65,7 @@ class TimestepSampler:
     density: str = "none"           # of `sigma`: none, logit_normal, mode
     mode_scale: float = 1.29        # s of `mode`
     min_timestep: float = 0.0       # 0..1000
-    max_timestep: float = 1000.0
+    max_timestep: float = 1000.0                                       # largest level, 0..1000
     preserve_shape: bool = False    # True: draws outside the range are drawn again; False: the range is squeezed
     compat: str | None = None       # "musubi": the model's timestep is 1000 t + 1
 
@@ -124,9 +124,9 @@ def _inside(sampler, draw, g, tries=100):
     return torch.where((t < low) | (t > high), low + (high - low) * torch.rand(len(t), generator=g), t)
 
 
-def draw(sampler: TimestepSampler,
-         count: int,
-         g: torch.Generator,
+def draw(sampler: TimestepSampler,              # the rule
+         count: int,                            # levels
+         g: torch.Generator,                    # of the draws
          size: tuple[int, int] | None = None,   # rows, columns of the latents
          ) -> torch.Tensor:                     # [count] noise levels
     "Independent noise levels."
@@ -143,8 +143,8 @@ def draw(sampler: TimestepSampler,
 
 def stratified(count: int,        # draws of the epoch
                buckets: int,      # equal parts of [0, 1]
-               seed: int,
-               epoch: int = 0,
+               seed: int,         # of the draw
+               epoch: int = 0,    # number
                ) -> torch.Tensor: # [count] uniform draws, for `level(u=...)`
     "Uniform draws of which every `buckets` in a row have one in each part."
     if buckets < 1: raise InputError(f"{buckets} timestep buckets; at least 1")
@@ -180,10 +180,10 @@ def plot_timesteps(samplers: dict,                        # {label: TimestepSamp
 
 # %% ../../nbs/wan/23_timesteps.ipynb #9d22a225
 def musubi_epoch(buckets: list,                     # [(resolution, items)]
-                 batch_size: int,
-                 seed: int,
+                 batch_size: int,                   # clips
+                 seed: int,                         # of the data set
                  epoch: int,                        # 1, 2, ...
-                 timestep_buckets: int | None = None,
+                 timestep_buckets: int | None = None,  # parts of the range; None: no stratified draws
                  ):                                 # ([(resolution, items)] per batch, uniforms per batch or None)
     "Batches and stratified uniforms of one of musubi's epochs."
     items, pool = {tuple(key): list(names) for key, names in buckets}, None
@@ -200,7 +200,7 @@ def musubi_epoch(buckets: list,                     # [(resolution, items)]
     return [(key, items[key][k * batch_size:(k + 1) * batch_size]) for key, k in order], pool
 
 
-def musubi_stream(seed: int, buckets: int) -> Iterator[float]:
+def musubi_stream(seed: int, buckets: int) -> Iterator[float]:  # of the draw; parts of the range
     "Its endless stream of stratified uniforms."
     rng = random.Random(seed)
     while True:

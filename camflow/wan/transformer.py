@@ -102,7 +102,7 @@ def sdpa_kernel_name(q_BHLD: torch.Tensor,  # queries as torch's SDPA wants them
     except (NotImplementedError, RuntimeError): return "unknown"  # a device that does not tell; taken as one that stores the scores
 
 
-def attention_plan(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor,
+def attention_plan(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor,  # queries; keys; values
                    score_limit: int = SCORE_LIMIT,  # bytes
                    ) -> AttentionPlan:
     "Chooses whole or chunked attention."
@@ -113,7 +113,7 @@ def attention_plan(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Ten
     return AttentionPlan(backend, queries, chunk, row * queries)
 
 # %% ../../nbs/wan/00_transformer.ipynb #0c2aa7b0
-def planned_attention(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor,
+def planned_attention(q_BHLD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor,  # queries; keys; values
                       plan: AttentionPlan,   # from `attention_plan`
                       ) -> torch.Tensor:     # [B,H,L,D]
     "Attention by the plan; in training a chunk's scores are computed again in the backward pass instead of being kept."

@@ -27,7 +27,8 @@ NEAR = 1e-4 # metres: nothing closer is seen
 
 # %% ../../nbs/world/01_cast.ipynb #bc551016
 @jit
-def hit_box(hx, hy, hz, ox, oy, oz, dx, dy, dz, inside):
+def hit_box(hx, hy, hz,  # half sizes, metres
+            ox, oy, oz, dx, dy, dz, inside):  # origin and direction of the ray, in the box's axes; whether it is seen from inside
     "Ray parameter (inf for a miss) and face 0..5 (-x +x -y +y -z +z) of a box, seen from outside or from inside."
     ix, iy, iz = 1.0 / dx if dx != 0 else 1e150, 1.0 / dy if dy != 0 else 1e150, 1.0 / dz if dz != 0 else 1e150
     ax, ay, az = abs(hx * ix), abs(hy * iy), abs(hz * iz)
@@ -46,7 +47,7 @@ def hit_box(hx, hy, hz, ox, oy, oz, dx, dy, dz, inside):
 
 # %% ../../nbs/world/01_cast.ipynb #33e0dc26
 @jit
-def hit_sphere(r, ox, oy, oz, dx, dy, dz):
+def hit_sphere(r, ox, oy, oz, dx, dy, dz):  # radius; origin and direction of the ray
     "Ray parameter of the first point on a sphere of radius r around the origin, inf for a miss."
     a = dx * dx + dy * dy + dz * dz
     s = -(ox * dx + oy * dy + oz * dz) / a
@@ -58,7 +59,7 @@ def hit_sphere(r, ox, oy, oz, dx, dy, dz):
 
 
 @jit
-def hit_capsule(r, length, ox, oy, oz, dx, dy, dz):
+def hit_capsule(r, length, ox, oy, oz, dx, dy, dz):  # radius and half the length of its axis; origin and direction of the ray
     "Ray parameter of the first point on a capsule along y, inf for a miss."
     a = dx * dx + dz * dz
     if a > 1e-14:
@@ -72,7 +73,7 @@ def hit_capsule(r, length, ox, oy, oz, dx, dy, dz):
 
 
 @jit
-def hit(kind, hx, hy, hz, ox, oy, oz, dx, dy, dz):
+def hit(kind, hx, hy, hz, ox, oy, oz, dx, dy, dz):  # ROOM, BOX, ELLIPSOID or CAPSULE; half sizes; origin and direction of the ray in its axes
     "Ray parameter and face for any solid."
     if kind == 0: return hit_box(hx, hy, hz, ox, oy, oz, dx, dy, dz, True)
     if kind == 1: return hit_box(hx, hy, hz, ox, oy, oz, dx, dy, dz, False)
@@ -81,7 +82,8 @@ def hit(kind, hx, hy, hz, ox, oy, oz, dx, dy, dz):
 
 # %% ../../nbs/world/01_cast.ipynb #c918166b
 @jit
-def texture(slot, x, y, z, colors, waves, phases):
+def texture(slot, x, y, z,  # number of the texture; point in the solid's axes, metres
+            colors, waves, phases):  # of the textures
     "RGB in 0..1 of the texture `slot` at the object point (x, y, z)."
     u = math.sin(waves[slot, 1, 0] * x + waves[slot, 1, 1] * y + waves[slot, 1, 2] * z + phases[slot, 1])
     v = math.sin(waves[slot, 3, 0] * x + waves[slot, 3, 1] * y + waves[slot, 3, 2] * z + phases[slot, 3])
@@ -94,7 +96,8 @@ def texture(slot, x, y, z, colors, waves, phases):
 
 # %% ../../nbs/world/01_cast.ipynb #ebd9135f
 @jit
-def place(kind, half, R, t, c2w, matrices, centres):
+def place(kind, half, R, t, c2w,  # solids: [P], [P,3], [P,3,3], [P,3]; the camera
+          matrices, centres):     # [P,3,3] and [P,3], filled
     "Fills `matrices` [P,3,3] (camera direction to object) and `centres` [P,3] (camera centre in the object)."
     for p in range(len(kind)):
         for i in range(3):
@@ -106,7 +109,7 @@ def place(kind, half, R, t, c2w, matrices, centres):
 
 
 @jit
-def rectangle(kind, half, matrix, centre, fx, fy, cx, cy):
+def rectangle(kind, half, matrix, centre, fx, fy, cx, cy):  # one solid; camera to its axes and camera centre in them; pixels
     "Image rows y0..y1 and columns x0..x1 that a solid can touch; empty behind the camera, unbounded around it."
     if kind == 0: return -math.inf, math.inf, -math.inf, math.inf
     if kind == 3: r = half[0] + half[1]
@@ -125,7 +128,8 @@ def rectangle(kind, half, matrix, centre, fx, fy, cx, cy):
 
 
 @jit
-def bound(kind, half, matrices, centres, fx, fy, cx, cy, rectangles):
+def bound(kind, half, matrices, centres,  # solids
+          fx, fy, cx, cy, rectangles):    # pixels; [P,4], filled
     "Fills `rectangles` [P,4] for all solids."
     for p in range(len(kind)):
         y0, y1, x0, x1 = rectangle(kind[p], half[p], matrices[p], centres[p], fx, fy, cx, cy)
@@ -133,7 +137,8 @@ def bound(kind, half, matrices, centres, fx, fy, cx, cy, rectangles):
 
 
 @jit
-def raster(kind, half, matrices, centres, fx, fy, cx, cy, depth, part, face):
+def raster(kind, half, matrices, centres,  # solids, see `place`
+           fx, fy, cx, cy, depth, part, face):  # pixels; [H,W] each, filled
     "Nearest solid at every pixel centre: fills depth [H,W] (inf: nothing), part (-1: nothing) and face."
     H, W = depth.shape
     depth[:] = math.inf
@@ -158,7 +163,8 @@ def raster(kind, half, matrices, centres, fx, fy, cx, cy, depth, part, face):
 
 # %% ../../nbs/world/01_cast.ipynb #3f2382d1
 @jit
-def shade(p, f, s, x, y, fx, fy, cx, cy, slot, matrices, centres, colors, waves, phases):
+def shade(p, f, s, x, y, fx, fy, cx, cy,  # solid, its face, depth; image position and lens in pixels
+          slot, matrices, centres, colors, waves, phases):  # solids and textures
     "Colour of solid p at depth s along the ray of the image position (x, y)."
     u, v = (x - cx) / fx, (y - cy) / fy
     m, o = matrices[p], centres[p]
@@ -167,7 +173,8 @@ def shade(p, f, s, x, y, fx, fy, cx, cy, slot, matrices, centres, colors, waves,
 
 
 @jit
-def nearest(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, x, y):
+def nearest(kind, half, matrices, centres, rectangles,  # solids
+            fx, fy, cx, cy, x, y):                      # lens and image position, pixels
     "Depth, part and face of the first solid on the ray through the image position (x, y)."
     u, v = (x - cx) / fx, (y - cy) / fy
     best, part, face = math.inf, -1, 0
@@ -181,7 +188,10 @@ def nearest(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, x, y):
 
 
 @jit
-def sight(kind, half, slot, matrices, centres, rectangles, fx, fy, cx, cy, points, colors, waves, phases, color, depth, part, face, where):
+def sight(kind, half, slot, matrices, centres, rectangles,  # solids
+          fx, fy, cx, cy, points,                           # lens; [N,2] pixels
+          colors, waves, phases,                            # of the textures
+          color, depth, part, face, where):                 # [N,3], [N], [N], [N], [N,3], filled
     "Casts rays through image positions [N,2]; fills color [N,3], depth, part, face and the hit point in object coordinates [N,3]."
     for n in range(len(points)):
         x, y = points[n, 0], points[n, 1]
@@ -198,7 +208,9 @@ def sight(kind, half, slot, matrices, centres, rectangles, fx, fy, cx, cy, point
 
 # %% ../../nbs/world/01_cast.ipynb #2c40e61a
 @jit
-def land(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, H, W, part, face, where, tolerance, points, depth, seen):
+def land(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, H, W,  # solids and lens of the view that is landed in; its pixels
+         part, face, where, tolerance,                                     # surface points [N], [N], [N,3]; metres
+         points, depth, seen):                                             # [N,2], [N], [N], filled
     "Image position [N,2], z-depth [N] and visibility [N] in a view of the surface points (part, face, where); face -1 accepts any."
     for n in range(len(part)):
         p = part[n]
@@ -221,7 +233,8 @@ def land(kind, half, matrices, centres, rectangles, fx, fy, cx, cy, H, W, part, 
 
 # %% ../../nbs/world/01_cast.ipynb #35e340dc
 @jit
-def pixel(i, j, grid, depth, part, face, kind, half, slot, matrices, centres, fx, fy, cx, cy, colors, waves, phases):
+def pixel(i, j, grid, depth, part, face,  # row, column; samples along a side; maps of the finer raster
+          kind, half, slot, matrices, centres, fx, fy, cx, cy, colors, waves, phases):  # solids, lens, textures
     "Colour of pixel (i, j) from the grid x grid samples of a finer raster."
     p, f, same = part[i * grid, j * grid], face[i * grid, j * grid], True
     for a in range(grid):
@@ -247,7 +260,8 @@ def pixel(i, j, grid, depth, part, face, kind, half, slot, matrices, centres, fx
 
 
 @jit
-def image(kind, half, slot, R, t, c2w, fx, fy, cx, cy, colors, waves, phases, color, depth):
+def image(kind, half, slot, R, t, c2w, fx, fy, cx, cy,  # solids; the camera, pixels
+          colors, waves, phases, color, depth):         # textures; [3,H,W] and [H,W], filled
     "One point-sampled frame: fills color [3,H,W] in 0..1 and depth [H,W]."
     H, W = depth.shape
     part, face = np.empty((H, W), np.int64), np.empty((H, W), np.int64)
@@ -264,7 +278,8 @@ def image(kind, half, slot, R, t, c2w, fx, fy, cx, cy, colors, waves, phases, co
 
 
 @jit
-def clips(kind, half, slot, R, t, c2w, K, colors, waves, phases, grid, out):
+def clips(kind, half, slot, R, t, c2w, K,  # solids [P], moving [T,P,...]; cameras [n,T,4,4] and [n,T,3,3]
+          colors, waves, phases, grid, out):  # textures; rays along a side of a pixel; [n,T,3,H,W] uint8, filled
     "Fills out [n,T,3,H,W] uint8 for cameras c2w [n,T,4,4], K [n,T,3,3] and solids R [T,P,3,3], t [T,P,3]."
     H, W = out.shape[3], out.shape[4]
     depth, part, face = np.empty((H * grid, W * grid)), np.empty((H * grid, W * grid), np.int64), np.empty((H * grid, W * grid), np.int64)

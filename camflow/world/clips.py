@@ -37,7 +37,7 @@ def random_move(generator: torch.Generator,  # source of all randomness
 @dataclass
 class SceneClips:
     "Synchronous clips of one scene from several cameras that share their first pose."
-    scene: Scene
+    scene: Scene                          # that was rendered
     frames_NT3HW: np.ndarray   # uint8
     c2w_NT44: np.ndarray       # float64, metres, relative to the common first pose
     K_33: np.ndarray           # pixels

@@ -65,7 +65,7 @@ def render_clips(scene: Scene,   # the world
 # %% ../../nbs/world/02_render.ipynb #38496086
 class View:
     "The solids of a scene in the coordinates of one camera at one time."
-    def __init__(self, scene, R_P33, t_P3, c2w_44, K_33, size):
+    def __init__(self, scene, R_P33, t_P3, c2w_44, K_33, size):  # the world; turns of its parts; places of its parts; camera-to-world; pixels; (H, W) pixels
         (self.kind, self.half, self.slot, *self.texture), self.size = scene.arrays(), size
         self.R, self.t, self.c2w = R_P33, t_P3, np.ascontiguousarray(c2w_44)
         self.lens = K_33[0, 0], K_33[1, 1], K_33[0, 2], K_33[1, 2]
@@ -242,8 +242,8 @@ def shift_right(cameras, baseline: float): # Cameras or pair; metres
 @dataclass
 class Stereo:
     "A rectified pair with disparity in the left image."
-    left: Rendered
-    right: Rendered
+    left: Rendered  # rendered
+    right: Rendered # rendered
     disparity: Any  # Depth [T,1,H,W], kind disparity, pixels, left to right
     occlusion: Any  # bool [T,H,W], the left pixel's point is not seen in the right image
     baseline: float # metres
@@ -251,7 +251,8 @@ class Stereo:
 
 def stereo(scene: Scene, cameras, times, # as in `render`
            baseline: float,              # metres, > 0
-           want=("image", "depth"), size=None):
+           want=("image", "depth"),  # as in `render`
+           size=None):               # (H, W) pixels; None: that of the Cameras
     "Left and right renderings, disparity f b / z and exact occlusion."
     if not baseline > 0: raise InputError(f"baseline is {baseline}; stereo; give metres, greater than 0")
     import torch
@@ -265,7 +266,11 @@ def stereo(scene: Scene, cameras, times, # as in `render`
                   Depth(torch.from_numpy(focal * baseline / depth), "disparity"), torch.from_numpy(occlusion), baseline)
 
 # %% ../../nbs/world/02_render.ipynb #ec52b8e1
-def benchmark(scenes: int = 100, cameras: int = 10, frames: int = 17, size=(64, 96), grid: int = 1):
+def benchmark(scenes: int = 100,  # how many
+              cameras: int = 10,  # per scene
+              frames: int = 17,   # per camera
+              size=(64, 96),      # (H, W) pixels
+              grid: int = 1):     # rays along a side of a pixel
     "Seconds and rays per second for `scenes` random scenes seen by `cameras` cameras each."
     import time
     times, K = np.arange(frames) / 8, default_K(size)

@@ -50,16 +50,16 @@ class Part:
 @dataclass
 class Scene:
     "Parts, joints and textures; `start` is the pose from which the cameras of the scene set out."
-    parts: list = field(default_factory=list)
-    joints: list = field(default_factory=list)
+    parts: list = field(default_factory=list)   # solids
+    joints: list = field(default_factory=list)  # what swings at what
     colors: np.ndarray = None            # [slots,3,3] three RGB colours in 0..1
     waves: np.ndarray = None             # [slots,4,3] wave vectors, radians per metre
     phases: np.ndarray = None            # [slots,4]
     names: list = field(default_factory=list) # phrase of each instance, the room first
     actions: list = field(default_factory=list) # verb phrase of each instance, "" for the room
     start: np.ndarray = None             # [4,4] camera-to-world
-    seed: int = 0
-    detail: float = 1.
+    seed: int = 0                               # that it was drawn with
+    detail: float = 1.                          # above 1: finer textures
 
     def poses(self,
               times): # [T] seconds
@@ -112,12 +112,12 @@ def _poses(scene, times):
 HUES = {"red": 0.0, "orange": 0.075, "yellow": 0.15, "green": 0.35, "turquoise": 0.48, "blue": 0.6, "purple": 0.76, "pink": 0.9}
 
 
-def _palette(rng, name, strength=1.0):
+def _palette(rng, name):
     "Three RGB colours [3,3]: two of the named hue, one far from it."
     hue = HUES[name] + rng.uniform(-0.02, 0.02)
-    first = colorsys.hsv_to_rgb(hue % 1, strength * rng.uniform(.75, .95), rng.uniform(.75, .95))
-    second = colorsys.hsv_to_rgb((hue + rng.uniform(-.03, .03)) % 1, strength * rng.uniform(.8, 1.), rng.uniform(.3, .5))
-    third = colorsys.hsv_to_rgb((hue + rng.uniform(.25, .75)) % 1, strength * rng.uniform(.3, .9), rng.uniform(.5, 1.))
+    first = colorsys.hsv_to_rgb(hue % 1, rng.uniform(.75, .95), rng.uniform(.75, .95))
+    second = colorsys.hsv_to_rgb((hue + rng.uniform(-.03, .03)) % 1, rng.uniform(.8, 1.), rng.uniform(.3, .5))
+    third = colorsys.hsv_to_rgb((hue + rng.uniform(.25, .75)) % 1, rng.uniform(.3, .9), rng.uniform(.5, 1.))
     return np.array([first, second, third])
 
 # %% ../../nbs/world/00_scene.ipynb #f9ef96c9

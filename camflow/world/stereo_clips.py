@@ -158,7 +158,7 @@ class WorldStereo:
     K: np.ndarray                 # [3,3] pixels, of both cameras
     baseline: float               # metres
     c2w: np.ndarray               # [T,4,4] left camera to world
-    seed: int = 0
+    seed: int = 0                                                                # of the scene
     hard: str = None              # name of the hard case
     right_disparity: torch.Tensor = None # float32 [T,1,H,W], of the right image, where asked for
 

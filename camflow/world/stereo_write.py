@@ -24,12 +24,12 @@ from .stereo_clips import STEREO_FPS, WorldStereo, clip_settings, stereo_scene
 # Shapes: T frames, H W rows and columns, N points.
 
 # %% ../../nbs/world/06_stereo_write.ipynb #720c4eec
-def clip_rig(clip: WorldStereo):
+def clip_rig(clip: WorldStereo):  # of the world
     "Its StereoRig. A clip of the hard case rectification has another right camera, which is the point: its files do not say so."
     return StereoRig(clip.K, clip.K, clip.baseline, clip.size, source=clip.name)
 
 
-def as_clip(clip: WorldStereo):
+def as_clip(clip: WorldStereo):  # of the world
     "StereoClip with the world's masks as extras; flow has a last frame that is unknown."
     nothing = torch.full((1, 2, *clip.size), torch.nan)
     flow = torch.cat([clip.flow, nothing])

@@ -99,7 +99,10 @@ def write_multicam(root,                      # folder of the data set
                    focals=("f24_aperture5",), # focal folders, any of FOCALS
                    cameras: int = 10,         # videos per scene
                    paths: str = "random",     # see `scene_paths`
-                   seed: int = 0, fps: float = 8., lossless: bool = False, grid: int = 2,
+                   seed: int = 0,           # of the data set
+                   fps: float = 8.,         # frames per second
+                   lossless: bool = False,  # video without loss
+                   grid: int = 2,           # rays along a side of a pixel
                    detail: float = .5,        # texture detail; .5 is that of the tiny family
                    column: str = "file_name", # caption column
                    first: int = 1,            # number of the first scene: continue a set with another call

@@ -106,17 +106,45 @@ const TASKS = {
     return seen;
   },
 
-  // camera paths to turn
+  // from the index to the page of a running run, which renews itself until it is final
+  async live(browser, url) {
+    const { page, said, requests, close } = await open(browser, url, { width: 1300, height: 900 }), seen = { said, requests, looks: [], loads: 0 };
+    page.on("load", () => seen.loads++);
+    seen.listed = await page.evaluate(() => [...document.querySelectorAll("tbody tr")].map(r => r.cells[1].textContent));
+    await page.locator("tbody a", { hasText: options.follow }).first().click(); await page.waitForLoadState();
+    const look = () => page.evaluate(() => ({ status: document.querySelector("header .status").textContent, words: document.querySelector(".now b")?.textContent, share: document.querySelector("progress")?.value,
+      elapsed: document.getElementById("elapsed")?.textContent, curves: document.querySelectorAll("main svg").length, log: document.querySelector("main.live pre")?.textContent.length || 0 }));
+    const again = async () => { for (;;) try { return await look() } catch (e) { if (!/context was destroyed|navigation/i.test(e.message)) throw e; await wait(50) } };   // it loads just now
+    seen.first = await again(); await page.screenshot({ path: path.join(folder, "live_first.png") });
+    for (const end = Date.now() + options.patience * 1000; Date.now() < end; await wait(300)) {
+      const now = await again(), last = seen.looks.at(-1);
+      if (!last || JSON.stringify({ ...now, elapsed: 0 }) !== JSON.stringify({ ...last, elapsed: 0 })) { seen.looks.push(now); if (now.curves && now.status === "running") await page.screenshot({ path: path.join(folder, "live.png") }).catch(() => 0) }
+      if (now.status !== "running") break;
+    }
+    await wait(500); const loads = seen.loads; await wait(4500); seen.rests = seen.loads === loads; seen.title = await page.textContent("h1"); seen.sections = await page.locator("main h2").count();
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "live_last.png") });
+    await page.locator("a", { hasText: "all runs" }).click(); await page.waitForLoadState(); seen.listed_last = await page.evaluate(() => [...document.querySelectorAll("tbody tr")].map(r => r.cells[1].textContent)); await close();
+    return seen;
+  },
+
+  // camera paths to turn, and the time
   async cameras(browser, url) {
-    const { page, said, requests, close } = await open(browser, url), canvas = page.locator("canvas").first(), seen = { said, requests, steps: {} };
-    const now = () => page.evaluate(() => document.querySelector("canvas").toDataURL()), step = async (name, act) => { const before = await now(); await act(); seen.steps[name] = await now() !== before };
+    const { page, said, requests, close } = await open(browser, url, { width: 900, height: 700 }), canvas = page.locator("canvas").first(), seen = { said, requests, steps: {} };
+    const settle = () => page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))));
+    const now = async () => { await settle(); return page.evaluate(() => document.querySelector("canvas").toDataURL()) }, step = async (name, act) => { const before = await now(); await act(); seen.steps[name] = await now() !== before };
+    const frame = async () => { await settle(); return page.evaluate(() => ({ at: +document.querySelector("input").value, picture: document.querySelector(".cameras img").src.slice(-60), said: document.querySelector("input").getAttribute("aria-valuetext") })) };
+    const press = async (...keys) => { for (const k of keys) await page.keyboard.press(k); return frame() };
     seen.drawn = await page.evaluate(() => { const c = document.querySelector("canvas"); return c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v > 0) });
     await page.keyboard.press("Tab"); seen.focus = await page.evaluate(() => document.activeElement.tagName);
     for (const k of ["ArrowLeft", "ArrowUp", "+", "-"]) await step(k, () => page.keyboard.press(k));
-    await page.keyboard.press("Tab"); await step("slider", () => page.keyboard.press("Home"));
+    seen.frames = [await frame(), await press("."), await press(","), await press("End"), await press("Home")];
+    await page.keyboard.press("Tab"); seen.button = await page.evaluate(() => document.activeElement.tagName); await press("Enter"); const times = new Set();
+    for (let i = 0; i < 60 && times.size < 3; i++) { await wait(50); times.add((await frame()).at) }
+    await press("Enter"); const still = (await frame()).at; await wait(400); seen.played = times.size; seen.stopped = (await frame()).at === still;
+    await page.keyboard.press("Tab"); seen.slider = [await press("Home"), await press("ArrowRight"), await press("End")]; await step("slider", () => page.keyboard.press("Home"));
     const box = await canvas.boundingBox(); await step("drag", async () => { await page.mouse.move(box.x + 50, box.y + 50); await page.mouse.down(); await page.mouse.move(box.x + 90, box.y + 60); await page.mouse.up() });
     await step("wheel", async () => { await page.mouse.wheel(0, 200); await wait(200) });
-    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await close();
+    await page.setViewportSize({ width: 390, height: 780 }); seen.phone = await overflow(page); await page.screenshot({ path: path.join(folder, "cameras.png") }); await close();
     return seen;
   },
 

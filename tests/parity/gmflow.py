@@ -38,9 +38,10 @@ def network(folder, options):
     "camflow's network with the case's weights."
     from dataclasses import replace
 
-    from camflow.flow.gmflow import GMFlow, config_of, load_state
+    from camflow.flow.gmflow import GMFlow, config_of
+    from camflow.training.checkpoint import load_whole
     state = folder.state(options)
-    return load_state(GMFlow(replace(config_of(state), **{OPTIONS[k]: v for k, v in options.items() if k in OPTIONS})), state).eval()
+    return load_whole(GMFlow(replace(config_of(state), **{OPTIONS[k]: v for k, v in options.items() if k in OPTIONS})), state).eval()
 
 
 def oracle(folder, options):

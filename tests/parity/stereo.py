@@ -268,7 +268,8 @@ def sequence_loss_case(code, i, want):
 
 
 def lr_schedule_case(code, i, want):
-    from camflow.training.loop import TrainConfig, learning_rate
+    from camflow.training.config import TrainConfig
+    from camflow.training.optimizers import learning_rate
     cfg = TrainConfig(steps=i["num_steps"], lr=i["lr"], schedule="onecycle", weight_decay=want["weight_decay"])
     return max(abs(learning_rate(cfg, s) - lr) for s, lr in zip(want["steps"], want["lr_at_step"])) / i["lr"]
 

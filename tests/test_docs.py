@@ -105,6 +105,15 @@ def test_every_source_of_the_repository_has_its_own_page():
     assert all(page_name(s) == p for s, p in pages.items() if s != "nbs/index.ipynb")
 
 
+def test_every_system_has_a_picture_and_says_how_it_is_made():
+    from tools.doc_pictures import DRAWN
+    pictures = {p.stem: p for p in (ROOT / "docs/pictures").iterdir()}
+    assert pictures.keys() == DRAWN.keys() == {p.stem for p in (ROOT / "docs/systems").glob("*.md")}
+    for name, path in pictures.items():
+        page = (ROOT / f"docs/systems/{name}.md").read_text("utf-8")
+        assert path.stat().st_size < 61_000 and f"](../pictures/{path.name})" in page and f"`python -m tools.doc_pictures {name}`" in page and "## Measured" in page, name
+
+
 def test_what_would_be_fetched_is_found(tmp_path):
     (tmp_path / "a.html").write_text('<a href="https://x.org">no</a> <script src="/local.js"></script> <link rel="stylesheet" href="https://cdn.org/a.css">')
     (tmp_path / "b.css").write_text("@import url(//fonts.org/f.css); a {background: url(https://x.org/p.png)} b {background: url(data:image/png;base64,aa)}")

@@ -1,5 +1,8 @@
-"""Pictures of the systems' pages, made with the tiny weights: `python -m tools.doc_pictures omnicam stereo`, all without a name; written to docs/pictures."""
+"""Pictures of the systems' pages, made with the tiny weights or taken from the gallery: `python -m tools.doc_pictures omnicam stereo`, all without a name; written to docs/pictures."""
 import argparse
+import base64
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,11 @@ def sheet(rows: list,            # of rows of uint8 [3,H,W]; None leaves a place
           heads: list,           # above the columns
           sides: list = (),      # left of the rows
           zoom: int = 1,         # pixels of the sheet per pixel
-          font: int = 13) -> Image.Image:
+          scale: float = 1.0,    # the same, by interpolation
+          font: int = 17) -> Image.Image:
     "Pictures in a table with words above and beside it."
     letters = ImageFont.load_default(font)
-    h, w = (zoom * n for n in next(p for row in rows for p in row if p is not None).shape[1:])
+    h, w = (round(zoom * scale * n) for n in next(p for row in rows for p in row if p is not None).shape[1:])
     left = max((int(letters.getlength(line)) for side in sides for line in side.split("\n")), default=0) + (10 if sides else 0)
     top = (font + 4) * max(head.count("\n") + 1 for head in heads) + 4
     out = Image.new("RGB", (left + len(heads) * (w + GAP) - GAP, top + len(rows) * (h + GAP) - GAP), PAPER)
@@ -65,24 +69,14 @@ def omnicam() -> Image.Image:
 
 
 def gflow() -> Image.Image:
-    "The world's clip, fitted with depth that is 3 % wrong in every frame (profile `tiny` of gflow_fit): frames 0, 6, 11."
-    import tempfile
-    from camflow.gflow.fit_video import fit_video
-    from camflow.gflow.pictures import depth_video, draw_tracks, renderings
-    from camflow.gflow.priors import gather_priors
-    from camflow.gflow.tracks import follow
-    from camflow.gflow.truth import noisy_depth, truth_clip
-    clip = truth_clip("plain", frames=12)
-    priors = gather_priors(clip.frames, K=clip.cameras.K[0].numpy(), depth=noisy_depth(clip.depth, 0.03, 0.27 * 0.03, 0), flow="dis")
-    with tempfile.TemporaryDirectory() as work: fitted = fit_video(priors, Path(work)/"fit", "fast", progress=lambda line: print("{stage}: {psnr:.1f} dB".format(**line), flush=True), shots=0)
-    colour, depth, _ = renderings(fitted)
-    white = (fitted.moving[:, None].expand(-1, 3, -1, -1) * 255).to(torch.uint8)
-    H, W = clip.frames.size
-    y, x = np.mgrid[8:H:12, 8:W:12]
-    tracks = follow(fitted, np.stack([np.zeros(x.size), x.ravel() + 0.5, y.ravel() + 0.5], -1))
-    drawn = draw_tracks(clip.frames, tracks.points_TN2, tracks.visible_TN, tracks.moving_N)
-    columns = [clip.frames.byte().data, colour.byte().data, depth_video(depth).byte().data, white, drawn.byte().data]
-    return sheet([[column[t] for column in columns] for t in (0, 6, 11)], ["video", "drawn by the Gaussians", "their depth", "what moves", "points followed"], ["frame 0", "6", "11"])
+    "Frames 0, 6 and 11 of the clips in the gallery's report of `camflow run gflow_fit -f tiny`."
+    page = (ROOT/"reports/gallery/gflow_fit.html").read_text(encoding="utf-8")
+    clips = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)]
+    if len(clips) != 5: raise SystemExit(f"gflow: {len(clips)} clips in reports/gallery/gflow_fit.html where five were expected (video, drawn, depth, moves, trajectories)")
+    def frame(clip, t):
+        clip.seek(min(t, clip.n_frames - 1))
+        return torch.from_numpy(np.array(clip.convert("RGB").resize(clips[0].size))).permute(2, 0, 1)
+    return sheet([[frame(clip, t) for clip in clips] for t in (0, 6, 11)], ["video", "drawn", "depth", "what moves", "points followed"], ["frame 0", "6", "11"], scale=200 / clips[0].width)
 
 
 def joint() -> Image.Image:
@@ -112,7 +106,7 @@ def joint() -> Image.Image:
 
 
 def stereo() -> Image.Image:
-    "A held-out clip: the network against semi-global matching, frames 0, 7 and 15."
+    "A held-out clip: the network against semi-global matching, frames 0 and 15."
     from camflow.assets import tiny_path
     from camflow.stereo.baselines import sgbm
     from camflow.stereo.network import load_stereo
@@ -124,8 +118,15 @@ def stereo() -> Image.Image:
     found = stereo_video(load_stereo(tiny_path("stereo")).eval(), clip.left, clip.right)
     truth, matched, scale = clip.disparity, sgbm(clip.left, clip.right)[0], fit_scale(clip.disparity.numpy())
     error = lambda maps, t: colours((maps[t] - truth[t]).abs(), Scale(0.0, 4.0, "px"), "magma")
-    shown = [[clip.left[t], colours(truth[t], scale), colours(found[t], scale), colours(matched[t], scale), error(found, t), error(matched, t)] for t in (0, 7, 15)]
-    return sheet([list(column) for column in zip(*shown)], ["frame 0", "frame 7", "frame 15"], ["left view", "disparity, truth", "network", "semi-global\nmatching", "error of the network\n(white: 4 pixels)", "error of the\nmatching"])
+    shown = [[clip.left[t], colours(truth[t], scale), colours(found[t], scale), colours(matched[t], scale), error(found, t), error(matched, t)] for t in (0, 15)]
+    return sheet([list(column) for column in zip(*shown)], ["frame 0", "frame 15"], ["left view", "disparity, truth", "network", "semi-global\nmatching", "error of the network\n(white: 4 pixels)", "error of the\nmatching"], zoom=1, scale=1.4)
+
+
+def save_jpeg(picture: Image.Image, path: Path, most: int = 60_000): # bytes
+    "As good as the size allows."
+    for quality in range(86, 40, -4):
+        picture.save(path, quality=quality, optimize=True)
+        if path.stat().st_size < most: return
 
 
 SQUARES = ("joint",) # large pixels, for which PNG is smaller
@@ -143,7 +144,7 @@ def main(argv=None):
     for name in given.names or DRAWN:
         picture, path = DRAWN[name](), given.out/f"{name}.{'png' if name in SQUARES else 'jpg'}"
         if path.suffix == ".png": picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        else: picture.save(path, quality=80, optimize=True)
+        else: save_jpeg(picture, path)
         print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 

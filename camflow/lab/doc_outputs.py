@@ -138,6 +138,7 @@ class Executed:
     notebooks: dict = field(default_factory=dict)  # source -> cell id -> outputs
     status: dict = field(default_factory=dict)     # source -> (status, reason)
     cpu: dict = field(default_factory=dict)        # source -> processor seconds, of those executed now
+    files: set = field(default_factory=set)        # where the outputs lie
 
     def count(self, status: str) -> int: return sum(s == status for s, _ in self.status.values())
 
@@ -169,6 +170,7 @@ def execute_notebooks(root: Path,              # the checkout
 
     def take(source, target, status):
         found = read_json(target)
+        done.files.add(target)
         done.notebooks[source], done.status[source] = found["outputs"], (status, "")
         if status == "ok": done.cpu[source] = found["cpu_seconds"]
 

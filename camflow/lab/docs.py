@@ -32,8 +32,8 @@ def _head(path: Path) -> tuple[str, str]: # (first heading, the quoted line unde
 
 
 def toctree(entries, caption: str = "", hidden: bool = True) -> str:
-    "A table of contents of page names, absolute."
-    return "\n".join(["", "```{toctree}", *([":hidden:"] if hidden else []), *([f":caption: {caption}"] if caption else []), ":maxdepth: 1", "", *(f"/{e}" for e in entries), "```", ""])
+    "A table of contents of page names, absolute; `title </page>` is taken as it is."
+    return "\n".join(["", "```{toctree}", *([":hidden:"] if hidden else []), *([f":caption: {caption}"] if caption else []), ":maxdepth: 1", "", *(e if e.endswith(">") else f"/{e}" for e in entries), "```", ""])
 
 
 def listing(out: Path, title: str, entries, words: str = "") -> str: # entries: page names that exist below `out`
@@ -75,7 +75,7 @@ def contents(site: Site, out: Path):
     for name, text in names_index(site).items(): put(f"reference/{name}", text)
     top.append(section("reference", "Reference", "All public functions and classes: a page per chapter. A name leads to its signature, parameters and source.", [f"reference/{n}" for n in names_index(site)]))
     loose = [p for p in pages if "/" not in p and p != "index"]
-    top = [t for t in dict.fromkeys([*top, *loose]) if t]
+    top = [{"overview": "README </overview>"}.get(t, t) for t in dict.fromkeys([*top, *loose]) if t]
     home = next(p for p in (out / "index.md", out / "index.ipynb") if p.exists())
     if home.suffix == ".md": home.write_text(home.read_text("utf-8") + toctree(top), encoding="utf-8")
     else:
@@ -215,7 +215,9 @@ def build(root: Path,                  # the checkout
         pages, html_folder = Path(scratch, "source"), Path(scratch, "html")
         pages.mkdir()
         done = execute_notebooks(root, [s for s in site.pages if s.endswith(".ipynb")], kept or root / "build/notebooks", workers) if run else Executed()
-        if run: print(done.summary())
+        if run:
+            print(done.summary())
+            if not only: [path.unlink() for path in (kept or root / "build/notebooks").glob("*.json") if path not in done.files] # of what has changed since
         write_sources(site, pages, done.notebooks)
         (pages / "_look").mkdir()
         (pages / "_look/camflow.css").write_text(STYLE, encoding="utf-8")

@@ -156,7 +156,7 @@ def user_folder(folder: Path):
     (folder/"data/tiny").symlink_to(ROOT/"data/tiny")
     views = scene_clips(7, 4).frames_NT3HW                                              # one scene, four cameras, [4,T,3,H,W]
     clip = lambda i: Frames(torch.as_tensor(np.asarray(views[i])), "byte", 8.0)
-    for place in ("my_clips/a.mp4", "clips/a.mp4", "mine/clips/a.mp4", "videos/a.mp4", "results/a.mp4", "my_video.mp4"): write_video(folder/place, clip(int(place.startswith("results"))))
+    for place in ("my_clips/a.mp4", "clips/a.mp4", "mine/clips/a.mp4", "videos/a.mp4", "results/a.mp4", "my_video.mp4", "clip.mp4"): write_video(folder/place, clip(int(place.startswith("results"))))
     for place in ("mine/clips/b.mp4", "clips/b.mp4", "clips/c.mp4"): write_video(folder/place, clip(1 + (place == "clips/c.mp4")))
     write_image(folder/"room.png", clip(0).data[0])
     rows = [json.loads(line) for page in PAGES for _, body in FENCE.findall(page.read_text(encoding="utf-8")) for line in body.splitlines() if line.startswith('{"video"')]

@@ -231,7 +231,7 @@ def build(root: Path,                  # the checkout
         for path in html_folder.rglob("*.html"):
             if not path.is_relative_to(html_folder / "gallery"): path.write_text(breakable(path.read_text("utf-8")), encoding="utf-8")
         shutil.rmtree(html_folder / "_sources", ignore_errors=True)
-        for path in html_folder.rglob("*.map"): path.unlink() # for debugging the theme; a third of what it weighs
+        for path in (*html_folder.rglob("*.map"), *html_folder.glob("_static/webpack-macros.html")): path.unlink() # the theme's own tools
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(html_folder, out)
     fetched = [f"{page}: fetches {address}" for page, address in external(out)]

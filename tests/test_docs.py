@@ -193,10 +193,10 @@ def test_site(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_page_fails_the_build(book, monkeypatch, tmp_path, capsys):
+def test_a_broken_page_fails_the_build(book, monkeypatch, tmp_path, capfd):
     pytest.importorskip("myst_nb", reason="the extra docs is not installed")
     monkeypatch.setattr("camflow.lab.docs.repo_root", lambda: book)
     (book / "docs/howto/bad.md").write_text("# Bad\n\n[gone](nowhere.md) and $\\nosuchcommand$\n")
     assert main(["--out", str(tmp_path / "bad")]) == 1
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert "nowhere.md" in said.out and "nosuchcommand" in said.err and " 2 problems" in said.out

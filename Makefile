@@ -17,7 +17,7 @@ demo: $(STAMP)  ## GRPO post-training of the tiny camera model, with its HTML re
 test: $(STAMP)  ## everything that must hold before a commit lands
 	$(BIN)/python -m tools.checks exported clean
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.nbtest --n-workers 2
 	$(PYTEST) worksteal -m "not slow"
 
 test-all: test browser  ## also the long faults and browser tests; what is skipped prints its reason

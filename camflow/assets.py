@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'repo_root', 'list_runs', 'run_notebook', 'list_profiles', 'profile_path', 'list_tiny', 'tiny_path',
-           'licence_note', 'reports_dir', 'user_path']
+           'licence_note', 'reports_dir', 'weights_folder', 'user_path']
 
 # %% ../nbs/02_assets.ipynb #c69a134f
 import os
@@ -95,8 +95,14 @@ def reports_dir() -> Path:
     return (repo_root() or Path.cwd()) / "reports"
 
 # %% ../nbs/02_assets.ipynb #bbab4745
+def weights_folder(folder="") -> Path: # "": $CAMFLOW_WEIGHTS, or weights/ of the current folder
+    "Where published weights lie."
+    return Path(folder or os.environ.get("CAMFLOW_WEIGHTS") or "weights").expanduser()
+
+
 def user_path(path # as typed by a person; "" and None stay what they are
              ):
     "An absolute path, taken relative to the folder in which the command was typed."
     if not path: return path
-    return str((Path(os.environ.get("CAMFLOW_CWD") or Path.cwd()) / Path(path).expanduser()).resolve())
+    place = Path(os.environ.get("CAMFLOW_CWD") or Path.cwd()) / os.path.expanduser(str(path)) # of nobody's home it makes nothing: ~copy.mp4 is a file
+    return str(place.resolve() if place.name == ".." else place.parent.resolve()/place.name) # a link keeps its name: that of what it leads to may be a hash

@@ -119,7 +119,8 @@ def generator(*key,           # what the draw is for, e.g. seed, "noise", step, 
               device="cpu"    # where the numbers will be drawn
              ) -> torch.Generator:
     "A generator seeded by the SHA-256 of its key."
-    key = tuple(part.item() if hasattr(part, "item") else part for part in key) # numpy and torch scalars name the same stream as plain numbers
+    plain = lambda part: tuple(map(plain, part)) if isinstance(part, tuple) else part.item() if hasattr(part, "item") else part
+    key = plain(key) # numpy and torch scalars name the same stream as plain numbers
     for part in key:
         if not isinstance(part, (int, float, str, bool, tuple, type(None))): raise InputError(f"a generator's key holds numbers and strings, got {type(part).__name__}")
     digest = hashlib.sha256(repr(key).encode()).digest()

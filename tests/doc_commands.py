@@ -30,13 +30,14 @@ class How:
 
 TINY_SD = (("FOLDER", "data/tiny/joint/image_depth"),)
 RULES = [
+    How(r"omnicam_generate -f wan -p 'slg_layers=", put=((r"(-f wan)", "-f smoke -p guidance=5.0"), (r"(\[9\])", "[2]"))), # the tiny model has four blocks
     # ---- cannot run here
     How(r"^make ", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
     How(r"^(pip|source|python3\.11) ", f"{NETWORK}, or an Ascend host"),
     How(r"^camflow (run|serve|sweep|resume|rerun|list|show|compare|weights|doctor)$(?<!list)(?<!weights)(?<!doctor)", "names a command"),
     How(r"python -m camflow\.data\.download", NETWORK),
     How(r"run \w+ -f (npu8|npu32|fsdp8|vllm8|dr_sf)\b(?!.*--dry-run)", NPU),
-    How(r"run \w+ -f (wan|svd|sd15)\b", WEIGHTS), How(r"checkpoints/|run stereo_depth -f custom|run stereo_evaluate -f (sintel|table5)", WEIGHTS),
+    How(r"run \w+ -f (wan|svd|sd15)\b", WEIGHTS), How(r"=weights/(dynamic_stereo|raftstereo)|run stereo_depth -f custom|run stereo_evaluate -f (sintel|table5)", WEIGHTS),
     How(r"omnicam_finetune -f original", f"{WEIGHTS} of a size that no CPU holds"),
     How(r"omnicam_cache .*-p vae=FOLDER", f"{WEIGHTS}; without those parameters it runs below"),
     How(r"multicam_caption .*-p model=FOLDER", f"{WEIGHTS} of a vision-language model"),
@@ -50,7 +51,7 @@ RULES = [
     How(r"--dry-run|--parameters|^camflow (weights|doctor|list)", put=(("NAME", "recam_grpo"),)),
     How(r"^camflow serve up servers/cameraflow", "ports and servers of CameraFlow: tests/test_servers.py has its endpoints"),
     How(r"^camflow serve up"), How(r"^camflow serve status"), How(r"^camflow serve down"),
-    How(r"^camflow (resume|rerun) RUN$", put=(("RUN", "@recam_finetune"),)), How(r"^camflow resume \w+$", "`camflow resume RUN` is executed"),
+    How(r"^camflow resume RUN$", put=(("RUN", "@stopped"),)), How(r"^camflow rerun RUN$", put=(("RUN", "@recam_finetune"),)), How(r"^camflow resume \w+$", "`camflow resume RUN` is executed"),
     How(r"^camflow compare", put=(("RUN_A", "@recam_evaluate"), ("RUN_B", "@recam_evaluate"))),
     How(r"lab\.audit"),
     # ---- taken in and checked, not executed: another line here executes the same notebook in the same way with other numbers
@@ -60,15 +61,14 @@ RULES = [
         (r"omnicam_generate -p output=both|omnicam_generate -p 'images=\[.room\.png.\]' -p 'cameras=\[.zoom_in", "a picture along a script"), (r"omnicam_finetune -p (timesteps|epochs)", "offload=block"),
         (r"omnicam_cache .*-p (gc|overlay|take)=|omnicam_cache -p toml=mine", "export"), (r"joint_sample -p (mode=joint|mode=coarse|signal)|joint_sample -p folder=FOLDER -p mode=second", "the other ways of sampling"),
         (r"svd_finetune -p motion_bucket", "target=flow"), (r"gflow_fit -p sequence=(FOLDER|SEQ)|gflow_fit -f davis -p sequence=(SEQ|my_video)", "gflow_fit of DAVIS' bear"), (r"multicam_clean -p table=metadata.csv$", "that with root"),
-        (r"gflow_priors -p sequences=PARENT", "gflow_priors of DAVIS"))),
+        (r"gflow_priors -f davis -p sequences=PARENT", "gflow_priors of DAVIS"))),
     # ---- with little data, or a small profile behind it
-    How(r"gflow_priors -p sequences=", add="-p masks=none"),
+    How(r"gflow_priors -f davis -p sequences=", add="-p masks=none"),
     How(r"gflow_fit .*-p sequence=", add="-f smoke -p depth=bootstrap"),
     How(r"stereo_depth -p left=", add="-p weights=sgbm"),
     How(r"recam_grpo -f servers", add="-p steps=1"),
     How(r"recam_evaluate -f cameraflow", add="-p weights= -p samples=100"),
     How(r"recam_evaluate -p folder=", add="-p 'metrics=[temporal_flickering]' -p samples=100"), How(r"recam_evaluate", add="-f smoke"),
-    How(r"omnicam_generate -p 'slg_layers=", add="-f smoke -p 'slg_layers=[2]'"),   # the tiny model has four blocks
     How(r"joint_sample -p folder=FOLDER", add="-f smoke -p samples=3", link=TINY_SD),
     How(r"joint_finetune -f tiny -p base=base", add="-f smoke -p size=[16,16]", link=(("base", "data/tiny/joint/image_depth"),)),
     How(r"^(PYTHONPATH=\S+ )?camflow run ", add="-f smoke"),
@@ -141,6 +141,7 @@ def user_folder(folder: Path):
     import numpy as np
     import torch
 
+    from camflow.data.dynamic_replica import read_annotations, write_annotations
     from camflow.data.stereo_files import write_image
     from camflow.data.webvid import write_presets
     from camflow.gflow.layout import write_frames
@@ -149,7 +150,7 @@ def user_folder(folder: Path):
     from camflow.media.video import write_video
     from camflow.world.clips import scene_clips
     from camflow.world.stereo_clips import stereo_clip
-    from camflow.world.stereo_write import write_folders
+    from camflow.world.stereo_write import write_dynamic_replica, write_folders
     from camflow.world.write import write_multicam
     shutil.copytree(ROOT/"servers", folder/"servers")
     (folder/"data").mkdir()
@@ -171,12 +172,18 @@ def user_folder(folder: Path):
     (folder/"overlay.jsonl").write_text("")
     write_multicam(folder/"data/MultiCamVideo-Dataset", scenes=2, frames=9, cameras=2, size=(48, 80), val=False)
     shutil.copy(folder/"data/MultiCamVideo-Dataset/metadata.csv", folder/"metadata.csv")
+    (folder/"parts").mkdir()
+    for node in (0, 1): shutil.copy(folder/"metadata.csv", folder/f"parts/node{node}.csv")
+    for i in (1, 2): write_video(folder/f"groups/face/face-{i}.mp4", clip(i))
     true = truth_clip("plain", 4, (68, 120))
     for place in ("DAVIS/JPEGImages/480p/bear", "PARENT/bear", "SEQ"): write_frames(folder/place, true.frames)
     for place in (".WebVID/videos/a.mp4", ".results/cam_type1/a.mp4", ".results/cam_type9/a.mp4"): write_video(folder/place, clip(int(place[1] == "r")))
     (folder/".WebVID/metadata.csv").write_text("file_name,text\na.mp4,a red room\n")
     write_presets(folder/".WebVID/cameras/camera_extrinsics.json", 9)
     write_folders(folder/"my_data", stereo_clip(3, frames=4, size=(64, 160)))
+    write_dynamic_replica(folder/"dynamic_replica_data", [stereo_clip(i, frames=2, size=(64, 160)) for i in (3, 4)], "real", tracks=False)
+    table, names = folder/"dynamic_replica_data/real/frame_annotations_real.jgz", {"world-3": "teddy_static", "world-4": "nikita_reading"}
+    write_annotations(table, [row | {"sequence_name": names[row["sequence_name"]]} for row in read_annotations(table)[0]])
     for i in range(3):
         write_image(folder/f"pictures/{i}.png", clip(i).data[0])
         write_image(folder/f"depth/{i}.png", clip(i).data[0][:1])

@@ -36,12 +36,12 @@ class Ends:
 
 
 class Slow:
-    "A tenth of a second, and a mark in a folder for every call."
+    "A tenth of a second, and a mark in a folder for every call; where a file `hold` lies beside the folder, the ninth call does not end."
     name, higher_is_better, inputs = "slow", True, ("video",)
     def __init__(self, folder): self.folder = str(folder)
 
     def __call__(self, video):
-        time.sleep(0.15)
+        time.sleep(600 if Path(self.folder).with_name("hold").exists() and len(os.listdir(self.folder)) >= 8 else 0.1)
         (Path(self.folder) / f"{time.time_ns()}-{os.getpid()}").touch()
         return float(video.float().mean())
 

@@ -33,7 +33,7 @@ class FakeOpenAI:
         self.seen.append(json.loads(data))
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         todo = self.script.pop(0) if self.script else self.answer(self.seen[-1])
-        if todo == "hang": await asyncio.sleep(3)
+        if todo == "hang": await asyncio.sleep(600)          # until the server is stopped
         if todo in ("drip", "huge"):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for _ in range(60):
@@ -56,11 +56,11 @@ class FakeOpenAI:
         self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical", interface="asgi3"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not self.server.started and time.monotonic() < end: time.sleep(0.01)
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
         return self
 
     def __exit__(self, *_):
         self.server.should_exit = self.server.force_exit = True
-        self.thread.join(10)
+        self.thread.join(60)

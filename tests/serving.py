@@ -17,11 +17,11 @@ from camflow.servers.service import ServerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-SLEEP, TROUBLE = "camflow.servers.fakes:SleepReward", "camflow.servers.fakes:TroubleReward"
+SLEEP, TROUBLE, GATE = "camflow.servers.fakes:SleepReward", "camflow.servers.fakes:TroubleReward", "tests.gate:Gate"
 
 
-def wait_for(condition, limit=60.0, what="the condition"):
-    "Returns the first true value of condition()."
+def wait_for(condition, limit=240.0, what="the condition"):
+    "Returns the first true value of condition(); the limit is for what hangs, not for what is slow."
     end = time.monotonic() + limit
     while time.monotonic() < end:
         if value := condition(): return value
@@ -40,10 +40,10 @@ def running(reward=TROUBLE, options=None, **config):
     assert server.started
     server.url, server.service = f"http://127.0.0.1:{config.port}", server.config.app.app.state.service
     try:
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as server.http: yield server
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=240) as server.http: yield server
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -58,7 +58,7 @@ class Process:
     def start(self, wait=True):
         self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.app", "--config", str(self.path)], cwd=ROOT, env=ENV,
                                         preexec_fn=die_with_parent)
-        if wait: wait_for(self.ready, 90, "the server")
+        if wait: wait_for(self.ready, what="the server")
         return self
 
     def ready(self):
@@ -66,7 +66,9 @@ class Process:
         with contextlib.suppress(httpx.HTTPError): return httpx.get(self.url + "/readyz", trust_env=False, timeout=5).status_code == 200
         return False
 
-    def worker(self): return httpx.get(self.url + "/readyz", trust_env=False, timeout=5).json()["pid"]
+    def busy(self): return httpx.get(self.url + "/readyz", trust_env=False, timeout=60).json()["flying"]
+
+    def worker(self): return httpx.get(self.url + "/readyz", trust_env=False, timeout=60).json()["pid"]
 
     def kill(self):
         if self.process: self.process.kill(), self.process.wait()

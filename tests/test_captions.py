@@ -108,6 +108,27 @@ def test_a_table_without_a_single_video_is_refused(tmp_path):
     assert clean(tmp_path/"t.csv").captions == {}
 
 
+def test_tables_of_several_nodes_are_merged(tmp_path):
+    "A header each, exclamation marks, a blank row and a byte that is not UTF-8: what 32 processes leave, in one pass; findings say in which part."
+    parts = tmp_path/"parts"
+    parts.mkdir()
+    table(parts/"node2.csv", [*ROWS[:2], f'{NAMES[2]},"!!!!!!!!"'.encode(), *ROWS[3:6]], b"filename,text")
+    table(parts/"node10.csv", [*ROWS[6:8], b"", f'{NAMES[8]},"The person'.encode() + b'\xa1\xafs arm rises."', *ROWS[9:], ROWS[0]], b"filename,text")
+    for given in (parts, f"{parts}/node*.csv", [parts/"node2.csv", str(parts/"node10.csv")]):
+        cleaned = clean(given)
+        assert list(cleaned.captions) == NAMES and cleaned.rows == 13 and cleaned.counts == {"blank": 1, "encoding": 1, "exclamation": 1, "duplicate": 1}
+        assert {f.kind: f.row for f in cleaned.findings} == {"exclamation": "node2.csv:4", "blank": "node10.csv:4", "encoding": "node10.csv:5", "duplicate": "node10.csv:9"}
+        assert [f.detail for f in cleaned.findings if f.kind == "duplicate"] == ["first in line node2.csv:2"]
+    report = write_clean(clean(parts), parts, tmp_path/"out")
+    assert report["kept"] == 12 and len(report["sha256"]) == 2 and clean(tmp_path/"out/metadata.csv").counts == {}
+    with pytest.raises(InputError, match="stays as it is"): write_clean(clean(parts), parts, parts)
+    for nothing in (tmp_path/"out/none*.csv", tmp_path):
+        with pytest.raises(InputError, match="no caption tables in"): clean(nothing)
+    (tmp_path/"more").mkdir()
+    table(tmp_path/"more/node2.csv", ROWS)
+    with pytest.raises(InputError, match="several of them called node2.csv"): clean([parts, tmp_path/"more"])
+
+
 def test_a_manifest_of_something_else(tmp_path):
     (tmp_path/"m.csv").write_text("file_name,status,luminance\na.mp4,ok,12.5\nb.mp4,failed,\n")
     assert read_luminance(tmp_path/"m.csv") == {"a.mp4": 12.5}
@@ -139,6 +160,8 @@ def test_files_and_rows_are_compared(tmp_path):
     cleaned = clean(table(tmp_path/"t.csv", ROWS), root=tmp_path, items=list_items(tmp_path))
     assert cleaned.counts == {"missing_file": 1, "no_caption": 1}
     assert NAMES[-1] not in cleaned.captions and cleaned.captions["f24_aperture5/scene2/videos/cam07.mp4"] in SAY
+    empty = clean(table(tmp_path/"e.csv", [*ROWS[:-1], f'{NAMES[-1]},""'.encode()]), root=tmp_path)
+    assert [f.action for f in empty.findings if f.kind == "empty"] == ["dropped with its video"]                                      # there was no overlay
 
 
 def test_an_overlay_corrects_and_the_raw_table_stays(tmp_path):
@@ -234,8 +257,10 @@ import sys, time
 from camflow.data.caption import Measured, caption_videos
 from camflow.data.prepare import list_items
 class Slow(Measured):
+    asked = 0
     def ask(self, *args, **options):
-        time.sleep(0.3)
+        self.asked += 1
+        if self.asked == 5: time.sleep(600)              # it cannot come to its end before it is killed
         return super().ask(*args)
 caption_videos(sys.argv[2], list_items(sys.argv[1]), Slow, "m", batch=1)
 """
@@ -244,7 +269,7 @@ caption_videos(sys.argv[2], list_items(sys.argv[1]), Slow, "m", batch=1)
 def test_a_killed_pass_continues(videos, tmp_path):
     root, items = videos
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(root), str(tmp_path/"l")], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    part, until = tmp_path/"l/part-00000.jsonl", time.monotonic() + 120
+    part, until = tmp_path/"l/part-00000.jsonl", time.monotonic() + 600
     count = lambda: part.read_text().count('"caption:') if part.exists() else 0
     while count() < 2 and time.monotonic() < until: time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -60,7 +60,7 @@ def test_a_bare_card_is_refused():
 
 def test_written_cards_have_the_same_sections():
     "What the trainings write when they export."
-    from camflow.depth.pose_train import PoseNet, card
+    from camflow.depth.pose import PoseNet, card
     from camflow.flow import train as flow
     from camflow.stereo import train as stereo
     from camflow.wan import finetune, omnicam_train, vae_train
@@ -70,3 +70,13 @@ def test_written_cards_have_the_same_sections():
 def test_licence_of_what_went_in():
     assert licence_note(start=None, data="world", vae="tiny") == "Apache-2.0; no outside data or weights"
     assert "weights/wan" in licence_note(transformer="weights/wan") and "Apache" not in licence_note(root="MultiCamVideo-Dataset")
+
+
+def test_numbers_are_written_again_and_other_lines_stay():
+    from camflow.files import read_json
+    from camflow.wan.omnicam_evaluate import _with_scripts
+    text, found = (TINY/"omnicam/card.md").read_text(encoding="utf-8"), read_json(TINY/"omnicam/scores.json")["scripts"]
+    assert _with_scripts(text, found) == text
+    by_hand = text.replace("\n\n## Licence", "\n- a line by hand\n\nAnother.\n\n## Licence")
+    other = _with_scripts(by_hand, {**found, "rotation_ratio": 0.9})
+    assert "0.90 of its rotation error" in other and other.endswith(by_hand[by_hand.index("\n- a line by hand"):]) and other.count("held-out scripts") == text.count("held-out scripts")

@@ -8,7 +8,7 @@ from camflow.assets import list_profiles, list_runs, profile_path, tiny_path
 from camflow.files import InputError
 from camflow.lab import choices
 from camflow.lab.doctor import unset
-from camflow.lab.parameters import notebook_parameters
+from camflow.lab.parameters import notebook_parameters, read_profile
 from camflow.lab.published import PUBLISHED
 from camflow.lab.run import find_notebook, prepare
 from tests.test_cli import camflow
@@ -73,6 +73,36 @@ def test_profiles_that_speak_of_what_to_give_say_it_in_that_line():
             assert not any(re.search(r"fill in|; set \w+,|pass -p", line, re.I) for line in comments), f"{run}.{profile}: write `# needs: ...`"
 
 
+def named_files(value):
+    "Strings in a profile's value that name a place on disk, however deep."
+    if isinstance(value, dict): return [s for v in value.values() for s in named_files(v)]
+    if isinstance(value, list): return [s for v in value for s in named_files(v)]
+    return [value] if isinstance(value, str) and ("/" in value or value == "weights" or re.search(r"\.(pth?|ckpt|bin|safetensors)$", value)) else []
+
+
+def astray(run, values):
+    "Places of weights that are not where `camflow weights` says."
+    wrong = []
+    for c in choices.choices_of(run):
+        homes = ["weights/" + PUBLISHED[n].file for n in c.published.split()]
+        if len(homes) > 10: homes.append("weights")   # recam_evaluate looks for many files in the folder
+        wrong += [f"{run} {c.parameter}: {s}" for s in named_files(values.get(c.parameter)) if not any(s == h or s.startswith(h + "/") for h in homes)]
+    known = {c.parameter for c in choices.choices_of(run)}
+    return wrong + [f"{run} {name}: {s}" for name, v in values.items() if name not in known for s in named_files(v) if re.search(r"weights|checkpoint|\.(pth?|ckpt|safetensors)$", s)]
+
+
+def test_profiles_look_where_the_command_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("CAMFLOW_WEIGHTS", raising=False)
+    profiles = [(run, read_profile(profile_path(run, profile))) for run in list_runs() for profile in list_profiles(run)]
+    assert not [line for run, values in profiles for line in astray(run, values)] and sum(bool(re.search("'weights", str(v))) for _, v in profiles) > 10
+    assert astray("stereo_depth", {"weights": "checkpoints/dynamic_stereo_sf.pth"}) and astray("stereo_depth", {"weights": "weights/other.pth"}) and astray("stereo_depth", {"out": "checkpoints/a"})
+    monkeypatch.setenv("CAMFLOW_WEIGHTS", str(tmp_path))
+    path = profile_path("stereo_depth", "custom")
+    assert read_profile(path)["weights"] == str(PUBLISHED["stereo-sf"].path(tmp_path)) and read_profile(profile_path("recam_evaluate", "npu8"))["weights"] == str(tmp_path)
+    (tmp_path/"own.yaml").write_text("options: {da3: {weights: weights/DA3-BASE}, word: weightsome/x}\nlist: [weights/a]\n")
+    assert read_profile(tmp_path/"own.yaml") == {"options": {"da3": {"weights": f"{tmp_path}/DA3-BASE"}, "word": "weightsome/x"}, "list": [f"{tmp_path}/a"]}
+
+
 def test_the_command_tells(tmp_path):
     text = camflow("weights", "--folder", str(tmp_path)).stdout
     for entry in PUBLISHED.values(): assert f"{entry.name}: missing" in text and entry.licence in text and entry.url in text
@@ -84,7 +114,7 @@ def test_the_command_tells(tmp_path):
     assert none.returncode == 2 and "gflow_cost takes no published weights" in none.stderr
     (tmp_path/"dynamic_stereo_sf.pth").write_bytes(b"x")
     row = next(r for r in choices.system_rows(tmp_path) if r[0] == "DynamicStereo")
-    assert row[1:4] == (1, 2, ["stereo-dr-sf"]) and row[4] == ["stereo"]
+    assert row[1:3] == (1, 7) and row[3] == ["stereo-dr-sf", *choices.RAFT_STEREO.split()] and row[4] == ["stereo"]
 
 
 def test_the_doctor_tells(tmp_path):

@@ -13,6 +13,8 @@ import pytest
 
 from camflow.lab.registry import Run
 from tests.doc_commands import ROOT, RULES, all_commands, as_run, cut, python_blocks, rule, user_folder
+from tests.holding import held
+from tests.test_lab import wait_for
 
 COMMANDS = sorted(all_commands(), key=lambda c: c.text.startswith(("camflow resume", "camflow rerun", "camflow compare")) + 2 * c.text.startswith("camflow serve down"))
 RUNNING = [c for c in COMMANDS if not c.how.skip]
@@ -38,9 +40,12 @@ def home(tmp_path_factory):
     bash("camflow serve down servers/servers.toml", folder)
 
 
+def environment(folder): return {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "CAMFLOW_REPORTS": str(folder/"reports"), "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", "CAMFLOW_DEVICE": "cpu"}
+
+
 def bash(line, folder):
     "Runs a line as its reader would; returns what it did, and its CPU seconds."
-    env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "CAMFLOW_REPORTS": str(folder/"reports"), "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", "CAMFLOW_DEVICE": "cpu"}
+    env = environment(folder)
     line = line.replace("PYTHONPATH=$PWD", f"PYTHONPATH=$PWD:{ROOT}")   # the checkout is on the path in place of an installation
     before = os.times()
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
@@ -50,8 +55,18 @@ def bash(line, folder):
 
 @pytest.fixture
 def newest(home):
-    "Name of a notebook -> its newest run; a smoke run where there is none yet."
+    "Name of a notebook -> its newest run, a smoke run where there is none yet; stopped -> a run that was cut short."
     def find(name):
+        if name == "stopped":
+            before = set((home/"reports/recam_finetune").glob("*"))
+            env = environment(home) | {"CAMFLOW_GRACE": "1"}                      # no machine is so fast that it ends before it is stopped
+            env["PYTHONPATH"] = f"{held(home/'held', 'camflow.wan.finetune', 'result.json')['PYTHONPATH']}{os.pathsep}{env['PYTHONPATH']}"
+            process = subprocess.Popen(["camflow", "run", "recam_finetune", "-f", "smoke"], cwd=home, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            trains = lambda: [run for run in set((home/"reports/recam_finetune").glob("*")) - before if any(file.stat().st_size for file in run.glob("*/metrics.jsonl"))]
+            wait_for(lambda: trains() or process.poll() is not None, 900)
+            process.terminate()                                                   # not --timeout, which a resumed run keeps
+            assert process.wait() == 143 and trains()
+            return find("recam_finetune")
         runs = sorted((p for p in (home/"reports"/name).glob("*") if (p/"run.json").is_file()), key=lambda p: p.name)
         if not runs:
             done, _ = bash(f"camflow run {name} -f smoke", home)

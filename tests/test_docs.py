@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from camflow.assets import repo_root
 from camflow.files import InputError
-from camflow.lab.doc_pages import Site, Symbols, convert, escape, page_name, reference, sources
+from camflow.lab.doc_pages import Site, Symbols, convert, escape, lookup, page_name, reference, sources
 from camflow.lab.doc_outputs import execute_notebooks, fill, modules_of, output_key
 from camflow.lab.docs import external, main, mathml, names_index
 
@@ -53,6 +54,11 @@ def test_a_notebook_becomes_a_page(book):
     assert site.problems == []
 
 
+def test_a_notebook_that_is_not_there(book):
+    assert list(sources(book, ["00_fi"]).values())[0] == "book/base/files"
+    with pytest.raises(InputError, match="'00_flies'"): sources(book, ["files", "00_flies"])
+
+
 def test_links_follow_their_targets(book):
     _, site = page_of(book)
     def go(link): return site.prose(f"[words]({link})", "docs/howto/data.md", "howto/data")
@@ -92,6 +98,22 @@ def test_reference_takes_text_literally():
     assert "sample(a=None, *, path=" in text and r"\*stars\*, \$money\$ and `code|here`" in text
     assert r"| `a` | `int \| None` | `None` | a \< b, \[T,3\] and a\|b |" in text and "| where to |" in text
     assert escape("`a|b` <x>") == r"`a|b` \<x\>"
+
+
+def test_reference_gives_each_parameter_of_a_line_its_comment():
+    def sample(self, a, b: tuple,          # pixels; (H, W)
+               *, c=1, d=np.zeros(2),      # share; of both; of all
+               e: int = 0, **more) -> int: # steps; others
+        return 1
+    rows = {row.split("`")[1]: row.split(" | ")[-1].removesuffix(" |") for row in reference(sample, "sample").splitlines() if row.startswith("| `")}
+    both = "`c`, `d`: share; of both; of all"
+    assert rows == {"a": "pixels", "b": "(H, W)", "c": both, "d": both, "e": "steps", "**more": "others"}
+    assert "| **returns** | `int` |  |  |" in reference(sample, "sample")
+
+
+def test_reference_of_a_patched_class_method():
+    text = reference(lookup("camflow.geometry.camera", "Cameras.from_w2c"), "Cameras.from_w2c")
+    assert "Cameras.from_w2c(w2c, K, size, frames=None)" in text and "| `K` |  |  | `K`, `size`: as in Cameras |" in text
 
 
 def test_two_sources_of_one_page_are_refused(book):
@@ -144,8 +166,11 @@ def test_notebooks_are_executed_once(tmp_path):
     paths = [f"nbs/{name}.ipynb" for name in texts]
     for path, cells in zip(paths, texts.values()): (tmp_path / path).write_text(json.dumps(notebook(*cells)))
     said = []
-    first = execute_notebooks(tmp_path, paths, tmp_path / "kept", workers=2, seconds=8, tell=said.append)
-    assert [first.status[p][0] for p in paths] == ["ok", "failed", "timeout", "run"] and len(said) == 2
+    for seconds in (8, 40, 200):                         # a busy machine may need longer than 8 s for the good one
+        said.clear()
+        first = execute_notebooks(tmp_path, paths, tmp_path / "kept", workers=2, seconds=seconds, tell=said.append)
+        if "timeout" not in [first.status[p][0] for p in paths[:2]]: break
+    assert [first.status[p][0].replace("kept", "ok") for p in paths] == ["ok", "failed", "timeout", "run"] and len(said) == 2
     assert "division by zero" in first.problems()[0] and "hang.ipynb" in first.problems()[1]
     shown = fill(json.loads((tmp_path / paths[0]).read_text()), first.notebooks[paths[0]])["cells"]
     assert "".join(shown[0]["outputs"][0]["text"]) == "hello\n" and "42" in str(shown[0]["outputs"][1]) and not shown[1]["outputs"] and not shown[2]["outputs"]
@@ -193,10 +218,11 @@ def test_site(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_page_fails_the_build(book, monkeypatch, tmp_path, capfd):
+def test_a_broken_page_fails_the_build(book, monkeypatch, tmp_path, capsys):
     pytest.importorskip("myst_nb", reason="the extra docs is not installed")
+    import sphinx.application # noqa: F401 - what it says goes to the stream of now, not to that of its first import
     monkeypatch.setattr("camflow.lab.docs.repo_root", lambda: book)
     (book / "docs/howto/bad.md").write_text("# Bad\n\n[gone](nowhere.md) and $\\nosuchcommand$\n")
     assert main(["--out", str(tmp_path / "bad")]) == 1
-    said = capfd.readouterr()
+    said = capsys.readouterr()
     assert "nowhere.md" in said.out and "nosuchcommand" in said.err and " 2 problems" in said.out

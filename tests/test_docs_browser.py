@@ -19,11 +19,11 @@ def site(tmp_path_factory):
     pytest.importorskip("myst_nb", reason="the extra docs is not installed")
     pytest.importorskip("pydata_sphinx_theme", reason="the extra docs is not installed")
     folder = tmp_path_factory.mktemp("docs")
-    chosen = ["geometry/00_camera", "rl/04_advantage", "tutorials/cameras", "runs/recam_grpo.ipynb"]
+    chosen = ["geometry/01_camera", "rl/04_advantage", "tutorials/cameras", "runs/recam_grpo.ipynb"]
     done = subprocess.run([sys.executable, "-m", "camflow.lab.docs", "--out", folder/"site", "--execute", "--kept", folder/"kept", "--only", *chosen], cwd=repo_root(), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "4 notebooks executed" in done.stdout and " 0 problems" in done.stdout, (done.stdout + done.stderr)[-3000:]
     env = {**os.environ, "CAMFLOW_CHROMIUM": CHROMIUM, "CAMFLOW_PLAYWRIGHT": str(PLAYWRIGHT)}
-    out = subprocess.run(["node", HERE/"site.js", folder/"site", json.dumps({"pages": PAGES, "words": ["Cameras", "advantage"]})], capture_output=True, text=True, timeout=400, env=env, check=False)
+    out = subprocess.run(["node", HERE/"site.js", folder/"site", json.dumps({"pages": PAGES, "words": ["Cameras", "advantage"]})], capture_output=True, text=True, timeout=900, env=env, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout)
 
@@ -46,6 +46,6 @@ def test_pages_fit_and_are_readable(site):
 def test_a_page_of_the_book_has_outputs_tables_and_formulas(site):
     page = site["pages"]["book/geometry/camera.html"]["wide"]
     assert page["outputs"] >= 3 and page["tables"] > 20 and page["formula"][1] > 12 and site["source"] > 40
-    assert site["pages"]["tutorials/cameras.html"]["wide"]["outputs"] >= 5 and site["pages"]["tutorials/cameras.html"]["phone"]["images"] > 0
+    assert site["pages"]["tutorials/cameras.html"]["wide"]["outputs"] >= 4 and site["pages"]["tutorials/cameras.html"]["phone"]["images"] > 0
     assert site["pages"]["runs/recam_grpo.html"]["wide"]["outputs"] == 0
     assert site["pages"]["systems/gflow.html"]["wide"]["images"] > 0 and site["pages"]["gallery.html"]["wide"]["images"] > 3

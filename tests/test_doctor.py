@@ -24,7 +24,7 @@ def test_every_profile_has_a_verdict():
 
 def test_it_is_fast_and_leaves_torch_alone():
     code = "import sys; from camflow.lab.doctor import diagnose; diagnose(); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    assert cpu_seconds(code) < 1.0
+    assert cpu_seconds(code) < 0.6 * cpu_seconds("import torch")      # measured: 0.5 s and 1.6 s
 
 
 @pytest.mark.parametrize("name, profile, machine, status, words", [
@@ -68,6 +68,8 @@ def test_what_is_broken_is_a_row(monkeypatch):
 MEASURE = """
 import json, tempfile, torch
 from camflow.lab.pretend import MEMORY, install
+from camflow.processes import end_quickly
+end_quickly()
 torch.set_num_threads(1)
 install("npu").is_bf16_supported = lambda: False
 from camflow.rl import estimate
@@ -86,7 +88,7 @@ print(json.dumps(found))
 
 def test_memory_estimate_against_a_measured_run():
     "A rollout and its update on the pretended device, whose memory is counted to the byte: within a factor of 1.5, with and without recomputation."
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for measured, estimated in found.values(): assert measured / 1.5 < estimated < measured * 1.5, found
@@ -97,7 +99,8 @@ def test_memory_estimate_against_a_measured_run():
 def test_time_estimate_against_a_measured_run(tmp_path):
     "Rollout, decoding and update of the tiny model: within a factor of 3 of what the probe says, on one thread."
     code = """
-import json, tempfile, torch
+import json, tempfile, time, torch
+time.perf_counter = time.process_time          # of one thread: what else runs on this machine counts for nothing
 torch.set_num_threads(1)
 from camflow.rl import estimate
 from camflow.rl.recam_grpo import build
@@ -110,6 +113,6 @@ for _ in range(3):
 rate = max(estimate.probe() for _ in range(3))
 print(json.dumps([best, estimate.grpo(config).seconds(rate)]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     measured, estimated = json.loads(done.stdout.splitlines()[-1])
     for phase in ("rollout", "train"): assert measured[f"seconds_{phase}"] / 3 < estimated[phase] < measured[f"seconds_{phase}"] * 3, (phase, measured, estimated)

@@ -26,6 +26,7 @@ from camflow.media.video import write_video
 from camflow.metrics.layouts import find_clips
 from camflow.metrics.statistics import mcnemar
 from camflow.metrics.tables import COLUMNS, checked, failures, paired, paired_sets, read_table, set_lines, summary, wide
+from tests.holding import held
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -103,9 +104,16 @@ def test_multicam_pairs(tmp_path):
     assert [c.id for c in found] == ["f35_aperture2.4/scene2/cam01-cam02", "f35_aperture2.4/scene2/cam01-cam03"] and found.notes[found[1].id][0] == "no video: there is no cam03.mp4"
     assert float(found[0].cameras.K[0, 0, 0]) == pytest.approx(35 / 23.76 * 24) and found[0].reference is None
     assert len(find_clips(tmp_path, pairs="all")) == 6 and len(find_clips(scene)) == 2 and len(find_clips(scene.parent)) == 2
+    assert "no prompt: there is no caption table" in found.notes[found[0].id]
+    (tmp_path/"metadata-f35-test.csv").write_text("file_name,text\nf35_aperture2.4/scene2/videos/cam02.mp4,A man dances.\n")
+    assert f"metadata={tmp_path}/metadata-f35-test.csv" in find_clips(tmp_path).notes[found[0].id][-1]
+    assert find_clips(tmp_path, metadata=str(tmp_path/"metadata-f35-test.csv"))[0].prompt == "A man dances."
     clip(tmp_path/"made/scene2/cam01-cam02.mp4")
     judged = find_clips(tmp_path, results=str(tmp_path/"made"))
     assert judged[0].video.parent.parent.name == "made" and judged[0].reference == scene/"videos/cam02.mp4"
+    shutil.copytree(scene.parent, scene.parents[1]/"f18_aperture10")
+    with pytest.raises(InputError, match="for f18_aperture10 and for f35_aperture2.4"): find_clips(tmp_path, results=str(tmp_path/"made"))
+    assert len(find_clips(tmp_path)) == 4 and len(find_clips(scene.parent, results=str(tmp_path/"made"))) == 2
 
 
 def test_any_folder(tmp_path):
@@ -117,6 +125,8 @@ def test_any_folder(tmp_path):
     assert [c.id for c in found] == ["a/x", "b/9", "b/10", "b/x"] and [c.group for c in found] == ["a", "b", "b", "b"]
     assert [c.source and c.source.name for c in found] == ["x.mp4", "9.mp4", None, "x.mp4"] and found[1].prompt == "nine"
     assert len(find_clips(tmp_path/"made", limit=2)) == 2
+    write_json(tmp_path/"prompts.json", {"c/x.mp4": "one", "d/x.mp4": "another", "c/9.mp4": "nine", "d/9.mp4": "nine"})
+    assert [c.prompt for c in find_clips(tmp_path/"made", metadata=str(tmp_path/"prompts.json"))] == [None, "nine", None, None], "two captions called x"
 
 
 def test_realestate_texts(tmp_path):
@@ -273,9 +283,9 @@ def test_weights_are_checked(tmp_path):
 SMALL = ["-p", "world_sources=2", "-p", "world_paths=[1,5,9]", "-p", "world_frames=9", "-p", "world_size=[32,48]", "-p", "samples=100", "-p", "count=1", "-p", 'metrics=["temporal_flickering","psnr","ssim"]']
 
 
-def camflow(reports, *words, **options):
+def camflow(reports, *words, **env):
     return subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "CAMFLOW_REPORTS": str(reports), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **options)
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env, "CAMFLOW_REPORTS": str(reports)})
 
 
 def ended(process, status=0):
@@ -294,8 +304,8 @@ def measured(run):
 def test_killed_and_resumed_is_the_same_table_and_two_runs_compare(tmp_path):
     whole, flickering = (Path(ended(camflow(tmp_path/name, "run", "recam_evaluate", "-q", *SMALL, *more))[0]).parent
                          for name, more in (("whole", []), ("flickering", ["-p", "fault=flicker", "-p", "amount=60"])))
-    process, parts = camflow(tmp_path/"killed", "run", "recam_evaluate", "-q", *SMALL), []
-    while not parts and process.poll() is None:
+    process, parts = camflow(tmp_path/"killed", "run", "recam_evaluate", "-q", *SMALL, **held(tmp_path/"held", "camflow.metrics.evaluation", "part-000002.parquet")), []
+    while len(parts) < 2 and process.poll() is None:
         time.sleep(0.01)
         parts = list((tmp_path/"killed").glob("recam_evaluate/*/evaluate/table.parquet/part-*"))
     process.send_signal(signal.SIGKILL)

@@ -67,12 +67,14 @@ def test_kill_and_resume_give_the_same_table(clips, tmp_path):
     write_clips(tmp_path / "clips.json", more)
     script = tmp_path / "run.py"
     script.write_text(code)
+    (tmp_path / "hold").touch()
     child = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     parts = lambda: Table(tmp_path / "out/table.parquet").parts()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(parts()) < 4 and child.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
+    (tmp_path / "hold").unlink()
     before, made = Table(tmp_path / "out/table.parquet").read(), len(list(marks.iterdir()))
     assert 4 <= len(set(before["clip"])) < 12, "killed in the middle"
     again = evaluate(more, [Flicker(), Slow(marks), Levels()], tmp_path / "out", processes=0)
@@ -100,7 +102,7 @@ def test_a_crash_costs_one_cell(clips, tmp_path, how):
 
 def test_a_hang_is_a_timeout(clips, tmp_path):
     dark = Clip("dark", video(tmp_path, "dark", noise(5, level=20)))
-    rows = evaluate([dark, clips[1]], [Crash("hang"), Flicker()], tmp_path / "out", processes=1, patience=3)
+    rows = evaluate([dark, clips[1]], [Crash("hang"), Flicker()], tmp_path / "out", processes=1, patience=15)
     assert value(rows, "dark", "crash").status == "timeout" and value(rows, "dark", "flicker").status == "ok" and value(rows, "c1", "crash").status == "ok"
 
 
@@ -194,6 +196,92 @@ def test_resume_measures_only_what_is_missing(clips, tmp_path):
     again = evaluate(clips, [Flicker(), Slow(marks)], tmp_path / "out", processes=0)
     assert value(again, "c0", "flicker").value == value(again, "c1", "flicker").value != value(rows, "c0", "flicker").value
     assert len(Table(tmp_path / "out/table.parquet").read()) == 6
+
+
+@pytest.mark.parametrize("processes", (0, 1))
+def test_redo_and_no_resume_ask_plain_metrics_again(clips, tmp_path, processes):
+    marks, calls = tmp_path / "marks", lambda: len(list(marks.iterdir()))
+    marks.mkdir()
+    again = lambda **how: evaluate(clips[:2], [Slow(marks)], tmp_path / "out", processes=processes, **how)
+    again(), again(), again(redo=("failed",))
+    assert calls() == 2
+    again(redo=("ok",))
+    assert calls() == 4
+    again(resume=False)
+    assert calls() == 6
+
+
+OWN = """
+import functools, json, sys
+import numpy as np
+import torch
+from camflow.files import content_hash
+from camflow.metrics.feature_cache import describe
+def empty():
+    def function(): return late
+    if sys.argv[2:]: late = 1
+    return function
+def judge(low=str.lower):
+    import json                 # a module is captured, too
+    return lambda x: json.dumps(low(x) in {"alpha", "beta", "gamma"})
+class Named:
+    def __init__(self): self.words = np.array(["a", None, ("b", 1)], dtype=object)
+    def __call__(self, x): return "a" if x in ("c", frozenset({"d", "e", "f"})) else super().__repr__()
+own = dict(judge=judge(), judge_of_another=judge(str.upper), named=Named(), tensors=torch.Tensor, empty=empty(), part=functools.partial(judge, str.upper))
+print(json.dumps({k: content_hash(describe(v), 12) for k, v in own.items()}))
+"""
+
+
+def test_keys_of_users_own_functions_are_the_same_in_every_process():
+    "Sets among constants, modules, methods of built-in types, cells without content, arrays of objects."
+    of = lambda seed: json.loads(subprocess.run([sys.executable, "-c", OWN], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    one, two = of("1"), of("2")
+    assert one == two and len(set(one.values())) == len(one) == 6
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from camflow.metrics.clips import read_clips
+from camflow.metrics.engine import evaluate
+from camflow.metrics.features import Differences
+from camflow.metrics.interface import Result
+from camflow.metrics.streaming import Need, SetMetric
+class Own(Differences): pass
+class Whole(SetMetric):
+    name, needs = "whole", {"fake": Need(Own()), "real": Need(Own())}
+    def score(self, fake, real, **labels): return Result("whole", float(np.mean([one["differences"].mean() for one in fake])))
+if __name__ == "__main__": print(evaluate(read_clips("clips.json"), [Whole()], sys.argv[1], processes=int(sys.argv[1]), cache="features").value[0])
+"""
+
+
+def test_a_program_with_features_of_its_own(clips, tmp_path):
+    "Workers know the program's module by another name; what they have measured is found."
+    from camflow.metrics.clips import write_clips
+    write_clips(tmp_path / "clips.json", clips)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    def run(processes):
+        done = subprocess.run([sys.executable, "program.py", str(processes)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True)
+        return float(done.stdout), sum(path.is_file() for path in (tmp_path / "features").rglob("*"))
+    value, files = run(1)
+    assert value > 1 and run(0) == (value, files)
+
+
+def test_sources_are_read_once_for_the_keys_of_all_metrics():
+    from camflow.metrics.feature_cache import code_hash
+    from camflow.metrics.streaming import signature
+    from camflow.metrics.suite import build
+    code_hash.cache_clear()
+    for metric in build("all"): signature(metric)
+    assert code_hash.cache_info().misses == 2    # with and without what lies below
+
+
+def test_labels_follow_the_clips(clips, tmp_path):
+    evaluate(clips, [Flicker()], tmp_path / "out", processes=0)
+    clips[0].group, clips[0].cluster = "new", "another source"
+    rows = evaluate(clips, [Flicker()], tmp_path / "out", processes=0)
+    assert rows.group.tolist() == ["new", "odd", "even"] and rows["cluster"].nunique() == 2
+    assert Table(tmp_path / "out/table.parquet").read().group.tolist().count("new") == 1
 
 
 def test_weights_that_arrive_later_are_measured(clips, tmp_path):

@@ -76,7 +76,7 @@ def test_attention_alone_with_hidden_conditions(base, tmp_path):
     assert changed and all("attn1" in n for n in changed) and set(load_checkpoint(tmp_path/"run"/"checkpoints").tensors["model"]) == {n for n in start if "attn1" in n}
     export_recam(tmp_path/"run", tmp_path/"out", config, clips=2)
     assert ReCamTransformer3DModel.from_pretrained(tmp_path/"out"/"transformer").config.source_timesteps
-    with pytest.raises(InputError, match="at most 1"): main({**config, "text_to_video": 0.9}, tmp_path/"other")
+    with pytest.raises(InputError, match="sum to more than 1"): main({**config, "text_to_video": 0.9}, tmp_path/"other")
 
 
 def test_lora_is_merged_at_export(base, tmp_path):
@@ -167,7 +167,11 @@ def test_captions_are_encoded_once(tmp_path):
 KILLED = """
 import sys, time, torch
 from camflow.data.cache import LatentCache, fill
-slow = lambda batch: (time.sleep(0.01), {"latents": torch.stack(batch)})[1]
+seen = []
+def slow(batch):
+    seen.extend(batch)
+    time.sleep(600 if len(seen) > 100 else 0.01)         # it cannot come to its end before it is killed
+    return {"latents": torch.stack(batch)}
 fill(LatentCache(sys.argv[1], {"v": 1}), [f"k{i}" for i in range(200)], lambda k: torch.full((4,), float(k[1:])), slow, batch=2, shard=4)
 """
 

@@ -79,6 +79,8 @@ def test_bad_flow_files_are_named(tmp_path):
     with pytest.raises(InputError, match="less than 512"): write_flow(tmp_path/"far.png", constant(513, 0))
     assert not (tmp_path/"far.png").exists()
     with pytest.raises(InputError, match="holds no"): read_flows(tmp_path/"nothing")
+    for kind in ("flo", "png"): write_flows(tmp_path/"both", Flow(torch.zeros(2, 2, 4, 4), "forward"), kind)
+    with pytest.raises(InputError, match="one format per folder"): read_flows(tmp_path/"both")
     write_flow(tmp_path/"two"/"a.flo", flow), write_flow(tmp_path/"two"/"b.flo", constant(1, 2, (3, 3)))
     with pytest.raises(InputError, match="b.flo has"): read_flows(tmp_path/"two")
 
@@ -251,6 +253,7 @@ def test_ties_and_bad_maps(tmp_path):
     assert m.bucket(0.) == 0 and m.bucket(2.) == 255 and isinstance(m, QuantileMap) and isinstance(fit_map([.1, .2, .4], "log"), LogMap)
     with pytest.raises(InputError, match="positive speeds"): fit_map([0., 0., 0.2], "log")
     with pytest.raises(InputError, match="at least two"): fit_map([0.1])
+    with pytest.raises(InputError, match="2 of 3 speeds"): fit_map([-0.1, 0.2, float("nan")])
     with pytest.raises(InputError, match="choose quantile or log"): fit_map([.1, .2], "rank")
     (tmp_path/"a.json").write_text(json.dumps({"kind": "magic"}))
     with pytest.raises(InputError, match="no motion mapping"): load_map(tmp_path/"a.json")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from camflow.depth.flow_pose import flow_poses, lift, robust_pose, smooth_path
-from camflow.depth.pose_train import estimate_cameras, load_pose, to_vector
+from camflow.depth.pose import estimate_cameras, load_pose, to_vector
 from camflow.files import InputError
 from camflow.geometry.trajectory import PRESETS, preset, rescale
 from camflow.rewards.camera import CameraReward

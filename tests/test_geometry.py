@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,10 @@ from camflow.files import InputError
 from camflow.geometry import trajectory as tr
 from camflow.geometry.align import align_poses, umeyama
 from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
+from camflow.geometry.focal import focal_of_fov
 from camflow.geometry.plucker import plucker, rays
 from camflow.geometry.rigid import inverse, quaternion, rotation, se3_exp, se3_log, so3_exp, so3_log
+from camflow.geometry.script import parse # which gives Cameras from_script, whichever tests ran before
 from tests.parity import cameras as parity
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -102,6 +105,14 @@ def test_colmap_reads_simple_pinhole(tmp_path):
     close(cameras.K[0], [[70.5, 0, 40], [0, 70.5, 24], [0, 0, 1]])
     (tmp_path / "cameras.txt").write_text("1 OPENCV 80 48 70 70 40 24 0.1 0 0 0\n")
     with pytest.raises(InputError, match="OPENCV.*line 1.*undistort"): Cameras.from_colmap(tmp_path)
+    (tmp_path / "cameras.txt").write_text("1 PINHOLE 80 48 70 40 24\n")
+    with pytest.raises(InputError, match="3 parameters of a lens PINHOLE, it has 4.*line 1"): Cameras.from_colmap(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ("frame_{:05d}.jp2", "my frame {}.png", "left/{:03d}.v2", "frame.{:04d}"))
+def test_colmap_frame_numbers_are_those_of_the_name(path, tmp_path, pattern):
+    path[2:5].to_colmap(tmp_path, pattern)
+    assert Cameras.from_colmap(tmp_path).frames.tolist() == [2, 3, 4]
 
 
 def test_lie_groups_at_every_angle():
@@ -211,6 +222,7 @@ def test_missing_camera_and_frame(data, tmp_path):
     assert len(Cameras.from_unreal_json(broken, 4)) == 81
     del broken["frame40"]
     with pytest.raises(InputError, match="frame 40 is missing.*frames="): Cameras.from_unreal_json(broken, 4)
+    with pytest.raises(InputError, match="frame 1 is missing"): Cameras.from_unreal_json({k: v for k, v in data.items() if k != "frame1"}, 4) # not: every second one
     with pytest.raises(InputError, match="frame 40 is missing"): Cameras.from_unreal_json(broken, 4, frames=range(81))
     with pytest.raises(InputError, match="cam11"): Cameras.from_unreal_json(data, 11)
     with pytest.raises(InputError, match="not found"): Cameras.from_unreal_json(tmp_path / "nothing.json", 1)
@@ -242,6 +254,28 @@ def test_broken_realestate10k(tmp_path):
     with pytest.raises(InputError, match="no poses"): Cameras.from_realestate10k(tmp_path / "clip.txt", SIZE)
 
 
+@pytest.mark.parametrize("change, says", [(dict(K=[[1.2, 0, 0.5], [0, 1.6, 0.5], [0, 0, 1]]), "fractions of the picture"), (dict(K=[[100, 0, 0], [0, 100, 0], [48, 32, 1]]), "is K transposed"),
+    (dict(K=[100, 100, 48, 32]), r"shape \(4,\) for 3 poses"), (dict(K=torch.eye(3).repeat(2, 1, 1)), r"shape \(2, 3, 3\) for 3 poses"), (dict(size=(0, 96)), "size"), (dict(c2w=[["a"]]), "not an array of numbers")])
+def test_cameras_of_other_conventions(change, says):
+    with pytest.raises(InputError, match=says): Cameras(**dict(c2w=torch.eye(4).repeat(3, 1, 1), K=[[100, 0, 48], [0, 100, 32], [0, 0, 1]], size=(64, 96)) | change)
+
+
+def test_lists_are_not_rounded_on_the_way():
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[0, 3] = 500_000.123
+    assert Cameras(pose[None].tolist(), [[100, 0, 48], [0, 100, 32], [0, 0, 1]], (64, 96)).c2w[0, 0, 3].item() == 500_000.123
+
+
+def test_camera_files_of_editors(tmp_path):
+    path = tmp_path / "cameras.json"
+    path.write_text(json.dumps({"frame0": {"cam01": "[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [7, 0, 0, 1]"}}), encoding="utf-8-sig")
+    assert len(Cameras.from_unreal_json(path, 1)) == 1
+    path.write_text('{"frame0": ["cam01"]}')
+    with pytest.raises(InputError, match="a list instead of cameras by name"): Cameras.from_unreal_json(path, 1)
+    with pytest.raises(InputError, match="Is a directory"): Cameras.from_unreal_json(tmp_path, 1)
+    with pytest.raises(InputError, match="radians"): focal_of_fov(0.9, (64, 96))
+
+
 def test_cameras_check_their_parts():
     eye = torch.eye(4)[None]
     with pytest.raises(InputError, match="positive focal"): Cameras(eye, torch.zeros(3, 3), SIZE)
@@ -249,6 +283,24 @@ def test_cameras_check_their_parts():
     with pytest.raises(InputError, match="4x4"): Cameras(torch.eye(4), focal_K(24, SIZE), SIZE)
     with pytest.raises(InputError, match="frame 40"): Cameras(eye * 2, focal_K(24, SIZE), SIZE, [40])
     assert Cameras(eye[:, :3].numpy(), focal_K(24, SIZE).numpy(), SIZE).c2w.shape == (1, 4, 4)
+
+
+def test_numpy_numbers_are_numbers(path):
+    n = np.int64(3)
+    assert path[n].frames.tolist() == [3] and len(path.relative(n)) == 9
+    close(path.relative(n).c2w[3], torch.eye(4))
+    text = "<starttime>0</starttime> <endtime>1</endtime> <speed>high</speed> <direction>left</direction> <rotate>stay</rotate>"
+    assert Cameras.from_script(parse(text), SIZE, frames=np.int64(5)).frames.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_realestate10k_options_that_were_passed_over(path, tmp_path):
+    with pytest.raises(InputError, match="3 time stamps for 9 poses"): path.to_realestate10k(tmp_path / "clip.txt", times=[0, 1, 2])
+    path.to_realestate10k(tmp_path / "clip.txt")
+    with pytest.raises(InputError, match="compat 'camera_ctrl'"): Cameras.from_realestate10k(tmp_path / "clip.txt", SIZE, compat="camera_ctrl")
+
+
+def test_rigid_motions_stay_on_their_device():
+    for made in (so3_exp(torch.zeros(2, 3, device="meta")), se3_exp(torch.zeros(2, 6, device="meta"))): assert made.is_meta
 
 
 def test_umeyama_refuses_every_preset():

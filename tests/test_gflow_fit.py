@@ -78,7 +78,7 @@ def test_bad_input_is_told(tmp_path):
         fit_video(priors, tmp_path/"a", **FEW)
         fit_video(priors, tmp_path/"a", **{**FEW, "iterations_after": 7})
     with pytest.raises(InputError, match="GiB for 3 frames"): check_memory(3, (64, 112), FitConfig(), room=2**20)
-    for settings, message in ((dict(preset="slow"), "choose from fast, paper"), (dict(lambda_var=1.), "belong to the other preset"), (dict(budget=3, num_points=50), "raise the budget"),
+    for settings, message in ((dict(preset="slow"), "choose from fast, paper"), (dict(lambda_var=1.), "the other preset has"), (dict(budget=3, num_points=50), "raise the budget"),
                               (dict(background="pink"), "choose from black"), (dict(replay=1), "at least 2")):
         with pytest.raises(InputError, match=message): fit_video(priors, tmp_path/"b", **settings)
     (tmp_path/"file").write_text("no folder")

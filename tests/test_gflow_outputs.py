@@ -84,6 +84,7 @@ def test_occlusion_either_way_and_gone_gaussians():
     assert found.moving.tolist() == [False, True, True] and found.points[1, 1, 0] == pytest.approx(40.5, abs=0.6)
     assert np.isnan(found.points[2, 1:]).all() and not found.visible[2, 1:].any()  # the shield is gone: NaN, not its old place
     with pytest.raises(InputError, match="frames 0 to 2"): follow(tl, [[3, 1, 1]])
+    with pytest.raises(InputError, match="a query of frame 0.5; .*frames 0 to 2"): follow(tl, [[0, 1, 1], [0.5, 1, 1]])
 
 
 def test_uncovered_pixels_take_the_nearest_and_say_so():
@@ -192,7 +193,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 
 def run_page(path, *more):
-    out = subprocess.run(["node", str(Path(__file__).with_name("gflow_page.js")), str(path), *map(str, more)], capture_output=True, text=True, timeout=60)
+    out = subprocess.run(["node", str(Path(__file__).with_name("gflow_page.js")), str(path), *map(str, more)], capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout)
 

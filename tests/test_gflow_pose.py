@@ -80,6 +80,8 @@ def test_windows():
     whole, windowed, none = find_path(priors), find_path(priors, window=5), find_path(priors, rounds=0)
     assert centre_error(windowed, clip) < 0.006 and centre_error(whole, clip) < 0.006 and centre_error(none, clip) > centre_error(windowed, clip)
     with pytest.raises(InputError, match="window"): find_path(priors, window=5, focal=True)
+    for few in (0, 2):                                       # nothing would be free in them, and nothing was said
+        with pytest.raises(InputError, match=f"window={few}"): find_path(priors, window=few)
 
 
 def test_the_focal_length_is_found():

@@ -155,7 +155,12 @@ def test_some_frames_of_a_sequence(seq):
     frames, numbers, _ = layout.read_frames(seq, every=2)
     with pytest.raises(InputError, match="each frame to the next"): read_priors(seq, frames, numbers)
     assert read_priors(seq, frames, numbers, flow="dis").flow_forward.shape[0] == 1
-    with pytest.raises(InputError, match="none from 7 on"): layout.read_frames(seq, first=7)
+    with pytest.raises(InputError, match="from number 7 on"): layout.read_frames(seq, first=7)
+
+
+@pytest.mark.parametrize("which", [dict(first=-2), dict(every=0), dict(count=-1)])
+def test_frames_that_cannot_be_counted_are_refused(seq, which):
+    with pytest.raises(InputError, match=f"{next(iter(which))}={next(iter(which.values()))}"): layout.read_frames(seq, **which)
 
 
 def test_a_users_mask_is_found(seq, true):
@@ -279,3 +284,12 @@ def test_two_owners_of_subsample_break_the_assertion_and_one_does_not(aligned, r
     assert good.mean() > 0.5 and np.array_equal(good, found > 0) and np.isnan(found[~good]).all()
     wrong = AlignedScene(AlignConfig(read), [normalised(depth, read)[0]], scene.factors)
     with pytest.raises(InputError, match="another subsample"): wrong.depth(0)
+
+
+def test_priors_of_some_frames_only_are_named(tmp_path):
+    "gflow_priors takes 12 frames unless told otherwise; a fit of all frames says so instead of 'run gflow_priors' alone."
+    seq = tmp_path/"bear/bear"
+    layout.write_frames(seq, Frames(torch.zeros(3, 3, 16, 24, dtype=torch.uint8), "byte"))
+    with pytest.raises(InputError, match="00000.npy does not exist; depth of bear"): layout.read_depth(seq)
+    layout.write_folders(seq, ["00000", "00001"], np.ones((2, 16, 24), np.float32))
+    with pytest.raises(InputError, match="00002.npy does not exist; depth of bear, 2 .npy files lie in the folder; run gflow_priors .with count=0 for all frames"): layout.read_depth(seq)

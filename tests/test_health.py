@@ -27,6 +27,19 @@ def test_each_collapse_is_named(changes, words):
     assert words in collapse(history) and collapse(history[:8]) == "" and collapse(rows(30)) == ""
 
 
+def test_one_colour_has_no_texture():
+    from camflow.media.frames import Frames
+    from camflow.rl.health import frame_statistics
+    found = frame_statistics(Frames(torch.full((2, 3, 24, 40), 200, dtype=torch.uint8), "byte"))
+    assert float(found["texture"]) < 1e-6 and float(found["brightness"]) == pytest.approx(200 / 255)
+
+
+def test_a_reward_without_an_answer_is_left_out():
+    from camflow.rl.health import scores_of
+    values, status = scores_of({"a": torch.tensor([1.0, math.nan]), "b": None})
+    assert list(values) == ["a"] and status == ["ok", "invalid"]
+
+
 def test_noise_is_no_collapse():
     "As large as what twenty runs of the tiny model showed: window means within 0.2 deviations, statistics within 0.75 and 1.15."
     g = torch.Generator().manual_seed(0)

@@ -333,9 +333,9 @@ def test_unicon_reads_what_it_wrote_and_what_is_left_over_is_listed(tmp_path):
 def test_files_of_other_networks_ranks_and_trainings_are_refused(tmp_path):
     write_unicon(draw(JointAdapter(sd(), rank=3)), tmp_path / "a")
     write_unicon(draw(JointAdapter(sd(), rank=5)), tmp_path / "b")
-    with pytest.raises(InputError, match="a checkpoint of another network"): read_unicon(sd(width=40), tmp_path / "a")
+    with pytest.raises(InputError, match="give a checkpoint of this network"): read_unicon(sd(width=40), tmp_path / "a")
     with pytest.raises(InputError, match="fits this model.*of another network"): read_unicon(wan_call("diffusers")[0](), tmp_path / "a")
-    with pytest.raises(InputError, match="LoRAs of rank 5, rank 3 is wanted"): read_unicon(sd(), tmp_path / "b", rank=3)
+    with pytest.raises(InputError, match="LoRAs of rank 5, asked for is rank 3"): read_unicon(sd(), tmp_path / "b", rank=3)
     with pytest.raises(InputError, match="read it under another name"): read_unicon(JointAdapter(sd(), rank=4), tmp_path / "b", name="")
     shutil.copy(tmp_path / "a/xy_lora/pytorch_lora_weights.safetensors", tmp_path / "b/xy_lora/pytorch_lora_weights.safetensors")
     with pytest.raises(InputError, match=r"ranks \[3, 5\] in one checkpoint"): read_unicon(sd(), tmp_path / "b")
@@ -378,18 +378,36 @@ def test_named_models_are_written_without_their_name():
     assert isinstance(str(FileReport("", "conv", 3, 4, ["k"], [])), str) and adapter_name("look", "xy") in str(list(adapter.parameters_by_name()))
 
 
+def test_the_order_of_models_with_and_without_encoder_does_not_matter():
+    "A model without branches in the encoder has its y_lora there; a branch that comes later must not read it."
+    def made(*models):
+        adapter = JointAdapter(sd(), roles=("x", "y", "z"), empty=True)
+        for name, roles, skip in models: adapter.add_model(name, "conv", 2, skip=skip, roles=roles)
+        for name, p in adapter.parameters_by_name().items(): p.data = 0.1 * normal(*p.shape, seed=sum(map(ord, name)))
+        with torch.no_grad(), adapter.use(Layout([(0, 1, 1., 1., "a"), (1, 2, 1., 1., "b")], 3)): return adapter.model(normal(3, 4, 8, 8), torch.tensor([5, 5, 5]), normal(3, 5, 32)).sample
+    a, b = ("a", ("x", "y"), ("down_blocks",)), ("b", ("y", "z"), ())
+    torch.testing.assert_close(made(a, b), made(b, a), rtol=1e-4, atol=1e-5)
+
+
 # ---- bad input
+
+def test_a_refused_adapter_leaves_the_model_plain():
+    unet = sd()
+    before = unet(normal(1, 4, 8, 8), 5, normal(1, 5, 32)).sample
+    with pytest.raises(InputError, match="rank=0"): JointAdapter(unet, rank=0)
+    assert JointAdapter(unet, rank=2).remove() is unet and torch.equal(unet(normal(1, 4, 8, 8), 5, normal(1, 5, 32)).sample, before)
+
 
 @pytest.mark.parametrize("make, says", [
     (lambda: JointAdapter(sd(), post="dense"), "post='dense'"),
     (lambda: JointAdapter(sd(), attention="temporal"), "no block with temporal"),
-    (lambda: JointAdapter(sd(), lora_side="both"), "token or query"),
+    (lambda: JointAdapter(sd(), lora_side="both"), "'token' or 'query'"),
     (lambda: JointAdapter(sd(), roles=("x",)), "two or more"),
     (lambda: JointAdapter(sd(), rank=0), "rank=0"),
     (lambda: JointAdapter(sd(), skip=("down_blocks", "mid_block", "up_blocks")), "leaves no block"),
     (lambda: JointAdapter(torch.nn.Linear(2, 2)), "no block with spatial"),
     (lambda: Layout([(0, 1), (0, 1)], 2), "listed twice"),
-    (lambda: grouped(2, roles=2, pairs=[(0, 2)]), "not of roles 0 to 1"),
+    (lambda: grouped(2, roles=2, pairs=[(0, 2)]), "roles go from 0 to 1"),
 ])
 def test_refusals(make, says):
     with pytest.raises(InputError, match=says): make()
@@ -398,7 +416,7 @@ def test_refusals(make, says):
 def test_weights_of_another_rank_are_refused():
     mine, state = JointAdapter(sd(), rank=4), JointAdapter(sd(), rank=3).state_dict()
     before = {name: p.clone() for name, p in mine.state_dict().items()}
-    with pytest.raises(InputError, match="another rank"): mine.load_state_dict(state)
+    with pytest.raises(InputError, match="same rank"): mine.load_state_dict(state)
     with pytest.raises(InputError, match=f"1 parameters are only in .* first '{next(iter(before))}'"): mine.load_state_dict({name: p for name, p in before.items() if name != next(iter(before))})
     assert all(torch.equal(p, before[name]) for name, p in mine.state_dict().items())
 

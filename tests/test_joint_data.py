@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from camflow.assets import tiny_path
+from camflow.data.stereo_files import write_image
 from camflow.device import generator
 from camflow.files import InputError
 from camflow.joint.codecs import FLOW_KINDS, DepthCodec, FlowCodec, codec_from_dict, load_coded, round_trip, save_coded
-from camflow.joint.data import Crop, apply_crop, captions, check_item, draw_crop, draw_size, image_folder, modalities, read_panda, video_folder, voc_json, webvid_videos, world_items
+from camflow.joint.data import Crop, Source, apply_crop, captions, check_item, draw_crop, draw_size, image_folder, modalities, panda_videos, read_depth, read_panda, video_folder, voc_json, webvid_videos, world_items
 from camflow.joint.models import identity_vae, load_sd, load_svd
 from camflow.joint.shapes import shape_clip
 from camflow.media.frames import Depth, Flow, Frames, to_pil
@@ -114,8 +115,32 @@ def test_image_folder_pairs_by_stem_and_lists_what_it_skips(tmp_path):
     plain = image_folder(tmp_path/"rgb")
     assert plain[1]["caption"] is None
     with pytest.raises(InputError, match="no caption"): captions(plain, "refuse", lambda p: None)
+    assert len(captions(plain)) == len(plain)                                                  # without a function items are asked themselves
+    with pytest.raises(InputError, match="1 of 2 items have no caption"): captions(plain, "refuse")
+    class Entry:
+        def __eq__(self, other): raise AssertionError("entries are compared")                  # of 20,000 each with each took seconds, of a million hours
+    entries = [Entry(), Entry(), Entry()]
+    kept = captions(Source(entries, None), "drop", lambda e: None if e is entries[1] else "told").entries
+    assert len(kept) == 2 and kept[0] is entries[0] and kept[1] is entries[2]
     cv2.imwrite(str(tmp_path/"depth"/"a.png"), np.full((6, 10), 2500, np.uint16))
     with pytest.raises(InputError, match="sizes"): source[0]
+
+
+def test_depth_that_is_none_and_captions_of_editors(tmp_path):
+    from PIL import Image
+    grey = np.linspace(20, 230, 48).reshape(6, 8).astype(np.uint8)
+    cv2.imwrite(str(tmp_path/"jet.png"), cv2.applyColorMap(grey, cv2.COLORMAP_JET))
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path/"metres.tif")
+    for name, says in {"jet.png": "coloured picture", "metres.tif": "float32 numbers"}.items():
+        with pytest.raises(InputError, match=f"{name}.*{says}"): read_depth(tmp_path/name)
+    Image.fromarray(np.dstack([grey] * 3)).save(tmp_path/"rgb.png")
+    Image.fromarray(grey).save(tmp_path/"grey.png")
+    assert torch.equal(read_depth(tmp_path/"rgb.png").data, read_depth(tmp_path/"grey.png").data)
+    table = tmp_path/"metadata.jsonl"
+    table.write_text('{"file_name": "rgb.png", "text": "one\u2028two"}\r\n\r\n', encoding="utf-8-sig")
+    assert image_folder(tmp_path/"rgb.png", captions=table)[0]["caption"] == "one\u2028two"
+    table.write_text('{"text": "one"}\n')
+    with pytest.raises(InputError, match="no file_name.*line 1"): image_folder(tmp_path/"rgb.png", captions=table)
 
 
 def test_voc_rows(tmp_path):
@@ -133,6 +158,16 @@ def test_panda_rows_clip_by_clip(tmp_path):
     assert [(c.id, c.start, c.caption) for c in clips] == [("abc_0", 1.5, "a cat"), ("abc_1", 60.0, None)] and list(bad) == [3]
     table.write_text("videoID,url\n")
     with pytest.raises(InputError, match="timestamp"): read_panda(table)
+
+
+def test_a_panda_clip_ends_where_the_table_says(tmp_path):
+    "A second shot begins at 1 s: no frame of it belongs to the first clip."
+    shots = torch.cat([torch.zeros(10, 3, 16, 16), torch.ones(10, 3, 16, 16)])
+    write_video(tmp_path/"abc.mp4", Frames(shots, "unit"), fps=10)
+    (tmp_path/"panda.csv").write_text('videoID,url,timestamp,caption,matching_score\nabc,u,"[[\'0:00:00.700\', \'0:00:01.000\'], [\'0:00:01.000\', \'0:00:02.000\']]",[],[]\n')
+    first, second = (lambda i, frames=frames: panda_videos(tmp_path/"panda.csv", tmp_path, frames, 1)[i] for frames in (3, 4))
+    assert float(first(0)["video"].unit().data.max()) < 0.1 and float(second(1)["video"].unit().data.min()) > 0.9
+    with pytest.raises(InputError, match="from 0.7 to 1 s has 3 frames, 4 are needed"): second(0)
 
 
 def test_short_and_mixed_videos_say_so(tmp_path):
@@ -175,3 +210,24 @@ def test_what_does_not_load_is_listed(tmp_path):
 def test_model_folders_are_refused_when_incomplete(tmp_path):
     with pytest.raises(InputError, match="no folder unet"): load_sd(tmp_path)
     with pytest.raises(InputError, match="no folder unet"): load_svd(tmp_path)
+
+
+@pytest.mark.parametrize("data", ["images", "voc"])
+def test_pictures_without_depth_are_looked_at(tmp_path, data):
+    "PascalVOC comes without depth; a Depth Anything 3 may be given in place of a folder of it."
+    from camflow.depth.da3_files import random_da3, save_da3
+    from camflow.joint import controlnet_train, train
+    for i in range(5): write_image(tmp_path/f"{i}.png", torch.randint(0, 256, (3, 28, 42), dtype=torch.uint8, generator=generator(i)))
+    (tmp_path/"voc.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "noise"} for i in range(5)]))
+    save_da3(random_da3(), tmp_path/"da3")
+    config = dict(batch_size=2, held_out=8, sample_steps=1, warmup=0, size=[16, 16], steps=1, data=data, folder=str(tmp_path), table=str(tmp_path/"voc.json"), depth=str(tmp_path/"da3"))
+    full = train.configuration(config, train.DEFAULTS)
+    item = train.open_items(full | dict(held_out=train.spared(full)))[0]
+    assert item["depth"].size == (28, 42) and len(item["depth"]) == 1 and train.spared(full) == 1
+    assert train.main(config | dict(rank=2), tmp_path/"run").step == 1 == controlnet_train.main(config | dict(family="sd"), tmp_path/"control").step
+
+
+def test_pictures_need_depth_before_anything_is_loaded(tmp_path):
+    from camflow.joint import controlnet_train, train
+    for trainer in (train, controlnet_train):
+        with pytest.raises(InputError, match="Depth Anything 3"): trainer.main(dict(data="images", folder=str(tmp_path), family="sd"), tmp_path/"run")

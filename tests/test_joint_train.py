@@ -79,7 +79,7 @@ def test_export_and_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(family="sd", data="videos", folder="x"), "videos for svd"), (dict(data="images"), "folder or a table"), (dict(family="svd", frames=1), "at least two"),
+    (dict(family="sd", data="videos", folder="x"), "videos for svd"), (dict(data="images"), "give folder or table"), (dict(family="svd", frames=1), "at least two"),
     (dict(size=[15, 16]), "multiples of 2"), (dict(data="nothing"), "one of"), (dict(rank=0), "at least 1"),
     (dict(gradient_checkpointing=True, joint_dropout=0.1), "joint_dropout"), (dict(no_such_knob=1), "no_such_knob")])
 def test_bad_configurations(tmp_path, change, message):
@@ -91,7 +91,7 @@ def test_gap_of_strangers_is_nothing():
     x, y = torch.rand(12, 3, 8, 8, generator=g), torch.rand(12, 3, 8, 8, generator=g)
     found = coupling.coupling(x, y, coupling.depth_agreement)
     assert abs(found["gap"]) < 0.15 and coupling.coupling(x, x, coupling.depth_agreement)["gap"] > 0.8
-    with pytest.raises(InputError, match="two samples"): coupling.coupling(x[:1], y[:1], coupling.depth_agreement)
+    with pytest.raises(InputError, match="at least two"): coupling.coupling(x[:1], y[:1], coupling.depth_agreement)
     flat = coupling.coupling(torch.zeros(4, 3, 8, 8), y[:4], coupling.depth_agreement)
     assert flat["undefined"] == 4 and flat["paired"] != flat["paired"] # NaN, not 0
     assert json.dumps(found)
@@ -136,6 +136,15 @@ def test_norm_groups_survive_the_folder(tmp_path):
     assert groups == {8}
     with pytest.raises(InputError, match="divide"): tiny_svd(norm_groups=5)
     with pytest.raises(InputError, match="no such tiny network"): train.parts_of(configuration(dict(unet=dict(colour="red")), train.DEFAULTS))
+
+
+def test_a_vae_whose_factor_is_one_is_written(tmp_path):
+    from diffusers import AutoencoderKL
+    from camflow.joint.models import load_sd, save_parts, tiny_sd
+    own = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=1, latent_channels=3, scaling_factor=1.0)
+    save_parts(tiny_sd() | dict(vae=own), tmp_path, half=False)
+    back = load_sd(tmp_path)["vae"].state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in own.state_dict().items())
 
 
 def test_motion_agreement_is_about_direction():

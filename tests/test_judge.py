@@ -162,7 +162,7 @@ def test_a_judge_behind_a_server():
     tokens = [(t, {t: 0.0}) for t in "Alignment Score (1-5): |3|.|2|\nPhysics Score (1-5): |4|.|0|\nStyle Score (1-5): |2|.|5".split("|")]
     answer = lambda body: completion("", tokens=tokens) if body.get("logprobs") else completion(GOOD)
     with FakeOpenAI(answer=answer) as server:
-        judge = VideoJudge(endpoint={"url": server.url, "deadline": 10.0, "pause": 0.01})
+        judge = VideoJudge(endpoint={"url": server.url, "deadline": 300.0, "pause": 0.01})
         scores = judge([sample(0), sample(1)])
         assert scores.status == ["ok", "ok"] and scores.values[0] == pytest.approx((3.2 + 4.0 + 2.5) / 3, abs=1e-4)
         assert VideoJudge("fake-vl", server.url).vlm.model == "fake-vl" and VideoJudge(None, server.url).vlm.model is None
@@ -208,6 +208,13 @@ def test_retest_shows_other_windows_of_the_same_clip():
     table, groups = retest(First(), [Sample(clip, torch.eye(4).expand(9, 4, 4), meta={"group": "a"})] * 2, repeats=3)
     assert seen == [[0, 0], [1, 1], [2, 2]] and table.shape == (2, 3) and groups == ["a", "a"]
     with pytest.raises(InputError, match="too short"): retest(First(), [Sample(clip[:3])], repeats=3)
+
+
+def test_retest_says_why_a_clip_has_no_score():
+    "Clips without a prompt, given to a judge that reads it: a report that only counts them helps nobody."
+    clip, why = torch.zeros(9, 3, 8, 8, dtype=torch.uint8), {}
+    table, _ = retest(VideoJudge("random", device="cpu", frames=2), [Sample(clip, id="a"), Sample(clip, prompt="A room.", id="b")], repeats=2, why=why)
+    assert list(why) == ["a"] and "prompt" in why["a"] and not np.isfinite(table[0]).any() and np.isfinite(table[1]).all()
 
 
 def test_the_clips_of_a_group_must_differ(tiny):

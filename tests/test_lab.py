@@ -8,12 +8,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from camflow.files import InputError, read_json, write_json
 from camflow.lab import run as running
 from camflow.lab.launch import LaunchError, launch
-from camflow.lab.registry import build_index, close_run, find_run, new_run, process_mark, scan
+from camflow.lab.registry import Run, build_index, close_run, find_run, new_run, process_mark, scan
 from camflow.lab.report import needs_network, write_report
 
 TRAINING = '''
@@ -61,7 +62,7 @@ def lab(tmp_path_factory):
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CAMFLOW_GRACE", "1")
-        patch.setattr(running, "_record_environment", lambda run_dir, env: subprocess.Popen([sys.executable, "-c", ""], stderr=subprocess.PIPE, text=True))
+        patch.setattr(running, "_kernel_words", lambda run_dir: [sys.executable, "-m", "ipykernel_launcher"])   # a toy needs no torch
         yield make_toy(folder)
 
 
@@ -120,6 +121,22 @@ def test_a_failed_run_says_why_and_resumes(lab):
     assert resumed.path == run.path and resumed.status == "ok" and [r["step"] for r in resumed.metrics] == [1, 2, 3, 4, 5]
     assert resumed.info["attempts"][0]["status"] == "failed" and len((run.path/"metrics.jsonl").read_text().splitlines()) == 5
     with pytest.raises(InputError, match="is complete"): running.resume(run.id)
+
+
+def test_videos_are_compared_too(tmp_path):
+    from camflow.media.frames import Frames
+    from camflow.media.video import write_video
+    clip = (torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 255).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(4, -1, -1, -1)
+    def run_with(change):
+        folder = new_run("filmed", root=tmp_path)
+        write_json(folder/"result.json", {"written": 1})
+        write_video(folder/"results/a.mp4", Frames(change(clip).clamp(0, 255).byte(), "byte", 8))
+        close_run(folder, "ok")
+        return Run(folder)
+    one = run_with(lambda x: x)
+    for change, verdict in ((lambda x: x, "bit-equal"), (lambda x: x + 1, "within tolerance"), (lambda x: x.flip(-1), "different"), (lambda x: x[:3], "different")):
+        found = running.compare(one, run_with(change))
+        assert found["verdict"] == verdict and found["compared"] == 2 and ("videos.results/a.mp4" in found["differences"]) == (verdict != "bit-equal")
 
 
 @pytest.mark.parametrize("params, words", [({"stps": 3}, "did you mean 'steps'"), ({"steps": 2.5}, "steps must be int, got float"), ({"run_dir": "x"}, "unknown parameter 'run_dir'")])

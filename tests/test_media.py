@@ -1,5 +1,6 @@
 """Frames and video files: both readers give the same frames, damage is reported, colours and sizes survive."""
 import io
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -26,18 +27,19 @@ def picture(i, h=64, w=96):
     return np.stack([(x * 2 + i * 5) % 256, (y * 3 + i * 9) % 256, (x + y + i * 7) % 256], -1).astype(np.uint8)
 
 
-def encode(path, codec="libx264", ticks=lambda i: 3003, frames=40, rotation=None, container=None, **options):
+def encode(path, codec="libx264", ticks=lambda i: 3003, frames=40, rotation=None, container=None, pixels="yuv420p", start=0, aspect=None, size=(64, 96), **options):
     "A file with B-frames and a key frame every 12, written without our writer."
     import av
-    base, time = Fraction(1, 90000) if codec != "mpeg4" else Fraction(1, 30000), 0
+    base, time = Fraction(1, 90000) if codec != "mpeg4" else Fraction(1, 30000), start
     with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream(codec, rate=Fraction(30000, 1001))
-        stream.height, stream.width = picture(0).shape[:2]
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", base
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.codec_context.time_base = pixels, base
+        if aspect: stream.codec_context.sample_aspect_ratio = aspect
         stream.options = {"crf": "18", "bf": "3", "g": "12", **options} if codec == "libx264" else options
         if rotation: stream.set_display_rotation(rotation)
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
             frame.pts, frame.time_base = time, base
             time += ticks(i) if codec != "mpeg4" else 1001
             for packet in stream.encode(frame): out.mux(packet)
@@ -49,7 +51,7 @@ def sequential(path):
     "The plainest reader: decode everything in order."
     import av
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90 % 4).copy()).permute(2, 0, 1) for f in container.decode(video=0)])
+        return torch.stack([torch.from_numpy(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90 % 4).copy()).permute(2, 0, 1) for f in container.decode(container.streams.best("video"))])
 
 
 CLASSES = {
@@ -58,8 +60,11 @@ CLASSES = {
     "upside_down.mp4": dict(rotation=180), "one_key_frame.mp4": dict(g="1000"), "one_frame.mp4": dict(frames=1),
     "open_gop.mp4": {"x264-params": "open-gop=1"}, "transport.ts": {}, "variable.mp4": dict(ticks=lambda i: (1500, 3003, 6006, 12000)[i % 4]),
     "variable.mkv": dict(ticks=lambda i: (1500, 3003, 6006, 12000)[i % 4]),
+    "turned.mkv": dict(rotation=90), "ten_bits.mkv": dict(pixels="yuv420p10le"), "interlaced.mp4": {"x264-params": "interlaced=1"}, "full_range.mp4": dict(pixels="yuvj420p"),
+    "grey.mp4": dict(pixels="gray"), "444_odd.mp4": dict(pixels="yuv444p", size=(59, 101)), "odd_jpeg.avi": dict(codec="mjpeg", pixels="yuvj420p", size=(59, 101)),
+    "phone.mp4": dict(ticks=lambda i: 3003 + (-150, 90, 40, -60, 80)[i % 5]), "later.mp4": dict(start=900_000), "later.mkv": dict(start=900_000),
 }
-PYAV_ONLY = {"open_gop.mp4", "transport.ts", "variable.mp4", "variable.mkv"}
+PYAV_ONLY = {"open_gop.mp4", "transport.ts", "variable.mp4", "variable.mkv", "turned.mkv", "ten_bits.mkv", "interlaced.mp4", "odd_jpeg.avi", "phone.mp4"}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -68,7 +73,7 @@ def test_both_readers_give_the_same_frames(name, tmp_path):
     truth, info = sequential(path), probe(path)
     assert info.frames == len(truth) and info.size == tuple(truth.shape[-2:]) and not info.damage
     assert info.variable_rate == name.startswith("variable") and info.decord_agrees == (name not in PYAV_ONLY)
-    if not info.variable_rate and info.frames > 1: assert abs(info.fps - 30000 / 1001) < 1e-2
+    if not info.variable_rate and info.frames > 1: assert abs(read_video(path).fps - 30000 / 1001) < (5e-2 if name == "phone.mp4" else 1e-2) # its last stamp wavers, too
     order = [i for i in ORDER if i < len(truth)]
     for backend in ("auto", "pyav", *(["decord"] if has_decord() and name not in PYAV_ONLY else [])):
         assert torch.equal(read_video(path, backend=backend).data, truth), backend
@@ -107,6 +112,105 @@ def test_decord_is_refused_where_it_is_not_reliable(name, tmp_path):
     path = encode(tmp_path / name, **CLASSES[name])
     with pytest.raises(VideoError, match="decord does not give reliable"):
         read_video(path, backend="decord")
+
+
+def film(path, source, shift=0, cover=False):
+    "The packets of a file, shifted so that an edit list hides the first frames, or behind a picture that is no video."
+    import av
+    with av.open(str(source)) as given, av.open(str(path), "w") as out:
+        stream = given.streams.video[0]
+        if cover:
+            front = out.add_stream("mjpeg", rate=1)
+            front.height, front.width, front.pix_fmt = 40, 40, "yuvj420p"
+            if path.suffix != ".mkv": front.disposition = av.stream.Disposition.attached_pic
+        copy = out.add_stream_from_template(stream)
+        if cover:
+            frame = av.VideoFrame.from_ndarray(picture(3, 40, 40), format="rgb24").reformat(format="yuvj420p")
+            frame.pts = 0
+            for packet in [*front.encode(frame), *front.encode()]: out.mux(packet)
+        for packet in given.demux(stream):
+            if packet.dts is None: continue
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+            out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name, how, frames", [("trimmed.mp4", dict(shift=5 * 3003), 35), ("trimmed.mov", dict(shift=17 * 3003), 23), ("song.mp4", dict(cover=True), 40), ("song.mkv", dict(cover=True), 40)])
+def test_trimmed_on_a_phone_and_with_a_cover(name, how, frames, tmp_path):
+    path = film(tmp_path / name, encode(tmp_path / "source.mp4"), **how)
+    truth = sequential(path)
+    assert len(truth) == frames == probe(path).frames and not probe(path).damage
+    assert torch.equal(read_video(path).data, truth) and torch.equal(torch.cat(list(video_chunks(path))), truth)
+
+
+@pytest.mark.parametrize("aspect, rotation, size", [(Fraction(2), None, (64, 192)), (Fraction(1, 2), None, (128, 96)), (Fraction(2), 90, (192, 64)), (Fraction(40, 39), None, (64, 96))])
+def test_pixels_become_square(aspect, rotation, size, tmp_path):
+    path = encode(tmp_path / "anamorphic.mp4", frames=3, aspect=aspect, rotation=rotation)
+    clip = read_video(path)
+    assert probe(path).size == clip.size == size
+    stored = sequential(path).float()
+    shrunk = torch.nn.functional.interpolate(clip.data.float(), size=stored.shape[-2:], mode="area")
+    assert (shrunk - stored).abs().mean() < 3 # the same picture, wider or higher
+
+
+def test_names_of_all_kinds(tmp_path, monkeypatch):
+    clip = Frames(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "byte", 8)
+    monkeypatch.chdir(tmp_path)
+    for name in ("x" * 251 + ".mp4", "映" * 83 + ".mp4", "10:20:30.mp4", "-dash.mp4", "50% %03d.mp4", "a b ü 🎬.mp4"): assert len(read_video(write_video(name, clip))) == 2, name
+    from camflow.files import atomic_write, listed
+    with atomic_write("映" * 85) as file: file.write(b"x")
+    for name in ("10.png", "9.PNG", "._9.png", ".DS_Store", "Thumbs.db", "1²3.png"): Path(name).write_bytes(b"")
+    Path("folder.png").mkdir()
+    assert [p.name for p in listed(".", (".png",))] == ["1²3.png", "9.PNG", "10.png"]
+    for name in ("010.png", "a1.png", "a01.png", "a001.png"): Path(name).write_bytes(b"")
+    Path("11.png").symlink_to("nothing.png")
+    assert [p.name for p in listed(".", (".png",))] == ["1²3.png", "9.PNG", "010.png", "10.png", "11.png", "a001.png", "a01.png", "a1.png"] # whatever order the disk tells
+
+
+def test_pictures_as_a_viewer_shows_them(tmp_path):
+    from PIL import Image
+    from camflow.data.stereo_files import image_size, read_image
+    from camflow.media.images import picture_facts, read_first_frame, read_pictures
+    truth = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {"turned.jpg": (Image.fromarray(truth).rotate(90, expand=True), dict(exif=exif, quality=100, subsampling=0)), "turned.png": (Image.fromarray(truth).rotate(90, expand=True), dict(exif=exif)),
+             "cmyk.jpg": (Image.fromarray(truth).convert("CMYK"), dict(quality=100)), "rgba.png": (Image.fromarray(np.dstack([truth, np.where(np.arange(64)[:, None] < 32, 255, 0) * np.ones((1, 96))]).astype(np.uint8)), {}),
+             "sixteen.png": (Image.fromarray(truth[..., 0].astype(np.uint16) * 257), {})}
+    for name, (image, options) in files.items():
+        image.save(tmp_path / name, **options)
+        seen = read_first_frame(tmp_path / name)
+        wanted = np.where(np.arange(64)[:, None, None] < 32, truth, 255) if name == "rgba.png" else truth[..., :1] if name == "sixteen.png" else truth
+        assert np.abs(seen.data[0].permute(1, 2, 0).numpy().astype(int) - wanted).mean() < 3, name
+        assert picture_facts(tmp_path / name)["size"] == image_size(tmp_path / name) == (64, 96)
+        if name != "sixteen.png": assert read_image(tmp_path / name).shape[1:] == (64, 96)
+    from PIL import PngImagePlugin
+    from camflow.media.frames import from_pil
+    raw, notes, ramp = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0"), PngImagePlugin.PngInfo(), Image.fromarray(truth).rotate(90, expand=True)
+    notes.add_text("Raw profile type exif", f"\nexif\n{len(raw):8d}\n{raw.hex()}\n") # as ImageMagick writes
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    for name, options in {"profile.png": dict(pnginfo=notes), "xmp.png": dict(pnginfo=xmp), "turned.tif": dict(exif=exif)}.items():
+        ramp.save(tmp_path / name, **options)
+        assert image_size(tmp_path / name) == picture_facts(tmp_path / name)["size"] == read_image(tmp_path / name).shape[1:] == read_first_frame(tmp_path / name).size == (64, 96), name
+    assert from_pil(Image.fromarray(np.full((4, 4), 200, np.int32))).data.unique().tolist() == [200]
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match="float.tif holds floating point"): read_first_frame(tmp_path / "float.tif")
+    Image.fromarray(truth[:32]).save(tmp_path / "small.png")
+    with pytest.raises(InputError, match=r"small.png has \(32, 96\) pixels, rgba.png"): read_pictures([tmp_path / "rgba.png", tmp_path / "small.png"])
+
+
+@needs_decord
+def test_what_decord_cannot_read_is_not_decoded_whole_for_one_frame(tmp_path, monkeypatch):
+    import camflow.media.video as video
+    import decord
+    path, whole = encode(tmp_path / "b.mp4"), []
+    def reader(*args, **options): raise decord.DECORDError("cannot find video stream") # as of AV1
+    monkeypatch.setattr("decord.VideoReader", reader)
+    monkeypatch.setattr(video, "decodable_frames", lambda path: whole.append(path) or 40)
+    assert torch.equal(read_video(path, [3]).data[0], sequential(path)[3]) and not whole
+    with pytest.raises(VideoError, match="decord cannot read it"): read_video(path, [3], backend="decord")
+    assert whole
 
 
 @needs_decord
@@ -343,3 +447,20 @@ def test_small_frames_are_read_whatever_the_backend(tmp_path, size):
     clip = Frames(torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), "byte", 8)
     write_video(tmp_path/"a.mp4", clip)
     assert torch.equal(read_video(tmp_path/"a.mp4").data, read_video(tmp_path/"a.mp4", backend="pyav").data)
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    "Whatever memory held before (x264's AVX-512 code looks at it): a pipeline is repeated bit by bit only if its videos are."
+    code = """
+import hashlib, sys, torch
+from pathlib import Path
+from camflow.media.frames import Frames
+from camflow.media.video import write_video
+from camflow.world.clips import scene_clips
+for i, lossless in enumerate((False, True)):
+    path = write_video(Path(sys.argv[1])/f"{i}.mp4", Frames(torch.from_numpy(scene_clips(7, 1, frames=17, size=(48, 80)).frames_NT3HW[0]), "byte", 8), lossless=lossless)
+    print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+    run = lambda fill: subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "MALLOC_PERTURB_": str(fill)}, capture_output=True, text=True, check=True).stdout.split()
+    first = run(0)
+    assert len(first) == 2 and run(85) == first and run(170) == first

@@ -102,8 +102,8 @@ def test_files_round_trip_and_refusals(tmp_path):
     for name, match in (("c.npz", "plain arrays"), ("none.json", "does not exist"), ("a.csv", "does not exist")):
         with pytest.raises(InputError, match=match): read_tracks(tmp_path/name)
     (tmp_path/"a.csv").write_text("")
-    with pytest.raises(InputError, match="json or .npz"): read_tracks(tmp_path/"a.csv")
-    with pytest.raises(InputError, match="json or .npz"): write_tracks(one, tmp_path/"a.txt")
+    with pytest.raises(InputError, match="neither .json nor .npz"): read_tracks(tmp_path/"a.csv")
+    with pytest.raises(InputError, match="neither .json nor .npz"): write_tracks(one, tmp_path/"a.txt")
 
 
 def test_sparse_flow_is_the_displacement_at_the_point():
@@ -216,7 +216,7 @@ def test_arms_refuse(rig):
     with pytest.raises(InputError, match="1 tracks for 2 pictures"): make_videos(rig, "free", pictures(), [tracks()])
     with pytest.raises(InputError, match="clip 1: tracks of 4 frames"): make_videos(rig, "free", pictures(), [tracks(), tracks(frames=4)])
     with pytest.raises(InputError, match="clip 0: tracks of 8 x 9"): make_videos(rig, "branch", pictures(), [Tracks(tracks().points, tracks().visible, (8, 9)), tracks()])
-    with pytest.raises(InputError, match="is no Tracks"): make_videos(rig, "free", pictures(), [tracks().points] * 2)
+    with pytest.raises(InputError, match="are of type Tensor"): make_videos(rig, "free", pictures(), [tracks().points] * 2)
     with pytest.raises(InputError, match="no dense flow"): make_videos(rig, "dense", pictures(), [tracks()] * 2)
     assert set(AGAINST) | set(AGAINST.values()) == set(ARMS)
 
@@ -360,6 +360,8 @@ def test_flow_measure_follows_a_drifting_texture():
     path = lambda v: Tracks((start[:, None] + torch.arange(3)[None, :, None] * torch.tensor([v, 0.0])), torch.ones(1, 3, dtype=torch.bool), (48, 48))
     right, wrong = (float(mc.track_errors(video, [path(v)], load_flow("dis"))) for v in (2.0, -2.0))
     assert right < 0.6 and wrong == pytest.approx(6.0, abs=0.7)
+    late = Tracks(path(2.0).points, torch.tensor([[False, True, True]]), (48, 48))                    # drawn from the second frame on
+    assert mc.track_errors(video.repeat(2, 1, 1, 1, 1), [late, path(2.0)], load_flow("dis")).isnan().tolist() == [True, False]
     assert Frames(video[0], "signed").size == (48, 48)
 
 
@@ -372,3 +374,43 @@ def test_controlnet_has_the_groups_of_its_network(tmp_path):
     for one in (controlnet, ControlNetSpatioTemporal.from_pretrained(tmp_path)):
         assert {m.num_groups for m in one.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
     assert {m.num_groups for m in ControlNetSpatioTemporal.from_unet(tiny_svd()["unet"], 1).modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+
+
+# sets of files
+
+def clip_folder(folder, count):
+    from camflow.media.video import write_video
+    for i in range(count): write_video(folder/f"{i}.mp4", shape_clip(i, (16, 16), frames=3).frames.byte())
+    return dict(data="videos", folder=str(folder))
+
+
+def test_clips_of_files_that_are_asked_are_trained_on_by_nobody(tmp_path):
+    "They were, by all three stages."
+    config = mc.checked(mc.DEFAULTS | TINY | clip_folder(tmp_path, 8) | dict(size=[16, 16], held_out=5))
+    full = mc.joint_config(config)
+    asked = {item["id"] for item in train.open_items(full | dict(held_out=mc.asked_count(config)), True)}
+    assert asked == {"6.mp4", "7.mp4"}                       # a quarter of eight, not five
+    for name, stage in mc.stages(config).items():
+        open_items, defaults = (ct.open_items, ct.DEFAULTS) if name == "branch" else (train.open_items, train.DEFAULTS)
+        seen = {item["id"] for item in open_items(ct.configuration(stage, defaults))}
+        assert seen == {f"{i}.mp4" for i in range(6)}, name
+    with pytest.raises(InputError, match="give more videos"): mc.checked(config | clip_folder(tmp_path/"few", 4))
+
+
+@pytest.mark.parametrize("trainer", ["svd_train", "interpolate_train", "controlnet_train"])
+def test_one_file_trains_without_held_out_clips(trainer, tmp_path):
+    import importlib
+    module = importlib.import_module(f"camflow.joint.{trainer}")
+    own = {"svd_train": dict(target="flow"), "interpolate_train": {}, "controlnet_train": dict(family="svd")}[trainer]
+    config = {k: v for k, v in TINY.items() if k in module.DEFAULTS} | clip_folder(tmp_path/"clips", 1) | own | dict(size=[16, 16], steps=1, export=str(tmp_path/"out"))
+    assert module.main(config, tmp_path/"run").step == 1 and any((tmp_path/"out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["svd_finetune", "svd_interpolate", "controlnet_train"])
+def test_a_run_without_held_out_clips_ends(name, tmp_path):
+    "It failed after the training."
+    from camflow.lab.run import run as execute
+    run = execute(name, "smoke", {"held_out": 0}, root=tmp_path)
+    result = json.loads((run.path/"result.json").read_text())
+    assert run.status == "ok" and all(key in result for key in result["headline"])

@@ -141,6 +141,22 @@ def test_damage_is_named_and_skipped_only_on_request(root, kind):
     for scene, source, target in data.pairs[:2]: data.load(scene, source, target)
 
 
+def test_a_given_table_chooses_the_scenes(root):
+    "As metadata-f24-train.csv does, beside metadata-f24-test.csv and without a metadata.csv; a caption that is missing within a scene is still an error."
+    captions = read_captions(root / "metadata.csv")[0]
+    (root / "metadata.csv").unlink()
+    train, test = root / "metadata-f24-train.csv", root / "metadata-f24-test.csv"
+    for table, scene in ((train, "scene2"), (test, "scene1")): write_captions(table, {k: v for k, v in captions.items() if f"/{scene}/" in k})
+    data = MultiCamVideo(root, metadata=train)
+    assert data.scenes == ["scene2"] and data.unlisted == ["scene1"] and not data.check() and not data.skipped and "1 not in the table" in str(data)
+    assert MultiCamVideo(root, metadata=test, skip_bad=True).scenes == ["scene1"] and MultiCamVideo(root, metadata={}).scenes == ["scene1", "scene2"]
+    with pytest.raises(InputError, match="no metadata.csv, but metadata-f24-test.csv, metadata-f24-train.csv.*metadata="): MultiCamVideo(root)
+    write_captions(train, {k: v for k, v in captions.items() if "/scene2/" in k and "cam02" not in k})
+    assert [(scene, camera) for scene, camera, _ in MultiCamVideo(root, metadata=train).check()] == [("scene2", "cam02")]
+    write_captions(train, {k.replace("f24_aperture5", "f50_aperture2.4"): v for k, v in captions.items()})
+    with pytest.raises(InputError, match="no row of .*train.csv is about a scene of .*f24_aperture5"): MultiCamVideo(root, metadata=train)
+
+
 def test_caption_tables(tmp_path):
     path = tmp_path / "metadata.csv"
     path.write_text("file_name,text\na.mp4,one\n\n,\nb.mp4,two,three\nc.mp4,!!!!!!!!\nd.mp4,fine\n", encoding="utf-8")
@@ -149,8 +165,23 @@ def test_caption_tables(tmp_path):
     assert captions == {"a.mp4": "one", "d.mp4": "fine"} and [f"row {n}" in s for n, s in zip((3, 4, 5, 6), skipped)] == [True] * 4
     path.write_text("name,text\na.mp4,one\n")
     with pytest.raises(InputError, match="row 1.*file_name"): read_captions(path)
-    path.write_bytes(b"file_name,text\na.mp4,\xff\xff\n")
+    path.write_bytes("file_name,text\na.mp4,one\n".encode("utf-16"))
     with pytest.raises(InputError, match="UTF-8"): read_captions(path)
+
+
+@pytest.mark.parametrize("raw, found", {
+    "byte order mark": (b"\xef\xbb\xbffile_name,text\r\na.mp4,one\r\n\r\n\n", "one"), "semicolons": (b'file_name;text\na.mp4;"one; two, three"\n', "one; two, three"),
+    "tabs": (b"file_name\ttext\na.mp4\tone, two\n", "one, two"), "Windows-1252": (b"file_name,text\na.mp4,f\xfcr dich\n", "für dich"),
+    "GB18030": ("file_name,text\na.mp4,一个人在跳舞\n".encode("gb18030"), "一个人在跳舞"), "old Mac": (b"file_name,text\ra.mp4,one\r", "one"),
+    "the same row twice": (b"file_name,text\na.mp4,one\na.mp4,one\n", "one"), "two texts": (b"file_name,text\na.mp4,one\na.mp4,two\n", "another text for a.mp4.*row 3"),
+    "open quote": (b'file_name,text\na.mp4,"one\nb.mp4,two\n', "rows of other videos.*close its quote"),
+}.values())
+def test_caption_tables_of_spreadsheets(raw, found, tmp_path):
+    path = tmp_path / "metadata.csv"
+    path.write_bytes(raw)
+    if "row" in found:
+        with pytest.raises(InputError, match=found): read_captions(path)
+    else: assert read_captions(path)[0] == {"a.mp4": found}
 
 
 def test_wrong_requests(written, tmp_path):

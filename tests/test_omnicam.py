@@ -1,4 +1,5 @@
 """OmniCam's network and files: the camera steers in eval mode, the adapter trains, published checkpoints and LoRAs of every maker are read or refused with a reason."""
+import json
 import math
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_scaled_eight_bit_files_are_refused_and_plain_ones_read():
 def test_checkpoint_of_another_model_is_refused():
     state = published_state()
     with pytest.raises(InputError, match="missing"): published_from_reference({k: v for k, v in state.items() if "running_mean" not in k}, num_heads=2)
-    with pytest.raises(InputError, match="does not know"): omnicam_from_reference(state, num_heads=2)      # the adapter is not Wan's
+    with pytest.raises(InputError, match="do not belong to this model"): omnicam_from_reference(state, num_heads=2)      # the adapter is not Wan's
     plain = {k: v for k, v in state.items() if "_camera1" not in k and "norm_k_cam1" not in k and not k.startswith(("conv.", "myadapter."))}
     with pytest.raises(InputError, match="do not fit"): omnicam_from_reference({k: v for k, v in plain.items() if k != "head.head.bias"}, num_heads=2, camera_dim=24)
     text_only = {k: v for k, v in plain.items() if "img" not in k}
@@ -278,6 +279,22 @@ def test_partial_lora_loads_and_the_camera_keys_are_named(tmp_path):
     report = load_lora(model, tmp_path / "lora.safetensors", loud=False)
     assert sorted(report.matched) == [f"blocks.1.attn{n}.to_{x}" for n in (1, 2) for x in "qv"] and len(report.camera) == len(report.unmatched) == 3
     assert "3 keys unmatched (3 of the published camera adapter)" in str(report)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_peft_files_act_as_in_peft(tmp_path, stabilised):
+    "Also those whose scale is alpha / sqrt(rank)."
+    from peft import LoraConfig, inject_adapter_in_model
+    made, plain = (torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 5)])}) for _ in range(2))
+    plain.load_state_dict(made.state_dict())
+    layer = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2, use_rslora=stabilised, target_modules=["blocks.0"]), made).blocks[0]
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    told = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.use_rslora": stabilised}
+    save_file({f"transformer.blocks.0.{side}.weight": getattr(layer, side)["default"].weight.detach().clone() for side in ("lora_A", "lora_B")},
+              tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    load_lora(plain, tmp_path / "lora.safetensors", merge=True)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(plain.blocks[0](x), layer(x))
 
 
 def test_lora_of_another_model_is_refused(tmp_path):

@@ -104,6 +104,22 @@ def test_kept_frames_are_those_on_screen():
         assert kept == sorted(set(kept)) and all(n / fps <= k / 16 + 1e-5 < (n + 1) / fps + 2e-5 for k, n in enumerate(kept) if fps > 16)
 
 
+def test_paths_as_musubi_tuner_writes_them(tmp_path):
+    "Tables name videos from where the trainer was started, prompts name the author's camera files; the set's own folder safetensors has them."
+    folder = tmp_path/"OmniCam-Sep-1"
+    (folder/"videos").mkdir(parents=True)
+    camera_file(folder/"safetensors/clip.safetensors", 20)
+    write_video(folder/"videos/clip.mp4", numbered(20), 8)
+    prompt = "Object: A box. ; Caption: The camera moves according to the #trajectory:{/data/author/clip.safetensors}."
+    (folder/"metadata.jsonl").write_text("\n".join(json.dumps({"video_path": name, "caption": prompt}) for name in ("OmniCam-Sep-1/videos/clip.mp4", "videos/clip.mp4", "videos/none.mp4")))
+    dataset = Dataset("set", video_jsonl_file="OmniCam-Sep-1/metadata.jsonl", cache_directory="cache", resolution=(48, 32), target_frames=(9,))
+    found = list_clips(dataset, tmp_path)
+    assert [item.path for item in found] == [folder/"videos/clip.mp4", folder/"videos/clip.mp4", folder/"videos/none.mp4"]
+    counting = Counting()
+    make_cache(tmp_path/"cache", found, {"vae": "test"}, counting.clip, {"text": "test"}, counting.text)
+    assert [row["name"] for row in OmniCamCache(tmp_path/"cache").rows if row["camera_key"]] == ["OmniCam-Sep-1/videos/clip.mp4", "videos/clip.mp4"]
+
+
 def test_pixels_and_poses_of_a_window(tmp_path):
     camera_file(tmp_path/"safetensors/clip.safetensors", 40)
     dataset = Dataset("set", video_jsonl_file="metadata.jsonl", cache_directory="cache", resolution=(48, 32), target_frames=(9,), frame_extraction="uniform", frame_sample=3)

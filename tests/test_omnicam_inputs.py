@@ -71,7 +71,7 @@ def test_saved_latents_are_decoded(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path/"other.safetensors")
     save_file({"latents": torch.zeros(3, 2, 2, 2)}, tmp_path/"thin.safetensors")
     (tmp_path/"cut.safetensors").write_bytes(saved[0].read_bytes()[:200])
-    for name, words in (("none", "no latents at"), ("other", "it holds x"), ("thin", r"decodes finite \[16"), ("cut", "truncated")):
+    for name, words in (("none", "no latents at"), ("other", "but x"), ("thin", r"decodes finite \[16"), ("cut", "truncated")):
         with pytest.raises(InputError, match=words): read_latents(tmp_path/f"{name}.safetensors")
     with pytest.raises(InputError, match="only decoded"): omnicam_generate.main(base | dict(latents=[str(saved[0])], cameras=["zoom_in"]), tmp_path/"bad", parts)
 
@@ -104,6 +104,26 @@ def test_two_real_first_frames_with_the_readme_script(tmp_path):
     assert record["cake/01_script"]["text"].startswith("A triangular") and len(list((tmp_path/"results").rglob("*.mp4"))) == 6
     # a picture is resized to whole pixels, so its two focal lengths may differ by half a pixel in its 48 rows
     assert all(one["K"][0][0] == pytest.approx(one["K"][1][1], rel=0.5/48) for one in record.values())
+
+
+def test_a_whole_prompt_is_camera_and_text(tmp_path, capsys):
+    "OmniCam-Wan's --prompt as it stands, of both forms: what it says is seen reaches the text encoder, and a text that is given is stronger."
+    from PIL import Image
+    from safetensors.torch import save_file
+    Image.new("RGB", (80, 48), "red").save(tmp_path/"red.png")
+    Image.new("RGB", (80, 48), "blue").save(tmp_path/"blue.png")
+    file = tmp_path/"path.safetensors"
+    save_file({"extrinsics": torch.eye(4, dtype=torch.float64).repeat(20, 1, 1), "intrinsics": torch.tensor([0.5, 0.9, 0.5, 0.5])}, file)
+    cameras = {"script": f"Object: A slice of cake; on a plate. ; Camera: {SCRIPT}", "file": f"Object: A room. ; Caption: The camera moves according to the #trajectory:{{{file}}}.",
+               "plain": SCRIPT, "late": "<starttime>1</starttime> <endtime>2</endtime> <speed>high</speed> <direction>right</direction> <rotate>stay</rotate>"}
+    config = dict(images=[str(tmp_path/"red.png"), str(tmp_path/"blue.png")], texts={"blue.png": "A blue wall."}, cameras=cameras, size=[48, 80], frames=5, fps=8.0, steps=1, guidance=1.0)
+    assert omnicam_generate.main(config, tmp_path/"run", generator_of(1))["written"] == 8
+    record = json.loads((tmp_path/"run/results/cameras.json").read_text())
+    assert {name: one["text"] for name, one in record.items()} == {"red/script": "A slice of cake; on a plate.", "red/file": "A room.", "red/plain": "", "red/late": "",
+                                                                  **{f"blue/{name}": "A blue wall." for name in cameras}}
+    assert record["red/script"]["c2w"] == record["red/plain"]["c2w"] and record["red/late"]["c2w"][-1] == torch.eye(4).tolist()
+    said = capsys.readouterr().out
+    assert "late: the script begins at 1 s, the video ends at 0.5 s: the camera stands still" in said and "plain: the script" not in said
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):

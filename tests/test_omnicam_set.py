@@ -120,7 +120,7 @@ def test_a_damaged_cache_is_named_and_redone(made, tmp_path):
     shard.write_bytes(data[:len(data) // 2])
     with pytest.raises(InputError, match="unreadable.*fill the cache again"): cached_clips(cache, model)
     shard.unlink()
-    with pytest.raises(InputError, match="not whole"): cached_clips(cache, model)
+    with pytest.raises(InputError, match="clips are incomplete"): cached_clips(cache, model)
     shard.write_bytes(data[:len(data) // 2])
     done = omnicam_cache.main(dict(toml=str(tmp_path/"copy/set.toml"), cache_folder=str(cache), workers=0), tmp_path/"run")
     assert done["encoded"] > 0 and len(cached_clips(cache, model).rows) == 6

@@ -102,9 +102,9 @@ def test_paths_do_not_collide_with_held_out():
 @pytest.mark.parametrize("change, words", [
     ({"data": "files"}, "needs items"), ({"frames": 8}, r"4k \+ 1"), ({"size": [50, 80]}, "multiples of"), ({"camera_dropout": 1.5}, "no share"),
     ({"lora_rank": 2}, r"muon=\[\]"),
-    ({"timesteps": "flux"}, "timestep rule"), ({"shfit": 3.0}, "shfit"), ({"trainable_modules": ["kamera"]}, "names no parameter"),
+    ({"timesteps": "flux"}, "timestep rule"), ({"timesteps": "qinglong_flux"}, "mixes several"), ({"weighting": "snr"}, "weighting 'snr'"), ({"shfit": 3.0}, "shfit"), ({"trainable_modules": ["kamera"]}, "names no parameter"),
     ({"start": "wan"}, "'recam' or 'nothing'"),
-    ({"offload": "disk"}, "'block' or nothing"), ({"storage": "fp8"}, "float8_e4m3fn"), ({"storage": "float8_e4m3fn"}, "type of frozen weights.*trains them"), ({"text_encoder": "nowhere"}, "no folder tokenizer")])
+    ({"offload": "disk"}, "give 'block'"), ({"storage": "fp8"}, "float8_e4m3fn"), ({"storage": "float8_e4m3fn"}, "type of frozen weights.*trains them"), ({"text_encoder": "nowhere"}, "no folder tokenizer")])
 def test_bad_settings(base, tmp_path, change, words):
     with pytest.raises(InputError, match=words): main({**base, **change}, tmp_path)
 
@@ -151,6 +151,15 @@ def test_files_train_and_equal_stems_stay_apart(room, base, tmp_path):
         read_items(tmp_path/"bad.jsonl")
 
 
+def test_a_clip_may_have_several_texts(room, tmp_path):
+    item = lambda text: FileItem(str(room/"room.mp4"), text, str(room/"good.safetensors"))
+    words = ["a room", "a chair in a room", "a room"]                                              # said twice is one item
+    clips = file_latents(tmp_path, [item(text) for text in words], tiny_vae(), build_tiny_text(words), frames=5, size=(48, 80), fps=8.0)
+    assert clips.captions == words[:2] and len(clips) == len(set(clips.keys)) + 1 == 2
+    latents, *_, text, _ = clips.batch([0, 1], (6, 10))
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(text[0], text[1])
+
+
 @real
 def test_real_camera_file_is_loaded_cached_and_trained_on(base, tmp_path):
     "114 poses of a real camera with its video: same frames, one focal length, a few steps."
@@ -179,7 +188,7 @@ def generator_of(layers=1):
 @pytest.mark.parametrize("change, words", [
     ({"images": []}, "no images"), ({"images": ["none.png"]}, "no image at"), ({"cameras": []}, "no cameras"), ({"cameras": ["<starttime>0</starttime>"]},
     "segment 1"), ({"cameras": ["jump about"]}, "clause|sentence"),
-    ({"output": "gif"}, "video, latent or both"), ({"solver": "ddim"}, "one of unipc"), ({"texts": {"x.png": "a"}}, "not among the images"),
+    ({"output": "gif"}, "one of video, latent, both"), ({"solver": "ddim"}, "one of unipc"), ({"texts": {"x.png": "a"}}, "not among the images"),
     ({"frames": 10}, r"4k \+ 1"), ({"fov": 190}, "between 0 and 180"), ({"guidence": 1}, "guidence"), ({"detail": -0.1}, "detail=-0.1"), ({"detail": 0.1}, "detail comes from"), ({"warp_start": 0.0}, "no noise level"),
     ({"guidance": 1.0, "slg_layers": [0]}, "need guidance"), ({"guidance": 3.0, "slg_layers": [9]}, "no block 9")])
 def test_bad_requests(tmp_path, change, words):
@@ -208,6 +217,20 @@ def test_pictures_of_all_kinds_and_a_long_caption(tmp_path):
 
 
 # ---- the shipped weights
+
+@pytest.mark.parametrize("changes, forwards", [({"guidance": 5.0}, 3), ({"guidance": 1.0}, 2), ({"guidance": 5.0, "slg_layers": [1], "slg_end": 1.0}, 3),
+    ({"guidance": 5.0, "slg_layers": [1], "slg_mode": "uncond", "slg_end": 1.0}, 3)])
+def test_guidance_by_the_camera_takes_one_forward_more(changes, forwards):
+    "What text and camera say together is known from the guidance by text."
+    parts, seen = omnicam_generate.load_generator(), []
+    parts.transformer.register_forward_hook(lambda module, args, kwargs, out: seen.append((kwargs["camera"] is not None, out[0])), with_kwargs=True)
+    camera = omnicam_generate.asked_camera("pan_right", (48, 80), 9, 8.0)[0]
+    config = {**omnicam_generate.DEFAULTS, "steps": 1, "solver": "euler", "camera_guidance": 1.5, **changes}
+    z = omnicam_generate.film(parts, torch.full((3, 48, 80), 90, dtype=torch.uint8), [camera], "a room", config)
+    assert len(seen) == forwards and [on for on, _ in seen] == [True] * (forwards - 1) + [False]
+    plain = omnicam_generate.film(parts, torch.full((3, 48, 80), 90, dtype=torch.uint8), [camera], "a room", {**config, "camera_guidance": 1.0})
+    torch.testing.assert_close(z, plain - 0.5 * (seen[0][1] - seen[forwards - 1][1]), atol=1e-5, rtol=1e-5)   # one Euler step from noise to 0
+
 
 def test_the_shipped_camera_steers_in_eval_mode():
     "Two cameras, eval mode, one noise: the videos differ; without a camera another one; every gate is open."
@@ -279,6 +302,8 @@ def test_ways_to_save_memory_train_the_same(base, tmp_path, change):
 
 
 def test_eight_bit_adam_is_asked_for_by_name(base, tmp_path):
+    from camflow.lab.run import prepare
+    prepare("omnicam_finetune", ["original"], {"optimizer": "adamw8bit"})     # the run takes it
     if __import__("importlib").util.find_spec("bitsandbytes"): pytest.skip("bitsandbytes is installed")
     with pytest.raises(InputError, match="needs bitsandbytes"): main({**base, "optimizer": "adamw8bit", "muon": []}, tmp_path)
 
@@ -337,7 +362,7 @@ def test_training_with_the_warp_reads_it_and_measures_wrong_cameras_with_theirs(
     torch.testing.assert_close(camera, asked, atol=5e-3, rtol=1e-3)             # the cache keeps half precision
     assert (tmp_path/"out/depth/model.safetensors").exists()
     with pytest.raises(InputError, match="takes its depth"): compare(model, held, vae, truth, 1)
-    with pytest.raises(InputError, match="needs depth/"): omnicam_generate.Generator(model, vae, build_tiny_text(["a room"]))
+    with pytest.raises(InputError, match="as depth/"): omnicam_generate.Generator(model, vae, build_tiny_text(["a room"]))
 
 
 def test_resized_keeps_the_heaviest_units_and_refuses_other_shapes():
@@ -346,4 +371,4 @@ def test_resized_keeps_the_heaviest_units_and_refuses_other_shapes():
     with torch.no_grad(): old.blocks[0].ffn.net[2].weight[:, 5:] *= 1e-4
     small = resized(old, ffn_dim=5)
     assert torch.equal(small.blocks[0].ffn.net[2].weight, old.blocks[0].ffn.net[2].weight[:, :5])
-    with pytest.raises(InputError, match="only ffn_dim may shrink"): resized(old, text_dim=32)
+    with pytest.raises(InputError, match="only a smaller ffn_dim"): resized(old, text_dim=32)

@@ -302,7 +302,7 @@ def test_moves_of_a_file_can_ride_on_an_estimated_source(tmp_path):
 
 
 @pytest.mark.parametrize("wrong,words", [({"follow": True}, "needs the source's camera"), ({"source_cameras": "estimate"}, "changes nothing here"), ({"start": [1, 2]}, "three angles"),
-                                         ({"trajectory": "t.json", "source_cameras": "estimate"}, "knows nothing of"), ({"trajectory": "t.json", "source_cameras": "s.json", "follow": True}, "leave out follow")])
+                                         ({"trajectory": "t.json", "source_cameras": "estimate"}, "has no place in"), ({"trajectory": "t.json", "source_cameras": "s.json", "follow": True}, "leave out follow")])
 def test_source_settings_that_contradict_are_refused(wrong, words):
     with pytest.raises(InputError, match=words): generate.check_source({**generate.DEFAULTS, **wrong})
 

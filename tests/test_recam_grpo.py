@@ -12,6 +12,7 @@ import torch
 from camflow.files import InputError
 from camflow.lab.launch import command, free_port
 from camflow.lab.run import run
+from camflow.processes import die_with_parent, end_quickly  # noqa: F401 (of the programs)
 from camflow.rewards.combine import combine
 from camflow.rl.recam_data import open_data
 from camflow.rl.recam_export import save_parts
@@ -28,13 +29,23 @@ TINY = {"model": "random", "groups": 2, "k": 2, "sampling_steps": 2, "loss": "aw
 def brightness(samples): return torch.stack([sample.frames.unit().data.mean() for sample in samples])
 
 
+RANKS = """
+os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo")
+ranks = []
+for rank in (0, 1):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    if (pid := os.fork()) == 0: die_with_parent(); break
+    ranks.append(pid)
+else: sys.exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in ranks))
+"""
+
+
 def python(code, *words, ranks=1):
-    "Output of a program in a process of its own, or on several ranks."
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
-    code = "import sys, torch; torch.set_num_threads(1)\nsys.path.insert(0, 'tests')\nfrom test_recam_grpo import *\n" + code
+    "Output of a program in a process of its own, or on two ranks, forked after the imports."
+    code = "import sys, torch; torch.set_num_threads(1)\nsys.path.insert(0, 'tests')\nfrom test_recam_grpo import *\nend_quickly()\n" + (RANKS if ranks == 2 else "") + code
     file = Path(words[0])/"program.py"
     file.write_text(code)
-    done = subprocess.run([*start, str(file), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, str(file), *map(str, words)], capture_output=True, text=True, timeout=900, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout + done.stderr
 
 
@@ -123,12 +134,14 @@ def test_large_parts_are_linked_small_ones_copied(tmp_path):
     for name in ("vae", "text_encoder", "tokenizer"):
         (model/name).mkdir(parents=True)
         (model/name/"config.json").write_text("{}")
+    (model/"latents.json").write_text('{"tiles": [[34, 34], [18, 16]]}')
     s = parse(TINY | {"model": str(model)})[0]
     for name, size in (("copied", 100), ("linked", 1)):
         folder = tmp_path/"run"/name
         folder.mkdir(parents=True)
         save_parts(s, None, None, folder, folder, size)
         assert all((folder/part/"config.json").read_text() == "{}" and (folder/part).is_symlink() == (name == "linked") for part in ("vae", "text_encoder", "tokenizer"))
+        assert (folder/"latents.json").read_text() == '{"tiles": [[34, 34], [18, 16]]}'      # or sources would be encoded whole
         assert not (folder/"vae").is_symlink() or not os.path.isabs(os.readlink(folder/"vae"))
 
 
@@ -189,8 +202,8 @@ def test_two_machines_train_one_model(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", wait, str(tmp_path), *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # before the run, which ends what was started during it
     try:
-        done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "port": port, "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=200)
-        codes = [other.wait(100)]
+        done = run("recam_grpo", "smoke", {"arms": ["grpo"], "nodes": 2, "address": "127.0.0.1", "port": port, "micro_batch": 2, "model": "random", "photometric": False, "lora_rank": 2, "eval_conditions": 1}, root=tmp_path, timeout=900)
+        codes = [other.wait(600)]
     finally: other.kill()
     assert codes == [0] and done.status == "ok" and (done.result["status"], done.result["pipeline"]) == ("trained", "grpo/pipeline")
     assert load_pipeline(done.path/"grpo/pipeline").transformer.config.num_layers == 4

@@ -42,8 +42,8 @@ CASES = [
     (pose_train, {}, dict(items=0), "items=0"), (pose_train, {}, dict(items=1, clips=2, vae="/nowhere"), "config.json is not there"),
     (generate, GENERATE, dict(batch=0), "batch=0"), (generate, GENERATE, dict(limit=-1), "limit=-1"), (generate, GENERATE, dict(frames=10), "4k . 1"), (generate, GENERATE, dict(preset="pan_lfet"), "choose 1..10"),
     (generate, GENERATE, dict(prompts={"z.mp4": "a dog"}), "'z.mp4' is not among the videos"), (generate, GENERATE, dict(trajectory="{place}/short.json"), "8 poses for 9 frames; .*short.json"),
-    (generate, GENERATE, dict(trajectory="{place}/list.json"), "no frame0; .*list.json"), (generate, GENERATE, dict(videos="{place}/twice"), "'a' in several formats"),
-    (generate, GENERATE, dict(frames=81, skip_bad=True), "no video can be used; .*a.mp4"),
+    (generate, GENERATE, dict(trajectory="{place}/list.json"), "list.json has no frame0"), (generate, GENERATE, dict(videos="{place}/twice"), "'a' in several formats"),
+    (generate, GENERATE, dict(frames=81, skip_bad=True), "no video can be used; .*a.mp4"), (generate, GENERATE, dict(out="{place}/videos/a.mp4"), "out: .*a.mp4 is a file"),
 ]
 
 
@@ -56,6 +56,26 @@ def test_refused(place, tmp_path, module, base, change, words):
     for name in ("a.mp4", "a.mov"): shutil.copy(place/"videos/a.mp4", place/"twice"/name)
     config = {k: v.format(place=place) if isinstance(v, str) else v for k, v in {**base, **change}.items()}
     with pytest.raises(InputError, match=words): module.main(config, tmp_path)
+
+
+def test_a_clip_of_variable_rate_is_what_was_on_screen(tmp_path):
+    "A phone's video with held frames: the clip has the rate that was asked for, and shows what a player shows at that time."
+    import av
+    import numpy as np
+    from fractions import Fraction
+    with av.open(str(tmp_path/"phone.mp4"), "w") as out:
+        stream, time = out.add_stream("libx264", rate=30), 0
+        stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = 48, 80, "yuv420p", Fraction(1, 30)
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 80, 3), 10 * i, np.uint8), format="rgb24")
+            frame.pts, time = time, time + (1 if i < 10 else 3)
+            for packet in stream.encode(frame): out.mux(packet)
+        for packet in stream.encode(): out.mux(packet)
+    assert generate.clip_frames(tmp_path/"phone.mp4", 9, 10.0) == [0, 3, 6, 9, 10, 11, 12, 13, 14]
+    clip = generate.source_clip(tmp_path/"phone.mp4", 9, (48, 80), 10.0)
+    assert clip.fps == 10 and (clip.data.float().mean((1, 2, 3)) / 10).round().tolist() == [0, 3, 6, 9, 10, 11, 12, 13, 14]
+    with pytest.raises(InputError, match="20 frames in 1.2. s, a clip of 17 at 10 a second needs 1.70 s"): generate.clip_frames(tmp_path/"phone.mp4", 17, 10.0)
+    assert generate.source_clip(tmp_path/"phone.mp4", 9, (48, 80)).fps == pytest.approx(19 / (37 / 30)) # the file's own mean, not a guess
 
 
 def test_damaged_set_is_refused_before_the_work_or_left_out_and_listed(place, tmp_path):

@@ -95,3 +95,31 @@ def test_broken_frames_score_low():
     noise = (torch.rand(good.shape, generator=g) * 255).byte()
     values = AppearanceReward()([Sample(x, source=source) for x in (good, noise, torch.full_like(good, 128), (good * 0.15).byte())]).values
     assert values[0] > 0.85 and (values[1:] < 0.5).all() and ((values >= 0) & (values <= 1)).all()
+
+
+def test_a_plain_function_that_breaks_is_a_failed_reward():
+    def broken(samples): raise ValueError("as asked")
+    found = combine({"a": broken})([Sample(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))])
+    assert found.status == ["failed"] and found.details[0]["reason"] == "function: ValueError: as asked"
+
+
+def test_a_reward_of_weight_0_is_watched_and_may_fail():
+    class Fixed:
+        name = "fixed"
+        def __init__(self, value): self.value = value
+        def __call__(self, samples): return Scores([self.value] * len(samples), ["ok" if math.isfinite(self.value) else "failed"] * len(samples))
+    samples = [Sample(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))] * 2
+    for how in (None, "batch"):
+        found = combine({"a": (Fixed(2.0), 0.5), "b": (Fixed(math.nan), 0.0)}, how)(samples)
+        assert found.status == ["ok"] * 2 and found.values.tolist() == [1.0 if how is None else 0.0] * 2 and math.isnan(found.details[0]["b"])
+
+
+def test_where_the_first_frame_stands_does_not_count():
+    "Paired data ask for a path relative to the source's camera, and an estimator may put its origin anywhere."
+    from camflow.rewards.camera import FollowReward
+    path, away = preset("arc_left", 5).double(), torch.eye(4, dtype=torch.float64)
+    away[:3] = torch.tensor([[0.8, 0, 0.6, 1.0], [0, 1, 0, -0.5], [-0.6, 0, 0.8, 2.0]])
+    clip = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    score = lambda kind, target, estimate: float(kind(estimator=lambda clips: estimate[None])([Sample(clip, target=target)]).values)
+    for kind in (CameraReward, FollowReward):
+        assert abs(score(kind, away @ path, path)) < 1e-5 and abs(score(kind, path, away @ path)) < 1e-5 and score(kind, path, preset("arc_right", 5).double()) < -1

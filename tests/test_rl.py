@@ -104,6 +104,52 @@ def test_shared_noise_keeps_the_ratio_exact():
     assert all(m["first_ratio_gap"] == 0 for m in metrics)
 
 
+def test_equal_sums_of_different_rewards_are_a_signal():
+    from camflow.rl.advantage import advantage
+    rewards, group = {"a": torch.tensor([0., 1, 0, 1, 2, 2]), "b": torch.tensor([10., 0, 10, 0, 5, 5])}, [0, 0, 0, 0, 1, 1]
+    adv, keep, stats = advantage(rewards, group, weights={"a": 1, "b": .1}, combine="each")
+    assert keep.tolist() == [True] * 4 + [False] * 2 and adv.tolist() == pytest.approx([-.9, .9, -.9, .9, 0, 0], abs=1e-3) and stats["zero_std_ratio"] == .5
+    assert not advantage(rewards, group, weights={"a": 1, "b": .1})[1].any()
+
+
+def test_repeats_of_an_evaluation_differ_whatever_the_groups_share():
+    plain, shared = (tiny_trainer(same_noise=same).evaluate([0, 1], repeats=3)[0]["reward"] for same in (False, True))
+    assert torch.equal(plain, shared) and len(set(shared.tolist())) == 6
+
+
+def test_another_number_of_samples_is_refused_on_resume():
+    state = tiny_trainer(batch=8).state_dict()
+    with pytest.raises(InputError, match="samples per draw 8 -> 16"): tiny_trainer(batch=16).load_state_dict(*state)
+
+
+def test_a_likelihood_needs_noise():
+    from camflow.rl.config import RLConfig
+    with pytest.raises(InputError, match="level=0 samples without noise"): RLConfig(level=0)
+    assert RLConfig(level=0, loss="awm").level == RLConfig(level=0, kind="wan").level == 0
+
+
+def test_noise_of_the_first_step_is_small_at_any_shift():
+    "Rounding made sigmas of 0.9999999 and 1.0000001 of some shifts, and of these steps with a deviation of 1000, or none that is a number."
+    from camflow.rl.kernels import Kernel
+    from camflow.wan.sampling import recam_sigmas
+    for shift in (1.18, 1.32, 2.66, 3.0, 4.03, 4.18, 5.0, 8.06):
+        sigmas = recam_sigmas(8, shift)
+        assert sigmas[0] == 1 and 0 < float(Kernel().coefficients(sigmas, 0)[2]) < 2
+
+
+def test_kept_rollouts_go_to_the_device(tmp_path):
+    from camflow.rl.rollout import RolloutCache, rollout
+    cache, make = RolloutCache(tmp_path), lambda: rollout(lambda x, t, c: x, torch.ones(2, 3), torch.linspace(1, 0, 5))
+    for _ in range(2): made = cache.get(tmp_path / "one.safetensors", make, (0, 0), "meta")
+    assert cache.hits == 1 and made.x0.device.type == made.latents.device.type == "meta" and made.sigmas.device.type == "cpu"
+
+
+def test_a_reward_that_only_the_end_has_is_compared_as_missing():
+    from camflow.rl.recam_grpo import compare
+    found = compare({"a": [1., 2.]}, {"a": [2., 4.], "detail": [1., None]})
+    assert found["a"]["difference"] == 1.5 and found["detail"]["missing"] == 2 and found["detail"]["difference"] != found["detail"]["difference"]
+
+
 def brightness(samples): return torch.stack([sample.frames.unit().data.mean() for sample in samples])
 
 

@@ -63,7 +63,7 @@ def test_killed_ranks_resume_exactly(found):
 @pytest.mark.slow
 def test_fifty_killed_ranks(tmp_path):
     "Either of two ranks dies at a random moment of every phase; the other is left to itself, told to stop, or dies with it."
-    report = program(tmp_path, 50, 24)["storm"]
+    report = program(tmp_path, 50, 72)["storm"]                      # more steps than a fast machine takes between phases and kills
     print(report)
     assert report["kills"] == 50 and report["hung"] == [] and len(report["phases"]) == 9
     same(tmp_path/"whole", tmp_path/"storm")
@@ -165,11 +165,15 @@ def test_durations_come_from_clocks_that_are_never_set():
 
 HANGS = '''
 import os, sys, time
+from pathlib import Path
 from camflow.training.heartbeat import Heartbeat
 rank = int(os.environ["RANK"])
-beat = Heartbeat(os.path.dirname(sys.argv[2]), rank)
-for step in range(3):
+folder = Path(sys.argv[2]).parent
+beat = Heartbeat(folder, rank)
+step = 0
+while step < 3 or len(list((folder/"heartbeat").glob("rank[01].json"))) < int(os.environ.get("WORLD_SIZE", 1)):  # as long as another rank has not begun
     beat("rollout", step)
+    step += 1
     time.sleep(0.2)
 beat("waiting for gradients" if rank == 0 else "reward", 2)
 def ask_the_judge(): time.sleep(600)
@@ -182,9 +186,9 @@ def test_the_rank_that_hangs_is_named_with_its_phase(tmp_path):
     (tmp_path/"run/heartbeat").mkdir(parents=True)
     (tmp_path/"run/heartbeat/rank7.json").write_text('{"rank": 7, "phase": "reward", "step": 1}')  # of an earlier attempt with more ranks
     begun = time.monotonic()
-    with pytest.raises(LaunchError) as error: launch("toy_hangs", {}, tmp_path/"run", 2, env={"PYTHONPATH": tmp_path, "CAMFLOW_GRACE": "1"}, stall=2.0, tick=0.1)
-    assert str(error.value).startswith("rank 1 hangs in reward: toy_hangs was stopped because no rank was heard for 2.0 s (rank 0: waiting for gradients of step 2, ")
-    assert "rank 1: reward of step 2" in str(error.value) and time.monotonic() - begun < 100
+    with pytest.raises(LaunchError) as error: launch("toy_hangs", {}, tmp_path/"run", 2, env={"PYTHONPATH": tmp_path, "CAMFLOW_GRACE": "1"}, stall=5.0, tick=0.1)
+    assert str(error.value).startswith("rank 1 hangs in reward: toy_hangs was stopped because no rank was heard for 5.0 s (rank 0: waiting for gradients of step 2, ")
+    assert "rank 1: reward of step 2" in str(error.value) and time.monotonic() - begun < 400
     log = (tmp_path/"run/train.log").read_text()
     for rank in range(2): assert re.search(rf"rank {rank} stood here when it was stopped:\n\w+ thread 0x\w+.*\n  File .* in ask_the_judge\n", log), log
 

@@ -209,7 +209,7 @@ def tours(draw):
         moves = [draw(st.sampled_from([side, height, f"{side}{height}{draw(st.integers(1, 89))}", "stay"]))]
         if draw(st.booleans()): moves.append(draw(st.sampled_from(["forward", "backward"])) + draw(st.sampled_from(["", "*0.5"])))
         moves = [one for one in moves if one != "stay"]
-        turns = [f"{name} {draw(st.integers(1, 30))}" for pair in (("panleft", "panright"), ("tiltup", "tiltdown"), ("clockwise", "counterclockwise"))
+        turns = [f"{name} {draw(st.integers(0, 30)) or ''}".strip() for pair in (("panleft", "panright"), ("tiltup", "tiltdown"), ("clockwise", "counterclockwise"))
                  if draw(st.integers(0, 3)) == 0 for name in [draw(st.sampled_from(pair))]]
         speed = draw(st.sampled_from(["high", "low", 0.25, 0.7]))
         segments.append(Segment(start, end, speed, "+".join(moves) or "stay", "+".join(turns) or "stay"))
@@ -313,7 +313,7 @@ def test_sentences(text, expected): assert understand(text) == expected
     ("A cake.", "no clause mentions the camera"), ("The camera.", "no movement"), ("The camera moves in a circle.", "no movement"),
     ("The camera moves left and right.", "both left and right"),
     ("The camera slowly and quickly rises.", "slow and fast"), ("The camera moves right from 2 to 1 seconds.", "not after start"),
-    ("The camera moves up at 30 degrees.", "gives an angle"),
+    ("The camera moves up at 30 degrees.", "gives an angle"), ("The camera moves up and left at 20 degrees per second.", "gives degrees per second"),
     ("The camera rotates at 5 degrees per second.", "no movement"),
     ("The camera looks left or right.", "turns left and right"), ("The camera moves left and stays still.", "moves and stays still")])
 def test_sentences_that_are_refused(text, words):

@@ -396,6 +396,14 @@ def test_truth_filter_on_the_world():
         cleaned, report = clean_truth(clip(broken, **extras))
         assert [row.status for row in report] == ["broken", "ok", "ok", "ok"], sorted(extras)
         assert not cleaned.valid[0].any() and cleaned.valid[1:].float().mean() > 0.97 * float(world.valid[1:].float().mean())
+    from camflow.world.stereo_write import as_clip
+    for whole in (clip(world.disparity, **motion), as_clip(world)):                                # T - 1 steps; T entries, the last unknown, and the other eye
+        assert {row.status for row in truth_report(whole)} == {"ok"}
+        part, gaps = truth_report(whole[1:3]), whole[::2]
+        assert part[0].steps[1] == truth_report(whole)[1].steps[1] and "flow" not in {**gaps.extras, **whole[[-1, 0]].extras} and torch.equal(whole[1:3].extras["flow"][0], world.flow[1])
+        masked = whole[torch.arange(4) % 2 == 1]
+        assert len(masked) == 2 and torch.equal(masked.disparity, world.disparity[[1, 3]])
+        assert all(step != step for row in truth_report(gaps) for step in row.steps)               # nobody compares two steps with the flow of one
     wall = world.disparity.clone()
     wall[2, :, :12] *= 2
     cleaned, report = clean_truth(clip(wall, **eyes))
@@ -489,6 +497,9 @@ def test_augmentation_keeps_the_truth():
     mirrored = mirror(clip | {"valid": torch.ones_like(world.valid)})
     assert median(mirrored) < 3 * base + 3 and torch.equal(mirrored["left"], world.right.flip(-1)) and mirrored["flow"] is None
     assert torch.equal(upside_down(upside_down(clip))["flow"].nan_to_num(), clip["flow"].nan_to_num())
+    from camflow.stereo.train import clip_tensors, some_frames             # as training has it: the right view's truth comes along
+    flips = [augment(some_frames(clip_tensors(world), 3, g), Augment(**plain, flip="h"), g)["flow"] is None for g in map(torch.Generator().manual_seed, range(6))]
+    assert any(flips) and not all(flips)
 
 
 def test_resized_disparity_never_mixes():

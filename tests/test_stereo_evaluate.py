@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from camflow.data.stereo_files import write_image, write_kitti
+from camflow.data.stereo_files import write_image, write_kitti, write_pfm
 from camflow.files import InputError, read_json
 from camflow.stereo import evaluate
 from camflow.stereo.baselines import block_matching, fill, per_frame, search_range, sgbm
@@ -143,6 +143,32 @@ def test_sceneflow_and_single_pictures(clips, tmp_path):
     result = evaluate.main(dict(protocol="kitti-2015", root=str(tmp_path / "kitti"), methods=["network", "sgbm_filled"], weights="random", iters=2, samples=50), tmp_path / "b")
     error = (sgbm(clips[0].left[:1], clips[0].right[:1], filled=True)[0] - clips[0].disparity[:1]).abs().mean()
     assert result["sgbm_filled_epe"] == pytest.approx(float(error), rel=5e-3) and math.isnan(result["sgbm_filled_tepe"]) and "TEPE px" not in evaluate.table(result["methods"])[1]
+
+
+def test_networks_may_see_smaller_views(clips, tmp_path):
+    "The answer is in pixels of the full size and is compared there; what was changed is said and has rows of its own."
+    example, seen = evaluate.world_example(HELD_OUT, "tiny"), []
+    def run(left, right):
+        seen.append(left.size)
+        return torch.full((len(left), 1, *left.size), 3.0)
+    (H, W), found = example.left.size, evaluate.shrunk(run, example, 64)
+    assert seen == [(H * 64 // W, 64)] and found.shape == example.disparity.shape and torch.allclose(found, torch.tensor(3.0 * W / 64))
+    assert evaluate.shrunk(run, example, 0).eq(3).all() and seen[1] == (H, W)
+    config = SMALL | dict(methods=["network"])
+    whole, small = (evaluate.main(config | extra, tmp_path) for extra in ({}, {"max_size": 64}))
+    assert small["settings"]["changed"] == sorted([*whole["settings"]["changed"], "max_size"]) and small["rows"] != whole["rows"] and small["network_epe"] != whole["network_epe"]
+    with pytest.raises(InputError, match="max_size"): evaluate.main(config | dict(max_size=-1), tmp_path)
+
+
+def test_middlebury_and_eth3d(clips, tmp_path):
+    clip, scenes = clips[0], {"middlebury": (tmp_path / "m/Adirondack", tmp_path / "m/Adirondack/disp0.pfm"), "eth3d": (tmp_path / "e/two_view_training/delivery", tmp_path / "e/two_view_training_gt/delivery/disp0GT.pfm")}
+    error = (sgbm(clip.left[:1], clip.right[:1], filled=True)[0] - clip.disparity[:1]).abs().mean()
+    for protocol, (scene, truth) in scenes.items():
+        for name, view in (("im0", clip.left), ("im1", clip.right)): write_image(scene / f"{name}.png", view[0])
+        write_pfm(truth, clip.disparity[0])
+        result = evaluate.main(dict(protocol=protocol, root=str(tmp_path / protocol[0]), methods=["network", "sgbm_filled"], weights="random", iters=2, samples=50), tmp_path / protocol)
+        assert result["clips"] == result["frames"] == 1 and result["sgbm_filled_epe"] == pytest.approx(float(error), rel=1e-4) and math.isfinite(result["network_epe"])
+    with pytest.raises(InputError, match="needs root=.*two_view_training_gt"): evaluate.main(dict(protocol="eth3d"), tmp_path)
 
 
 def test_bad_clips_stop_the_run_or_are_listed(clips, tmp_path):

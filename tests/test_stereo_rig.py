@@ -92,6 +92,12 @@ def test_depth_and_disparity_are_inverse_and_scale(doffs):
     assert half.of((360, 640)).doffs == pytest.approx(doffs)
 
 
+def test_half_precision_does_not_shorten_the_reach():
+    K = [[1000., 0, 500], [0, 1000, 300], [0, 0, 1]]
+    found = StereoRig(K, K, 0.1).depth(torch.tensor([[0.001, 33.3]]).half())
+    torch.testing.assert_close(found, 100 / torch.tensor([[0.001, 33.3]]).half().float(), rtol=1e-6, atol=0)
+
+
 def test_sizes(tmp_path):
     write_k_txt(tmp_path/"K.txt", a_rig())
     with pytest.raises(InputError, match="principal point"): read_rig(tmp_path/"K.txt", (1080, 1920))

@@ -1,5 +1,6 @@
 "Training a stereo network: it learns, it continues exactly, it refuses what it cannot do."
 import json
+import math
 import shutil
 
 import pytest
@@ -49,3 +50,28 @@ def test_learns(tmp_path, bank):
                                            ({"data": [["Sintel", "absent"]]}, "absent"), ({"steps": 0}, "steps")])
 def test_refusals(change, words, tmp_path, bank):
     with pytest.raises(InputError, match=words): train.main(SMALL | {"bank": bank, "steps": 1, **change}, tmp_path)
+
+
+def test_a_batch_without_flow_names_the_same_numbers(bank):
+    "Ranks average their numbers by position: one whose sets know no flow had a number less, and the run died in the reduction."
+    config = train.DEFAULTS | SMALL | {"bank": bank}
+    model, clip = train.start_model(config), train.clip_tensors(train.open_data(config, "")[1][0])
+    batches = [train.stack([clip | change]) for change in ({}, {"flow": None, "visible": None})]
+    (some, found), (none, without) = (train.step_loss(model, b, config) for b in batches)
+    assert list(found) == list(without) and found["temporal"] > 0 and math.isnan(without["temporal"]) and some > none
+
+
+@pytest.mark.slow
+def test_a_run_on_sceneflow_alone_ends(tmp_path):
+    "Its held-out clips have no flow, so no temporal error: the run failed after the training, for its headline named it."
+    from camflow.lab.run import run
+    from camflow.world.stereo_clips import stereo_clip
+    from camflow.world.stereo_write import write_sceneflow
+    sets, clip = tmp_path/"SceneFlow", stereo_clip(3, frames=6, size=(48, 96), both=True)
+    for render in ("frames_cleanpass", "frames_finalpass"):
+        for split in ("train", "test"): write_sceneflow(sets, [clip], split, render)
+        for top, sequence in (("Monkaa", "rain"), ("Driving", "15mm/forwards/fast")):
+            for kind in (render, "disparity"): shutil.copytree(sets/"FlyingThings3D"/kind/"TRAIN/A/0000", sets/top/kind/sequence, dirs_exist_ok=True)
+    done = run("stereo_train", ["smoke", "sf"], {"root": str(tmp_path)}, root=tmp_path/"reports")
+    result = json.loads((done.path/"result.json").read_text())
+    assert done.status == "ok" and result["headline"] == ["epe", "epe_untrained", "step"] and "temporal" not in result

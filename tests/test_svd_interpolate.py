@@ -165,7 +165,7 @@ def test_folders(parts, tmp_path):
     clip = shape_clip(4, (8, 8), frames=3).frames
     model, _, frozen, config = train.interpolator(tmp_path / "run", SMALL | dict(base=str(base)))
     other = SVDInterpolatePipeline(**frozen.parts | dict(unet=model), mode="single", frames=3)
-    torch.testing.assert_close(pipe(clip[0], clip[2], num_inference_steps=2).frames.data, other(clip[0], clip[2], num_inference_steps=2).frames.data, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pipe(clip[0], clip[2], num_inference_steps=2).frames.data, other(clip[0], clip[2], num_inference_steps=2).frames.data, rtol=0, atol=1e-3) # a quarter of a byte
     with pytest.raises(InputError, match="export_interpolator"): SVDInterpolatePipeline.from_pretrained(base, tmp_path)
     with pytest.raises(InputError, match="no folder unet"): SVDInterpolatePipeline.from_pretrained(tmp_path)
 

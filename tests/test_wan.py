@@ -208,6 +208,15 @@ def test_bad_videos_are_refused(shape, words):
 
 
 @torch.no_grad()
+def test_tiles_may_lie_edge_to_edge():
+    vae, tiles = video_vae.tiny_vae(), video_vae.tiling([[3, 5], [3, 5]])
+    video = normal(1, 3, 5, 48, 80).clamp(-1, 1)
+    z = video_vae.encode_as(vae, video, tiles)
+    parts = [[video_vae.encode_video(vae, video[..., r:r + 24, c:c + 40]) for c in (0, 40)] for r in (0, 24)]
+    assert torch.equal(z, torch.cat([torch.cat(row, -1) for row in parts], -2)) and video_vae.decode_tiled(vae, z, *tiles).shape == video.shape
+
+
+@torch.no_grad()
 def test_cached_decoding_clamps_nothing_before_blending():
     "Tiles of a large video are decoded frame by frame; they must not be clamped one by one."
     vae = video_vae.tiny_vae()
@@ -237,7 +246,7 @@ def test_files_of_either_kind_load_the_same(tmp_path):
 
 def test_foreign_names_are_refused():
     published = convert.dit_to_reference(tiny_recam(num_layers=1, source_embedding=False).state_dict())
-    with pytest.raises(InputError, match="does not know"): convert.recam_from_reference({**published, "teacache.weight": torch.zeros(1)}, num_heads=6)
+    with pytest.raises(InputError, match="do not belong to this model"): convert.recam_from_reference({**published, "teacache.weight": torch.zeros(1)}, num_heads=6)
     with pytest.raises(InputError, match="1 missing"): convert.recam_from_reference({k: v for k, v in published.items() if k != "blocks.0.modulation"}, num_heads=6)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from camflow.lab.launch import die_with_parent
+from camflow.processes import die_with_parent, end_quickly
 from camflow.rl import recam_grpo
 from camflow.rl.faults import replay_batch
 from camflow.training.heartbeat import Heartbeat
@@ -146,6 +146,7 @@ def poisoned(folder):
 
 
 if __name__ == "__main__":
+    end_quickly()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as warm: recam_grpo.main({**CONFIG, "steps": 1}, warm, brightness)  # everything is imported and compiled once, before the forks
     found = {"storm": storm(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])), "poisoned": poisoned(Path(sys.argv[1]))}

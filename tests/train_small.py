@@ -33,9 +33,10 @@ class Net(torch.nn.Module):
 
 
 def main(config, run_dir):
-    cfg, pause = TrainConfig.pick(config), config.get("pause", 0.)
+    cfg, pause, hold = TrainConfig.pick(config), config.get("pause", 0.), config.get("hold")
 
     def batch_fn(step, rank, world, micro):
+        while hold and step >= hold[0] and not Path(hold[1]).exists(): time.sleep(0.01)  # [step, file]: goes on when the file is there
         items = positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)
         return DATA[[shuffled(i, len(DATA), cfg.seed) for i in items]], items
 

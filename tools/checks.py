@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -11,15 +12,17 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _copy() -> Path:
-    "A scratch copy of what export and clean read and write."
-    work = Path(tempfile.mkdtemp()) / "repo"
-    work.mkdir()
-    for name in ("nbs", "camflow"):
-        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "settings.ini", "README.md"):
-        shutil.copy(ROOT / name, work / name)
-    return work
+@contextmanager
+def _copy():
+    "A scratch copy of what export and clean read and write, gone afterwards."
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch) / "repo"
+        work.mkdir()
+        for name in ("nbs", "camflow"):
+            shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        for name in ("pyproject.toml", "settings.ini", "README.md"):
+            shutil.copy(ROOT / name, work / name)
+        yield work
 
 
 def _differences(work: Path, pattern: str, folder: str) -> list[str]:
@@ -30,16 +33,16 @@ def _differences(work: Path, pattern: str, folder: str) -> list[str]:
 
 def exported() -> list[str]:
     "Modules that differ from what the notebooks export."
-    work = _copy()
-    subprocess.run(["nbdev-export"], cwd=work, check=True)
-    return _differences(work, "*.py", "camflow")
+    with _copy() as work:
+        subprocess.run(["nbdev-export"], cwd=work, check=True)
+        return _differences(work, "*.py", "camflow")
 
 
 def clean() -> list[str]:
     "Notebooks that are not clean (execution counts, stray metadata)."
-    work = _copy()
-    subprocess.run(["nbdev-clean"], cwd=work, check=True)
-    return _differences(work, "*.ipynb", "nbs")
+    with _copy() as work:
+        subprocess.run(["nbdev-clean"], cwd=work, check=True)
+        return _differences(work, "*.ipynb", "nbs")
 
 
 def readme_text() -> str:

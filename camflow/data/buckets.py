@@ -99,10 +99,14 @@ class Window:
     fps: float      # frames per second of the clip; NaN when unknown
 
     @property
-    def size(self): return self.bucket[1], self.bucket[0]
+    def size(self):
+        "(H, W), pixels."
+        return self.bucket[1], self.bucket[0]
 
     @property
-    def latent(self): return (len(self.frames) + 3) // 4, self.bucket[1] // 8, self.bucket[0] // 8
+    def latent(self):
+        "(f, h, w) of the clip's latents under Wan's VAE."
+        return (len(self.frames) + 3) // 4, self.bucket[1] // 8, self.bucket[0] // 8
 
 
 def video_windows(total: int, size,        # frames and (W, H) of the file

@@ -36,7 +36,7 @@ class LatentCache:
         self.identity, self.where, self.read_shards, self.dropped = identity, {}, set(), []
         self.refresh(drop_bad)
 
-    def refresh(self, drop_bad: bool = False): # as above
+    def refresh(self, drop_bad: bool = False): # True: deletes shards that cannot be read
         "Takes in shards that other processes wrote."
         for shard in sorted(self.folder.glob("*.safetensors")):
             if shard.name in self.read_shards: continue
@@ -54,7 +54,8 @@ class LatentCache:
 
     def __contains__(self, key): return key in self.where
     def __len__(self): return len(self.where)
-    def missing(self, keys: Iterable[str]): # keys -> those not there, each once, in order
+    def missing(self, keys: Iterable[str]):
+        "Those of the keys that are not there, each once, in order."
         return [key for key in dict.fromkeys(keys) if key not in self.where]
 
 # %% ../../nbs/data/02_cache.ipynb #82f50d87

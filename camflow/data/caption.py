@@ -39,10 +39,12 @@ def usable(text: str) -> bool: # an answer
 # %% ../../nbs/data/14_caption.ipynb #136331a8
 class Measured:
     "Answers with brightness, colour and movement of the picture; knows nothing of what it shows."
-    def ask(self, clips, prompts, max_new_tokens: int = 256): # of Frames -> texts
+    def ask(self, clips, prompts, max_new_tokens: int = 256): # Frames; not read; not read
+        "One text per clip."
         return [self.describe(clip.byte().data.float()) for clip in clips]
 
-    def describe(self, x_TCHW):
+    def describe(self, x_TCHW): # RGB, 0..255
+        "A sentence on light, tint and movement."
         colour, moved = x_TCHW.mean((0, 2, 3)), float(x_TCHW.diff(dim=0).abs().mean()) if len(x_TCHW) > 1 else 0.0
         light = "dark" if colour.mean() < 64 else "bright" if colour.mean() > 160 else "evenly lit"
         tint = ("reddish", "greenish", "bluish")[int(colour.argmax())] if colour.max() > 1.15 * colour.min() else "grey"

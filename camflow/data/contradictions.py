@@ -113,7 +113,7 @@ DARK = 40.0 # mean luminance 0..255 below which a clip counts as dark
 
 def read_luminance(manifest) -> dict: # manifest.csv of multicam_prepare -> {name: mean luminance 0..255} of the videos that were read
     "What `dark_findings` looks at."
-    try: text = Path(manifest).read_text(encoding="utf-8")
+    try: text = Path(manifest).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error: raise InputError(f"{manifest} cannot be read ({error}); give the manifest.csv of multicam_prepare") from None
     rows = csv.DictReader(io.StringIO(text))
     if absent := {"file_name", "luminance"} - set(rows.fieldnames or ()):

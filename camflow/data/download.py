@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from ..files import InputError, one_at_a_time, read_json, write_json
+from ..files import InputError, copy_file, one_at_a_time, read_json, write_json
 
 # %% ../../nbs/data/07_download.ipynb #2b603031
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def parse_link(entry, where: str, name: str | None = None) -> Link: # URL or obj
 
 def parse_links(data, where: str = "links.json") -> dict: # parsed JSON
     "{split: [Link, ..]}."
-    if not isinstance(data, dict) or not data: raise InputError(f"a {type(data).__name__}; {where}; expected an object split -> list of URLs")
+    if not isinstance(data, dict) or not data: raise InputError(f"{'no splits' if data == {} else f'a {type(data).__name__}'}; {where}; expected an object split -> list of URLs")
     out = {}
     for split, entries in data.items():
         if isinstance(entries, list): out[split] = [parse_link(e, f"{where}, {split}, entry {i}") for i, e in enumerate(entries)]
@@ -181,7 +181,7 @@ def file_size(link: Link, client) -> int | None: # bytes
 def download_plan(links: dict, splits: list, folder, client) -> list: # of `parse_links`; names; target
     "One row per split: files, how many are there, bytes to fetch (None: the server does not say), bytes unpacked (None: not known)."
     unknown = sorted(set(splits) - set(links))
-    if unknown or not splits: raise InputError(f"splits {', '.join(unknown) or 'none'}; links.json; it has {', '.join(links)}")
+    if unknown or not splits: raise InputError(f"{'no split ' + ', '.join(unknown) if unknown else 'no split was asked for'}; links.json; it has {', '.join(links)}")
     rows = []
     for split in splits:
         todo = [link for link in links[split] if not (Path(folder) / "archives" / split / link.name).exists()]
@@ -203,7 +203,7 @@ def check_space(plan: list, folder,           # of `download_plan`; target
     need = archives + unpack * sum(row["unpacked"] or 0 for row in plan)
     if need > free:
         parts = ", ".join(f"{row['split']} {_size(row['bytes'])}" + (f" + {_size(row['unpacked'])} unpacked" if unpack else "") for row in plan)
-        raise InputError(f"{_size(need)} needed ({parts}), {_size(free)} free; {probe}; choose fewer splits or another disk, or keep less of it (remove=True, unpack_files=False)")
+        raise InputError(f"{_size(need)} needed ({parts}), {_size(free)} free; {probe}; choose fewer splits or another disk, or keep less of it (remove=True deletes each archive once it is unpacked, unpack_files=False keeps archives only)")
 
 
 def _size(n) -> str:
@@ -221,8 +221,7 @@ def unpack(path, root, split: str) -> Path: # .zip or .tar[.gz] archive, or a pl
     "Unpacks beside the other splits; returns the folder. What is no archive by its name is copied into the split's folder."
     path = Path(path)
     if not path.name.endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")):
-        (Path(root) / split).mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, Path(root) / split / path.name)
+        copy_file(path, Path(root) / split / path.name)
         return Path(root) / split
     try:
         with (zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)) as archive:

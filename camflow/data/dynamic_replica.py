@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WANTED', 'viewpoint_camera', 'camera_viewpoint', 'check_row', 'read_annotations', 'write_annotations', 'annotation',
            'file_of', 'disparity_scale', 'depth_to_disparity', 'chunks', 'training_starts', 'ReplicaSequence',
-           'read_ids', 'DynamicReplica', 'locate_files']
+           'read_ids', 'DynamicReplica', 'locate_files', 'open_sequence']
 
 # %% ../../nbs/data/05_dynamic_replica.ipynb #6a0b3485
 import gzip
@@ -171,7 +171,7 @@ def training_starts(n: int, sample_len: int,     # frames of the sequence and of
     return out
 
 # %% ../../nbs/data/05_dynamic_replica.ipynb #f1ae78cf
-WANTED = ("disparity", "right", "mask", "flow", "ids")
+WANTED = ("disparity", "right", "mask", "flow", "backward_flow", "ids")
 
 
 class ReplicaSequence(PictureSource):
@@ -229,8 +229,10 @@ def extra(self: ReplicaSequence, indices):
         out |= {"right_disparity": torch.where(maps[1], maps[0], 0.0), "right_valid": maps[1]}
     if "mask" in self.want:
         for eye, key in enumerate(("mask", "right_mask")): out |= self._stacked(indices, key, "mask", read_mask, eye)
-    if "flow" in self.want and all(b == a + 1 for a, b in zip(indices, indices[1:])): out |= self._flow(indices)
-    if "ids" in self.want: out |= self._stacked(indices, "ids", "instance_id_map", read_ids)
+    for kind, key in (("flow", "flow_forward"), ("backward_flow", "flow_backward")):
+        if kind in self.want and all(b == a + 1 for a, b in zip(indices, indices[1:])): out |= self._flow(indices, kind, key)
+    if "ids" in self.want:
+        for eye, key in enumerate(("ids", "right_ids")): out |= self._stacked(indices, key, "instance_id_map", read_ids, eye)
     return out
 
 
@@ -241,13 +243,13 @@ def _stacked(self: ReplicaSequence, indices, name, key, read, eye: int = 0) -> d
 
 
 @patch
-def _flow(self: ReplicaSequence, indices) -> dict:
-    "Forward flow [T,2,H,W] (NaN where there is none) and where it is visible."
-    files = [[file_of(self.rows[i][0], key) for key in ("flow_forward", "flow_forward_mask")] for i in indices]
+def _flow(self: ReplicaSequence, indices, name, key) -> dict:
+    "Flow [T,2,H,W] of one direction (NaN where there is none) and where it is visible."
+    files = [[file_of(self.rows[i][0], entry) for entry in (key, f"{key}_mask")] for i in indices]
     if not any(flow for flow, _ in files): return {}
     flow = torch.stack([read_replica_flow(self.base / f) if f else torch.full((2, *self.size), torch.nan) for f, _ in files])
     visible = [read_mask(self.base / m) > 127 if m else torch.ones(1, *self.size, dtype=torch.bool) for _, m in files]
-    return {"flow": flow, "flow_visible": torch.stack(visible) & torch.isfinite(flow).all(1, keepdim=True)}
+    return {name: flow, f"{name}_visible": torch.stack(visible) & torch.isfinite(flow).all(1, keepdim=True)}
 
 
 def read_ids(path) -> torch.Tensor: # [1,H,W] int32
@@ -305,3 +307,15 @@ def locate_files(root: Path, split: str, first: str) -> Path: # path of the firs
     found = next((base for base in tried if (base / first).is_file()), None)
     if found is None: raise InputError(f"no file {first}; Dynamic Replica, split {split}; looked in {', '.join(map(str, tried[:3]))}: move the sequence folders beside frame_annotations_{split}.jgz")
     return found
+
+
+def open_sequence(folder, name: str, # a split: holds frame_annotations_<split>.jgz; of the sequence
+                  want=()) -> ReplicaSequence: # of WANTED
+    "One sequence as a source of stereo frames that knows its cameras."
+    files = sorted(Path(folder).glob("frame_annotations_*.jgz"))
+    if len(files) != 1: raise InputError(f"{len(files)} files frame_annotations_*.jgz; {folder}; give the folder of one split of Dynamic Replica")
+    rows = read_annotations(files[0])[0]
+    own = [row for row in rows if row["sequence_name"] == name]
+    if not own: raise InputError(f"no sequence {name!r}; {files[0]}; it has {', '.join(sorted({row['sequence_name'] for row in rows}))}")
+    split, first = files[0].name.removeprefix("frame_annotations_").removesuffix(".jgz"), own[0]["image"]["path"]
+    return ReplicaSequence(Path(folder) if (Path(folder) / first).is_file() else locate_files(Path(folder).absolute().parent, split, first), own, want)

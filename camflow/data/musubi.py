@@ -48,9 +48,12 @@ class Dataset:
     source_fps: float | None = None       # given: frames are left out until 16 a second remain
 
     @property
-    def source(self): return next(getattr(self, key) for key in SOURCES if getattr(self, key))
+    def source(self):
+        "Path of the directory or table that was given."
+        return next(getattr(self, key) for key in SOURCES if getattr(self, key))
 
     def extraction(self): # arguments of `windows`
+        "Keyword arguments."
         return dict(targets=self.target_frames, extraction=self.frame_extraction, stride=self.frame_stride,
                     sample=self.frame_sample, max_frames=self.max_frames)
 
@@ -97,7 +100,7 @@ def _typed(key: str, value):
 # %% ../../nbs/data/18_musubi.ipynb #08805197
 def read_toml(path) -> list: # dataset TOML -> Datasets
     "The data sets; paths are as written."
-    try: text = Path(path).read_text(encoding="utf-8")
+    try: text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError: raise InputError(f"data set file not found; {path}; check the path") from None
     except UnicodeDecodeError as error: raise InputError(f"not UTF-8 ({error}); {path}; convert the file") from None
     try: data = tomllib.loads(text)
@@ -105,7 +108,8 @@ def read_toml(path) -> list: # dataset TOML -> Datasets
     general, tables = data.get("general", {}), data.get("datasets", [])
     known = {f.name for f in fields(Dataset)} - {"name", "line"}
     if extra := set(data) - {"general", "datasets"}: raise InputError(f"unknown table {sorted(extra)[0]!r}; {path}; there are [general] and [[datasets]]")
-    if not isinstance(general, dict) or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+    if not isinstance(general, dict): raise InputError(f"general is {general!r}; {path}; write it as a table: [general]")
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise InputError(f"no [[datasets]]; {path}; write one table per data set")
     def checked(table, number):
         out = {}

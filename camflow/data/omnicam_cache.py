@@ -53,7 +53,7 @@ def script_focal(facts: dict, options: CacheOptions) -> Focal: # of a video or p
     "The lens of a script: as the picture's file says, else as given, else as estimated."
     size, told, found = (facts["size"][1], facts["size"][0]), facts.get("lens"), options.focals.get(facts["sha256"])
     if told or options.fov is not None or not found: return choose_focal(size, metadata=told, fov=options.fov)
-    if "reason" in found: raise InputError(f"{found['reason']}; or give fov")
+    if "reason" in found: raise InputError(f"no focal length was estimated ({found['reason']}); give fov, in degrees")
     return Focal(found["pixels"], size, "estimated")
 
 
@@ -77,7 +77,7 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
         at = f" at {d.source_fps:g} a second" if d.source_fps else ""
         return [_dropped(item, "too_short", f"{facts['frames']} frames{at}; target_frames {list(d.target_frames)}")]
     rows, focal = [], None
-    try: source = camera_source(item.prompt, options.camera_folders)
+    try: source = camera_source(item.prompt, (*options.camera_folders, *([item.cameras] if item.cameras else [])))
     except InputError as error:
         if options.camera_required or not isinstance(error, NoCamera): return [_dropped(item, _camera_status(error), str(error))]
         source = None
@@ -232,9 +232,9 @@ def _finite(row): return {k: None if isinstance(v, float) and v != v else v for 
 
 def read_manifest(path) -> tuple: # -> (header, rows)
     "A manifest."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8").split("\n") # a caption may hold U+2028, which splitlines breaks at
     except FileNotFoundError: raise InputError(f"{path} does not exist; run omnicam_cache first") from None
-    try: header, *rows = map(json.loads, lines)
+    try: header, *rows = map(json.loads, filter(None, lines))
     except ValueError as error: raise InputError(f"{path} is no manifest ({error}); run omnicam_cache again") from None
     if header.get("format") != 1: raise InputError(f"{path} has format {header.get('format')}; this version reads 1")
     return header, rows

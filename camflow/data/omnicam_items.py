@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .musubi import Dataset
 from .omnicam_text import TextItem, apply_text_overlay, read_metadata
 from .prepare import stamp
-from ..files import InputError, sha256_file
+from ..files import InputError, listed, sha256_file
 from ..geometry.camera import Cameras
 from ..geometry.focal import Focal, choose_focal, one_lens
 from ..geometry.script import parse, script_path
@@ -38,17 +38,15 @@ class CacheItem:
     prompt: str      # with its camera
     dataset: Dataset # settings
     line: int = 0    # in the table
-
-
-def _natural(path): return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    cameras: Path | None = None # folder safetensors of the set, if it has one
 
 
 def _folder_items(folder: Path, dataset: Dataset) -> list:
     "TextItems of a folder with caption files."
     if not folder.is_dir(): raise InputError(f"no folder {folder}; {dataset.name}, line {dataset.line}; check the path in the data set file")
     ends = VIDEOS if dataset.video_directory else IMAGES
-    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in ends), key=_natural)
-    text = lambda p: p.read_text(encoding="utf-8", errors="replace").strip() if p.is_file() else ""
+    found = listed(folder, ends)
+    text = lambda p: p.read_text(encoding="utf-8-sig", errors="replace").strip() if p.is_file() else ""
     return [TextItem(p.stem, text(p.with_suffix(dataset.caption_extension)), str(p)) for p in found]
 
 
@@ -59,8 +57,13 @@ def list_clips(dataset: Dataset,     # of `read_toml`
     source = Path(root)/dataset.source
     items = _folder_items(source, dataset) if dataset.source in (dataset.video_directory, dataset.image_directory) else read_metadata(source)
     if overlay: items, _ = apply_text_overlay(items, overlay)
-    base = source if source.is_dir() else source.parent
-    return [CacheItem(one.path, base/one.path if not Path(one.path).is_absolute() else Path(one.path), one.caption, dataset, one.line) for one in items]
+    base, cameras = source if source.is_dir() else source.parent, source.parent/"safetensors"
+    return [CacheItem(one.path, _place(one.path, base, Path(root)), one.caption, dataset, one.line, cameras if cameras.is_dir() else None) for one in items]
+
+
+def _place(name: str, base: Path, root: Path) -> Path: # as in the table; the table's folder
+    "The file: seen from its table or, as musubi-tuner does, from where the data set file's own paths start."
+    return root/name if not (base/name).exists() and (root/name).exists() else base/name
 
 # %% ../../nbs/data/19_omnicam_items.ipynb #a7b3f41b
 def _facts(path: Path) -> dict:
@@ -105,10 +108,10 @@ def camera_source(prompt: str,          # with script or file
         places = [Path(match[1]), *(Path(folder)/Path(match[1]).name for folder in folders)]
         found = next((p for p in places if p.is_file()), None)
         if found is None:
-            said = ", ".join(map(str, folders)) or "any folder"
-            raise InputError(f"camera file not found; {match[1]}; also not in {said}: give the folder with the set's camera files")
+            said = f", nor by its name in {', '.join(map(str, folders))}" if folders else ""
+            raise InputError(f"camera file not found; {match[1]}{said}; give the folder with the set's camera files")
         return "file", found
-    if "Camera:" not in prompt: raise NoCamera("neither a camera script nor a #trajectory in the prompt")
+    if "Camera:" not in prompt: raise NoCamera("neither a camera script (Camera: ...) nor a #trajectory:{file} in the prompt")
     return "script", prompt[prompt.index("Camera:"):]
 
 
@@ -123,7 +126,7 @@ def clip_camera(source, window: Window, # of `camera_source`; the clip
     if kind == "file":
         cameras = cut(one_lens(Cameras.from_omnicam(value, size, video_frames=facts["frames"])), window)
     else:
-        if not rate: raise InputError("the video says no frame rate, a script is in seconds; set source_fps in the data set")
+        if not rate: raise InputError("the video does not say its frame rate, and a script is in seconds; set source_fps in the data set file")
         cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), (focal or choose_focal(size, fov=60.0)).K, size, window.frames).cover(window.size)
     (H, W), K = window.size, cameras.K[0]
     return {"c2w": cameras.c2w.float(), "intrinsics": torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H]).float()}

@@ -30,7 +30,9 @@ class OmniCamSet:
     frames: int          # of a clip
 
     @property
-    def page(self): return f"https://huggingface.co/datasets/yangxiaoda/{self.name}"
+    def page(self):
+        "Address where the set is published."
+        return f"https://huggingface.co/datasets/yangxiaoda/{self.name}"
 
 
 SETS = {one.name: one for one in (

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .captions import Finding, Row, override
-from ..files import InputError
+from ..files import InputError, read_json_lines
 from ..geometry.script import ScriptError, parse, path_to_script, rates
 from ..geometry.script_language import motion_agreement
 
@@ -60,14 +60,8 @@ class TextItem:
 
 def read_metadata(path) -> list: # metadata.jsonl -> TextItems
     "All rows; InputError with the line of one that cannot be read."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError: raise InputError(f"table not found; {path}; check the path") from None
-    except UnicodeDecodeError as error: raise InputError(f"not UTF-8 ({error}); {path}; convert the table") from error
     items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip(): continue # musubi-tuner stops here with a JSON error
-        try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise InputError(f"not JSON ({error}); {path}, line {number}; mend the line") from error
+    for number, row in read_json_lines(path): # musubi-tuner stops at an empty line with a JSON error
         name = row.get("video_path") or row.get("image_path") if isinstance(row, dict) else None
         if not isinstance(name, str) or not isinstance(row.get("caption"), str):
             raise InputError(f"no video_path and caption as text; {path}, line {number}; write {{\"video_path\": .., \"caption\": ..}}")
@@ -116,16 +110,11 @@ def apply_text_overlay(items: list,   # TextItems
                        path) -> tuple: # overlay.jsonl -> (TextItems, findings)
     "Items with the corrections; the raw table is not touched."
     rows = []
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError: raise InputError(f"overlay not found; {path}; check the path") from None
     key = lambda one: one.path or one.id
-    for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
+    for number, one in read_json_lines(path, "overlay"):
         where = f"{path}, line {number}"
-        try: one = json.loads(line)
-        except json.JSONDecodeError as error: raise InputError(f"not JSON ({error}); {where}; mend the line") from error
         if not _is_correction(one):
-            raise InputError(f"{line[:80]!r} is no correction; {where}; write id, action ({', '.join(ACTIONS)}), text to replace by, or terms to redact")
+            raise InputError(f"{json.dumps(one)[:80]} is no correction; {where}; write id, action ({', '.join(ACTIONS)}), text to replace by, or terms to redact")
         item = match_id(one["id"], items, where)
         if item is None: rows.append(Row(number, one["id"], "")) # `override` reports it
         elif one["action"] == "drop": rows.append(Row(number, key(item), ""))

@@ -30,7 +30,9 @@ class Item:
     path: Path  # the file
 
     @property
-    def scene(self): return self.name.rsplit("/videos/", 1)[0]
+    def scene(self):
+        "The name up to `/videos/`: f24_aperture5/scene1."
+        return self.name.rsplit("/videos/", 1)[0]
 
 
 def list_items(root,                          # MultiCamVideo set, or its folder train or val
@@ -106,7 +108,9 @@ class Prepared:
     dropped: int = 0                          # shards that were unreadable and are made again
 
     @property
-    def ok(self): return [name for name in self.keys if name not in self.failed]
+    def ok(self):
+        "Names of the videos that did not fail."
+        return [name for name in self.keys if name not in self.failed]
 
 # %% ../../nbs/data/10_prepare.ipynb #f5e05621
 def prepare_videos(folder, items,                    # cache folder; of `list_items`

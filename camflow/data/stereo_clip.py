@@ -59,10 +59,16 @@ class StereoClip:
         truth = "" if self.disparity is None else f", disparity to {float(self.disparity.max()):.1f} px, {100 * float(self.valid.float().mean()):.1f} % valid"
         return f"StereoClip({self.name or 'unnamed'}: {len(self)} x {self.size[0]} x {self.size[1]}{truth}{', calibrated' if self.rig is not None else ''}{', ' + ' '.join(self.extras) if self.extras else ''})"
 
-    def __getitem__(self, which): # a number, slice or list of frame numbers
-        rows = list(range(len(self)))[which] if isinstance(which, slice) else torch.as_tensor(which).reshape(-1).tolist()
-        cut = lambda value: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(self) else value
-        return StereoClip(self.left[rows], self.right[rows], cut(self.disparity), cut(self.valid), self.rig, self.name, {key: cut(value) for key, value in self.extras.items()})
+    def __getitem__(self, which): # a number, slice, list of frame numbers or mask
+        if not isinstance(which, slice): which = torch.as_tensor(which).reshape(-1)
+        rows = list(range(len(self)))[which] if isinstance(which, slice) else which.nonzero()[:, 0].tolist() if which.dtype == torch.bool else [i + len(self) * (i < 0) for i in which.tolist()]
+        by_row = lambda value: isinstance(value, torch.Tensor) and value.ndim and len(value)
+        cut = lambda value: value[rows] if by_row(value) == len(self) else value
+        whole = all(b == a + 1 for a, b in zip(rows, rows[1:]))
+        flow = lambda value: value[rows[:-1]] if by_row(value) == len(self) - 1 else cut(value) # T - 1 entries belong to the steps
+        # flow leads to the frame beside: a choice with gaps has none
+        extras = {key: flow(value) if "flow" in key else cut(value) for key, value in self.extras.items() if whole or "flow" not in key}
+        return StereoClip(self.left[rows], self.right[rows], cut(self.disparity), cut(self.valid), self.rig, self.name, extras)
 
     def depth(self) -> torch.Tensor: # [T,1,H,W] metres, NaN where there is no truth
         "The truth in metres."
@@ -309,8 +315,9 @@ def open_stereo(left,                          # folder, picture or video of the
 
 def _inside(folder: Path):
     "(left, right) within a folder."
+    there = sorted(folder.iterdir())
     for names in (("left", "right"), ("image_left", "image_right"), ("image_02", "image_03"), ("l", "r")):
-        found = [[p for p in sorted(folder.glob(f"{name}*")) if p.stem == name and (p.is_dir() or p.suffix.lower() in IMAGES + VIDEOS)] for name in names]
+        found = [[p for p in there if p.stem.lower() == name and (p.is_dir() or p.suffix.lower() in IMAGES + VIDEOS)] for name in names]
         if all(len(f) == 1 for f in found): return found[0][0], found[1][0]
         if any(len(f) > 1 for f in found): raise InputError(f"several things are called {names[0]} or {names[1]}: {_some([p.name for f in found for p in f])}; {folder}; give the two views explicitly")
     raise InputError(f"no left and right in {folder}; it should hold left/0001.png ... and right/0001.png ..., or two files left.* and right.*")
@@ -347,9 +354,9 @@ class StereoSet:
     names = property(lambda self: list(dict.fromkeys(source.name for source, _ in self.samples)), doc="Sequences in order.")
 
     def __getitem__(self, i) -> StereoClip: # number of a sample, or the name of a sequence (its first sample)
-        if isinstance(i, str): i = next((k for k, (source, _) in enumerate(self.samples) if source.name == i), None)
-        if i is None or not -len(self) <= i < len(self): raise InputError(f"no sample {i}; {self!r}; there are 0..{len(self) - 1}, named {', '.join(self.names[:3])} ..")
-        source, frames = self.samples[i]
+        number = next((k for k, (source, _) in enumerate(self.samples) if source.name == i), None) if isinstance(i, str) else i
+        if number is None or not -len(self) <= number < len(self): raise InputError(f"no sample {i!r}; {self!r}; there are 0..{len(self) - 1}, named {', '.join(self.names[:3])} ..")
+        source, frames = self.samples[number]
         return source.load(frames)
 
     def check(self, decode: bool = True) -> list: # False: only the headers of the pictures

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..files import InputError, atomic_write
+from ..media.images import shown_size
 # Shapes: C channels, H rows, W columns
 
 # %% ../../nbs/data/03_stereo_files.ipynb #a67aadab
@@ -35,19 +36,20 @@ def _open_image(path):
 
 
 def image_size(path) -> tuple: # (H, W)
-    "Size of a picture from its header."
+    "Size of a picture from its header, as `read_image` gives it."
     from PIL import Image, UnidentifiedImageError
     try:
-        with Image.open(path) as image: return image.height, image.width
+        with Image.open(path) as image: return shown_size(image)
     except FileNotFoundError: raise InputError(f"{path} does not exist; check the path") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error: raise InputError(f"not a readable picture ({str(error)[:80]}); {path}; copy or download it again") from None
 
 
 def read_image(path) -> torch.Tensor: # [3,H,W] uint8
-    "A picture of 8 bits per channel; grey is repeated, alpha dropped."
+    "A picture of 8 bits per channel, turned as a camera's flag says; grey is repeated, alpha dropped."
+    from PIL import ImageOps
     image = _open_image(path)
     if image.mode[0] in "IF": raise InputError(f"a picture of mode {image.mode} (16 or 32 bits); {path}; save it with 8 bits per channel, or read it as depth or disparity")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def write_image(path, image_CHW: torch.Tensor): # [1 or 3,H,W] uint8

@@ -98,7 +98,7 @@ def truth_report(clip: StereoClip,          # with disparity; right_disparity, r
                  broken: float = 0.3,       # part contradicted from which a frame is broken
                  suspect: float = 0.05) -> list: # from which it is suspect
     "One `FrameTruth` per frame."
-    if clip.disparity is None: raise InputError(f"no disparity; clip {clip.name}; only truth can be checked")
+    if clip.disparity is None: raise InputError(f"no disparity; clip {clip.name}; give a clip of a set with true disparity")
     d, v, x, T = clip.disparity, clip.valid, clip.extras, len(clip)
     through = _part(*seen_through(d, v, x["right_disparity"], x["right_valid"])) if "right_disparity" in x else [float("nan")] * T
     steps = [float("nan")] * (T - 1)

@@ -7,8 +7,6 @@ __all__ = ['COLUMNS', 'Entry', 'seconds_of', 'read_webvid', 'Pace', 'download_vi
            'write_evaluation']
 
 # %% ../../nbs/data/15_webvid.ipynb #61963f79
-import csv
-import io
 import re
 import shutil
 import threading
@@ -20,9 +18,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from .captions import decode_line
 from .download import Link, fetch
 from .ledger import Ledger
+from .multicam import table_reader
 from .prepare import write_table
 from ..files import InputError, atomic_write, sha256_file, write_json
 from ..geometry.camera import Cameras, focal_K, write_unreal_json
@@ -53,9 +51,7 @@ def seconds_of(duration: str) -> float: # "PT00H01M02S", "62", ""
 
 def read_webvid(path) -> tuple: # CSV -> (Entries, {line: reason} of rows left out)
     "The entries of a table, each video once."
-    try: lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError: raise InputError(f"WebVid table not found; {path}; check the path") from None
-    reader = csv.DictReader(io.StringIO("\n".join(decode_line(line.rstrip(b"\r"))[0] for line in lines)))
+    reader = table_reader(path, "WebVid table")
     if absent := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
         raise InputError(f"columns {absent} are missing; {path}, row 1; expected {', '.join(COLUMNS)}")
     entries, bad = {}, {}

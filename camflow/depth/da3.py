@@ -40,10 +40,14 @@ class DA3Config:
     in_channels: int = 3             # of the images
 
     @property
-    def width(self): return self.embed_dim if self.alt_start < 0 else 2 * self.embed_dim  # channels handed to the heads
+    def width(self):
+        "Channels handed to the heads."
+        return self.embed_dim if self.alt_start < 0 else 2 * self.embed_dim
 
     @property
-    def grid(self): return self.img_size // self.patch_size
+    def grid(self):
+        "Patches per side of the stored position table."
+        return self.img_size // self.patch_size
 
 # %% ../../nbs/depth/00_da3.ipynb #5dc5d61e
 _LARGE = dict(embed_dim=1024, depth=24, num_heads=16, head_features=256, head_channels=(256, 512, 1024, 1024))
@@ -65,7 +69,7 @@ def config_from_reference(numbers: dict  # the constructor numbers of the origin
     net, head = numbers["net"], numbers.get("head")
     start = net["alt_start"]
     for key in ("qknorm_start", "rope_start"):
-        if net.get(key, start) != start: raise InputError(f"{key} {net[key]} differs from alt_start {start}: no published model does; unsupported")
+        if net.get(key, start) != start: raise InputError(f"{key} {net[key]} differs from alt_start {start}; only models where they agree can be built, as in all published ones")
     extra = {} if head is None else dict(head_features=head["features"], head_channels=tuple(head["out_channels"]))
     return DA3Config(net["embed_dim"], net["depth"], net["num_heads"], net.get("img_size", 518), net.get("patch_size", 14),
                      net.get("mlp_ratio", 4), "swiglu" if net.get("ffn_layer", "mlp").startswith("swiglu") else "mlp", start,
@@ -125,7 +129,8 @@ class Attention(nn.Module):
         if qk_norm: self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
         self.qk_norm = qk_norm
 
-    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:  # x [B,N,C]; table: cos and sin [N,d], or [1,d] for each `every`-th token
+    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:  # [B,N,C]; cos and sin [N,d], or [1,d] with `every`; turn each such token, 1: all
+        "-> [B,N,C]."
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         if self.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
@@ -142,7 +147,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out or dim)
 
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x):
+        "[...,C] -> [...,C]."
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGlu(nn.Module):
@@ -153,6 +160,7 @@ class SwiGlu(nn.Module):
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
+        "[...,C] -> [...,C]."
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
 
@@ -163,7 +171,9 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x): return x * self.gamma
+    def forward(self, x):
+        "[...,C] -> [...,C]."
+        return x * self.gamma
 
 # %% ../../nbs/depth/00_da3.ipynb #cedb3cb0
 class Block(nn.Module):
@@ -180,7 +190,8 @@ class Block(nn.Module):
         self.mlp = SwiGlu(dim, hidden) if ffn == "swiglu" else Mlp(dim, hidden)
         self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
-    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:
+    def forward(self, x: Tensor, table=None, every: int = 1) -> Tensor:  # [B,N,C]; as for `Attention`; as for `Attention`
+        "-> [B,N,C]."
         x = x + self.ls1(self.attn(self.norm1(x), table, every))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -228,7 +239,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
 
-    def forward(self, x): return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x):
+        "[N,3,H,W] -> [N,h*w,C]."
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/depth/00_da3.ipynb #ec006faa
 class Backbone(nn.Module):
@@ -244,9 +257,13 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(C, config.num_heads, int(C * config.mlp_ratio), config.ffn, self.in_second_part(i)) for i in range(config.depth))
         self.norm = nn.LayerNorm(C)
 
-    def in_second_part(self, i): return self.alternates and i >= self.config.alt_start
+    def in_second_part(self, i):  # number of the block
+        "From `alt_start` on: norms of q and k, rotary positions, a camera token."
+        return self.alternates and i >= self.config.alt_start
 
-    def is_global(self, i): return self.in_second_part(i) and i % 2 == 1
+    def is_global(self, i):  # number of the block
+        "Whether it sees the tokens of all views."
+        return self.in_second_part(i) and i % 2 == 1
 
     def positions(self, h: int, w: int) -> Tensor:
         "Position table [1, 1+h*w, C] for a grid of h rows and w columns."
@@ -254,10 +271,9 @@ class Backbone(nn.Module):
         if h == w == n: return self.pos_embed
         table = self.pos_embed[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2).float()
         table = F.interpolate(table, scale_factor=((h + 0.1) / n, (w + 0.1) / n), mode="bicubic", antialias=False)
-        if table.shape[2:] != (h, w): raise InputError(f"position table came out as {tuple(table.shape[2:])}, wanted {(h, w)}")
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1)
 
-    def tokens(self, images_BSCHW: Tensor) -> Tensor:
+    def tokens(self, images_BSCHW: Tensor) -> Tensor:  # normalised, sides multiples of the patch
         "Patch tokens with class token and positions, [B,S,N,C]."
         B, S, _, H, W = images_BSCHW.shape
         p = self.config.patch_size
@@ -277,8 +293,8 @@ class Features:
 
 
 @patch
-def run_block(self: Backbone, i: int, x: Tensor, h: int, w: int) -> Tensor:
-    "Block i on x [B,S,N,C]: local blocks see one view, global blocks all of them."
+def run_block(self: Backbone, i: int, x: Tensor, h: int, w: int) -> Tensor:  # number; [B,S,N,C]; rows of patches; columns of patches
+    "One block: local blocks see one view, global blocks all of them."
     B, S, N, C = x.shape
     joint, d = self.is_global(i), C // self.config.num_heads
     flat = x.reshape(B, S * N, C) if joint else x.reshape(B * S, N, C)
@@ -316,7 +332,9 @@ def forward(self: Backbone,
 
 
 @patch
-def append(self: Backbone, out: Features, local: Tensor, x: Tensor, order, views):
+def append(self: Backbone, out: Features,       # filled in place
+           local: Tensor, x: Tensor,            # [B,S,N,C] of the last block that was local; of this block
+           order, views):                       # [B,S] of `view_order`, None: not moved; whose maps are wanted, None: all
     "Adds one out layer's maps and tokens, with the views put back in their order."
     token = torch.cat([local[:, :, 0], x[:, :, 0]], -1) if self.alternates else x[:, :, 0]
     out.tokens.append(token if order is None else take_views(token, order.argsort(1)))
@@ -394,7 +412,8 @@ class CameraDecoder(nn.Module):
         self.fc_t, self.fc_qvec = nn.Linear(dim, 3), nn.Linear(dim, 4)
         self.fc_fov = nn.Sequential(nn.Linear(dim, 2), nn.ReLU())
 
-    def forward(self, token: Tensor) -> Tensor:  # [B,S,2C] -> [B,S,9]
+    def forward(self, token: Tensor) -> Tensor:
+        "[B,S,2C] -> [B,S,9]."
         y = self.backbone(token)
         return torch.cat([self.fc_t(y), self.fc_qvec(y), self.fc_fov(y)], -1)
 
@@ -415,7 +434,8 @@ class CameraEncoder(nn.Module):
         self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.pose_branch = Mlp(9, dim // 2, dim)
 
-    def forward(self, w2c: Tensor, K: Tensor, size: tuple) -> Tensor:  # [B,S,4,4], [B,S,3,3] -> [B,S,C]
+    def forward(self, w2c: Tensor, K: Tensor, size: tuple) -> Tensor:  # [B,S,4,4]; [B,S,3,3]; (H, W) of the images in pixels
+        "-> [B,S,C]."
         pose = encode_pose(invert_pose(w2c), K, size)
         return self.trunk_norm(self.trunk(self.token_norm(self.pose_branch(pose))))
 
@@ -440,7 +460,7 @@ class DepthAnything3(nn.Module):
                 views: list | None = None,            # whose depth and rays are wanted; None: all
                 dtype: torch.dtype = torch.float32,   # of the backbone (camflow.device.compute_dtype()); heads are float32
                ) -> dict:
-        "pose_enc, extrinsics (w2c), intrinsics, depth, depth_conf, ray, ray_conf, sky: what the heads asked for give."
+        "What the heads asked for give: pose_enc [B,S,9], extrinsics (w2c) [B,S,3,4], intrinsics [B,S,3,3], depth, depth_conf and sky [B,S,H,W], ray [B,S,8h,8w,6] and ray_conf [B,S,8h,8w] of h x w patches."
         size, where = tuple(images_BSCHW.shape[-2:]), images_BSCHW.device.type
         dense = bool(self.config.head) and ("depth" in heads or "rays" in heads)
         cam = None if extrinsics is None else self.cam_enc(extrinsics.float(), intrinsics.float(), size)
@@ -451,8 +471,8 @@ class DepthAnything3(nn.Module):
         if dense: out |= self.head([m.float() for m in features.maps], size, rays="rays" in heads)
         return {k: v for k, v in out.items() if v is not None}
 
-    def cameras(self, token: Tensor, size: tuple) -> dict:
-        "Pose encoding, world-to-camera extrinsics [B,S,3,4] and intrinsics of camera tokens [B,S,2C]."
+    def cameras(self, token: Tensor, size: tuple) -> dict:  # [B,S,2C]; (H, W) of the images in pixels
+        "Pose encoding, world-to-camera extrinsics [B,S,3,4] and intrinsics [B,S,3,3] of camera tokens."
         pose = self.cam_dec(token)
         c2w, K = decode_pose(pose, size)
         return {"pose_enc": pose, "extrinsics": invert_pose(c2w), "intrinsics": K}

@@ -33,18 +33,28 @@ class NestedDA3(nn.Module):
         super().__init__()
         self.da3, self.da3_metric = DepthAnything3(config), DepthAnything3(metric)
         if not self.da3.config.cam_dec or self.da3.config.head != "dual":
-            raise InputError("the any-view branch of a nested Depth Anything 3 needs camera and depth heads")
-        if self.da3_metric.config.head != "sky": raise InputError("the metric branch of a nested Depth Anything 3 must be a single-view model with a sky head")
+            raise InputError(f"the any-view branch of a nested Depth Anything 3 needs camera and depth heads, this one has cam_dec={self.da3.config.cam_dec}, head={self.da3.config.head!r}; give da3-giant or its like")
+        if self.da3_metric.config.head != "sky": raise InputError(f"the metric branch of a nested Depth Anything 3 must be a single-view model with a sky head, this one has head={self.da3_metric.config.head!r}; give da3metric-large or its like")
 
     @property
-    def config(self): return self.da3.config
+    def config(self):
+        "Of the any-view branch."
+        return self.da3.config
 
-    def forward(self, images_BSCHW: Tensor, ref_view: str = "saddle_balanced", heads: tuple = ("camera", "depth"), **how) -> dict:
-        "As `DepthAnything3`, all views, with `scale_factor`; depth and translations are metres."
+    def forward(self, images_BSCHW: Tensor,           # normalised images, sides multiples of 14
+                ref_view: str = "saddle_balanced",    # reference view: one of REF_VIEWS
+                heads: tuple = ("camera", "depth"),   # of camera, depth, rays; the first two are always given
+                **how) -> dict:                       # other arguments of `DepthAnything3`
+        "As `DepthAnything3`, all views, with `scale_factor` (a number, of several samples [B]); depth and translations are metres."
         if how.pop("views", None) is not None: how["views"] = None       # the factor is a fit over all views
-        generator = torch.Generator().manual_seed(0)                     # draws the samples of large images
         out = self.da3(images_BSCHW, ref_view, (*{*heads, "camera", "depth"},), **how)
         metric = self.da3_metric(images_BSCHW, dtype=how.get("dtype", torch.float32))
+        rows = [self.in_metres(*({k: v[i:i + 1] for k, v in d.items()} for d in (out, metric))) for i in range(len(images_BSCHW))]
+        return rows[0] if len(rows) == 1 else {k: (torch.cat if v.dim() else torch.stack)([row[k] for row in rows]) for k, v in rows[0].items()}
+
+    def in_metres(self, out: dict, metric: dict) -> dict:  # of one sample: of the any-view branch; of the metric branch
+        "`metric_scale` after the metric branch's own rule for the sky: every sample has a factor of its own."
+        generator = torch.Generator().manual_seed(0)                     # draws the samples of large images
         metric["depth"] = fill_sky(metric["depth"], metric["sky"], generator)
         return metric_scale(out, metric, generator) | {"sky": metric["sky"]}
 
@@ -124,7 +134,7 @@ def convert_raw(path,       # raw checkpoint, a .pt or .pth of tensors, or of {"
                 name: str   # in CONFIGS or NESTED
                ) -> Path:
     "Writes a raw training checkpoint as a published folder, after a strict load; returns the folder."
-    if name not in CONFIGS and name not in NESTED: raise InputError(f"{name!r} is no Depth Anything 3; one of {', '.join([*CONFIGS, *NESTED])}")
+    if name not in CONFIGS and name not in NESTED: raise InputError(f"name={name!r} is no Depth Anything 3; one of {', '.join([*CONFIGS, *NESTED])}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict): state = state[key]

@@ -59,7 +59,9 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = _conv3(f, f), _conv3(f, f)
 
-    def forward(self, x): return x + self.conv2(F.relu_(self.conv1(F.relu(x))))
+    def forward(self, x):
+        "[V,f,h,w] -> [V,f,h,w]."
+        return x + self.conv2(F.relu_(self.conv1(F.relu(x))))
 
 
 class Fusion(nn.Module):
@@ -69,7 +71,8 @@ class Fusion(nn.Module):
         if skip: self.resConfUnit1 = ResidualUnit(f)
         self.resConfUnit2, self.out_conv = ResidualUnit(f), nn.Conv2d(f, f, 1)
 
-    def forward(self, y, skip, size):
+    def forward(self, y, skip, size):  # [V,f,h,w]; as y, or None; (rows, columns) to enlarge to
+        "-> [V,f,rows,columns]."
         if skip is not None: y = y + self.resConfUnit1(skip)
         return _resize(_point(self.out_conv, self.resConfUnit2(y)), size)
 
@@ -126,15 +129,16 @@ class DualDPT(_DPT):
         s.output_conv1_aux = nn.ModuleList(chain() for _ in range(4))
         s.output_conv2_aux = nn.ModuleList(nn.ModuleDict({"0": _conv3(half, 32), "2": shared, "5": nn.Conv2d(32, 7, 1)}) for _ in range(4))
 
-    def views(self, maps, size, rays):
-        "Of maps [V,h*w,width]: depth and confidence [V,H,W], and where asked for rays [V,8h,8w,6] and theirs."
+    def views(self, maps, size, rays):  # four [V,h*w,width]; (H, W) of the images; whether rays are wanted
+        "Depth and confidence [V,H,W], and where asked for rays [V,8h,8w,6] and theirs."
         levels = self.levels([self.norm(m) for m in maps], size, uv=True)
         y = _placed(_resize(self.scratch.output_conv1(self.fuse(levels)), size), size)
         y = self.last(y, self.scratch.output_conv2)
         out = {"depth": y[:, 0].exp(), "depth_conf": y[:, 1].exp() + 1}
         return out | self.rays(levels, size) if rays else out
 
-    def rays(self, levels, size):
+    def rays(self, levels, size):  # of `levels`; (H, W) of the images
+        "{ray [V,8h,8w,6], ray_conf [V,8h,8w] at least 1}."
         y = _placed(self.scratch.output_conv1_aux[3](self.fuse(levels, "_aux")), size)
         stages = self.scratch.output_conv2_aux[3]
         y = stages["2"](stages["0"](y).permute(0, 2, 3, 1))
@@ -148,7 +152,8 @@ class SkyDPT(_DPT):
         super().__init__(width, features, channels, 1)
         self.scratch.sky_output_conv2 = nn.Sequential(_conv3(features // 2, 32), nn.ReLU(), nn.Conv2d(32, 1, 1))
 
-    def views(self, maps, size, rays):
+    def views(self, maps, size, rays):  # four [V,h*w,width]; (H, W) of the images; not read, there are none
+        "Depth and sky [V,H,W]."
         y = _resize(self.scratch.output_conv1(self.fuse(self.levels(maps, size, uv=False))), size)
         return {"depth": self.last(y, self.scratch.output_conv2)[:, 0].exp(), "sky": self.last(y, self.scratch.sky_output_conv2)[:, 0].relu()}
 
@@ -176,8 +181,10 @@ def metric_scale(out: dict,     # any-view result: depth, depth_conf, extrinsics
     K = out["intrinsics"]
     metric_depth = metric["depth"] * ((K[..., 0, 0] + K[..., 1, 1]) / 600)[..., None, None]
     ground = metric["sky"] < 0.3
+    if not ground.any(): raise InputError("every pixel is sky; metric_scale; nothing tells how long a metre is: give frames that show something else")
     confident = out["depth_conf"] >= _sample(out["depth_conf"][ground], generator).median()
     mask = confident & ground & (metric_depth > 0.01) & (out["depth"] > 0.001)
+    if not mask.any(): raise InputError("no pixel has a depth in both branches; metric_scale; nothing tells how long a metre is: give other frames")
     a, b = metric_depth[mask], out["depth"][mask]
     scale = (a * b).sum() / (b * b).sum()
     depth, E = out["depth"] * scale, out["extrinsics"].clone()

@@ -77,7 +77,7 @@ def preprocess(images,                             # uint8 RGB [H,W,3] each, siz
     done = [process_image(np.asarray(im), process_res, method, None if K is None else K[i]) for i, im in enumerate(images)]
     size = tuple(min(im.shape[a] for im, _ in done) for a in (0, 1))
     if min(size) < 14:
-        raise InputError(f"views of {size[0]}x{size[1]} pixels after resizing; da3 preprocess; a side under 7 pixels has no patch, use a larger process_res")
+        raise InputError(f"views of {size[0]}x{size[1]} pixels after resizing; da3 preprocess; a side needs one patch of 14: use a larger process_res")
     done = [_crop(im, size, k) for im, k in done]
     x = torch.stack([torch.from_numpy(np.ascontiguousarray(im)).permute(2, 0, 1).float() / 255 for im, _ in done])
     return ((x - MEAN) / STD)[None], None if K is None else torch.from_numpy(np.stack([k for _, k in done])).float()[None]
@@ -166,13 +166,17 @@ class Prediction:
     depth_views: list        # V positions in `index`
     unit: float | None       # metres per unit of depth and translation; None: not known
 
-    def cameras(self) -> Cameras: return Cameras(self.c2w, self.K, self.size, self.index)
+    def cameras(self) -> Cameras:
+        "Poses and lenses of the frames, world of the first."
+        return Cameras(self.c2w, self.K, self.size, self.index)
 
-    def maps(self) -> Depth: return Depth(self.depth[:, None], "metric" if self.unit == 1 else "relative")
+    def maps(self) -> Depth:
+        "[V,1,h,w], metric where the unit is a metre."
+        return Depth(self.depth[:, None], "metric" if self.unit == 1 else "relative")
 
     def path(self, total: int) -> Tensor:  # frames of the clip
         "Poses of all frames [total,4,4], along screws between the views."
-        from camflow.depth.pose_train import fill_poses
+        from camflow.depth.pose import fill_poses
         if not torch.isfinite(self.c2w).all(): return torch.full((total, 4, 4), torch.nan, dtype=torch.float64)
         return fill_poses(self.c2w, self.index, total)
 
@@ -237,9 +241,11 @@ class DA3Cameras:
         poses = torch.stack([path for path, _ in rows])
         return (poses, torch.tensor([far for _, far in rows], dtype=torch.float64)) if self.depth else poses
 
-    def one(self, clip_T3HW: Tensor) -> Tensor: return self.read(clip_T3HW)[0]
+    def one(self, clip_T3HW: Tensor) -> Tensor: # uint8
+        "Poses [T,4,4] of one clip."
+        return self.read(clip_T3HW)[0]
 
-    def read(self, clip_T3HW: Tensor):
+    def read(self, clip_T3HW: Tensor): # uint8
         "(poses [T,4,4], median depth of the first frame or NaN) of one clip."
         seen = predict(self.model, clip_T3HW, self.views, self.process_res, self.ref_view, self.rays, [0] if self.depth else [])
         path = seen.path(len(clip_T3HW))

@@ -36,7 +36,7 @@ def load_estimator(folder=None,  # of save_pose, save_da3 or a published Depth A
                   ) -> Callable:
     "What `estimate` calls: the tiny estimator of this repository, or a Depth Anything 3."
     if not folder or folder != "random" and read_json(Path(folder)/"config.json").get("model") == "PoseNet":
-        from camflow.depth.pose_train import estimate_batch, load_pose
+        from camflow.depth.pose import estimate_batch, load_pose
         if options: raise InputError(f"the tiny estimator takes no {', '.join(options)}; they belong to Depth Anything 3: give its folder, or leave them out")
         model = load_pose(folder or None)
         return lambda clips: estimate_batch(model, clips)

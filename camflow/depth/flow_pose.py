@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pose_train import clip_bytes, to_pose, to_vector
+from .pose import clip_bytes, to_pose, to_vector
 from ..files import InputError
 from ..flow.consistency import follow
 from ..flow.dis import contrast, tuned_search

@@ -47,8 +47,8 @@ class MonoNet(nn.Module):
         self.out = nn.Conv2d(widths[0], levels, 1)
         self.register_buffer("inverse", torch.linspace(1 / far, 1 / near, levels), persistent=False)
 
-    def forward(self, image_B3HW):
-        "[B,K,H,W]"
+    def forward(self, image_B3HW): # -1..1; sides multiples of 2^(len(widths) - 1)
+        "-> [B,K,H,W]."
         B, _, H, W = image_B3HW.shape
         step = 2 ** len(self.down)
         if H % step or W % step: raise InputError(f"a picture of {H} x {W}; MonoNet needs multiples of {step}; crop or resize it")
@@ -134,7 +134,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     "Trains on first frames of the world; writes the averaged weights to run_dir/model, or where `export` says."
     config, run_dir = configuration(config, DEFAULTS), Path(run_dir)
     at_least(config, scenes=1, held_out=1)
-    if config["first_scene"] + config["scenes"] > HELD_OUT: raise InputError(f"scenes up to {config['first_scene'] + config['scenes']}; those from {HELD_OUT} are held out; choose others")
+    if config["first_scene"] + config["scenes"] > HELD_OUT: raise InputError(f"first_scene={config['first_scene']} and scenes={config['scenes']} reach the scenes that are held out, from {HELD_OUT} on; lower them")
     cfg, folder = TrainConfig.pick(config), config["cache_folder"] or run_dir/"pictures"
     images, depth = pictures(folder, config["first_scene"], config["scenes"])
     held = pictures(folder, HELD_OUT + 200_000, config["held_out"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import InputError, content_hash, one_at_a_time, read_json, write_json
+from ..files import InputError, content_hash, one_at_a_time, read_json, whole_files, write_json
 from ..world.clips import FPS, random_move, scene_clips
 from ..world.render import render
 from ..world.stereo_clips import stereo_bank, textureless
@@ -59,7 +59,8 @@ def _render_scenes(folder, seeds, size, frames):
     clips = [scene_flow(seed, size, frames) for seed in seeds]
     flags = [sum(c[name].to(torch.uint8) << bit for bit, name in enumerate(REGIONS)) for c in clips]
     stacked = {"frames": torch.stack([c["frames"] for c in clips]), "flow": torch.stack([c["flow"] for c in clips]).half(), "masks": torch.stack(flags)}
-    for name, array in stacked.items(): np.save(folder/f"{name}.npy", array.numpy())
+    with whole_files(folder) as place:
+        for name, array in stacked.items(): np.save(place/f"{name}.npy", array.numpy())
 
 
 def flow_bank(seeds,                 # one clip each; reported numbers from HELD_OUT on
@@ -82,5 +83,5 @@ def flow_bank(seeds,                 # one clip each; reported numbers from HELD
                 path.mkdir(parents=True, exist_ok=True)
                 _render_scenes(path, seeds, tuple(size), frames)
                 write_json(path/"bank.json", meta)
-    if (found := read_json(path/"bank.json")) != meta: raise InputError(f"{path}/bank.json says {found}; flow_bank; remove the folder to render it again")
+    if (found := read_json(path/"bank.json")) != meta: raise InputError(f"{path}/bank.json was rendered as {found}, asked for is {meta}; flow_bank; remove the folder to render it again")
     return SceneFlow(path)

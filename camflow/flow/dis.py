@@ -20,7 +20,7 @@ SMALLEST = 32  # rows and columns that the pyramid wants
 def searcher(preset: str = "medium"): # of PRESETS
     "A dense inverse search on one thread; a new object for every size of picture, since a small one changes its scales for good."
     import cv2
-    if preset not in PRESETS: raise InputError(f"preset {preset!r}; DIS; choose {', '.join(PRESETS)}")
+    if preset not in PRESETS: raise InputError(f"preset {preset!r}; DIS; choose from {', '.join(PRESETS)}")
     cv2.setNumThreads(1)
     search = cv2.DISOpticalFlow_create({"ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST, "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST}.get(preset, cv2.DISOPTICAL_FLOW_PRESET_MEDIUM))
     if preset == "fine": search.setFinestScale(0)
@@ -58,7 +58,7 @@ def dis_flow(frames: Frames,              # T frames, any size and range
              bidirectional: bool = False, # also from each frame to the one before
              preset: str = "medium"):     # of PRESETS
     "Flow of T-1 entries, frame t to t+1; with `bidirectional` (forward, backward), whose entry t leads from frame t+1 to t."
-    if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; DIS; give Frames (they carry their value range)")
+    if not isinstance(frames, Frames): raise InputError(f"the frames are of type {type(frames).__name__}; DIS; give Frames (they carry their value range)")
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; DIS; a flow needs at least two")
     search, (H, W) = searcher(preset), frames.size
     grey = np.pad(grey_frames(frames), ((0, 0), (0, max(0, SMALLEST - H)), (0, max(0, SMALLEST - W))), mode="edge")

@@ -25,7 +25,7 @@ def estimate_flow(estimator: FlowEstimator,     # Frames -> Flow
                   frames: Frames,               # at least two
                   bidirectional: bool = False): # also backward
     "What the estimator finds, checked: Flow, or (forward, backward)."
-    if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; estimate_flow; give Frames (they carry their value range)")
+    if not isinstance(frames, Frames): raise InputError(f"the frames are of type {type(frames).__name__}; estimate_flow; give Frames (they carry their value range)")
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; estimate_flow; a flow needs at least two")
     found = estimator(frames, bidirectional)
     flows = found if bidirectional else (found,)

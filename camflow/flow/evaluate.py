@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..files import InputError
+from ..files import InputError, listed
 from .clips import REGIONS
 from .consistency import consistency_error, occlusion, warp_error
 from .estimators import estimate_flow
@@ -72,7 +72,7 @@ def numbers(rows: list, region: str = "all", key: str = "epe") -> list: # of `ju
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 
 
-def read_clip(path,                      # a video, or a folder of pictures in the order of their names
+def read_clip(path,                      # a video, or a folder of pictures in the order of their names, 2 before 10
               count: int | None = None,  # at most so many frames; None: all
               rows: int | None = None    # rows to shrink to; None: as they are
              ) -> Frames:                # byte
@@ -80,12 +80,10 @@ def read_clip(path,                      # a video, or a folder of pictures in t
     from pathlib import Path
     path = Path(path)
     if path.is_dir():
-        from PIL import Image
-        from camflow.media.frames import concat, from_pil
-        files = sorted(p for p in path.glob("*") if p.suffix.lower() in PICTURES)[:count]
+        from camflow.media.images import read_pictures
+        files = listed(path, PICTURES)[:count]
         if not files: raise InputError(f"{path} holds no picture; read_clip; give a video or a folder of {', '.join(PICTURES)}")
-        try: frames = concat([from_pil(Image.open(p)) for p in files])
-        except OSError as error: raise InputError(f"{path}: {error}; read_clip; a picture is damaged, fetch it again") from None
+        frames = read_pictures(files)
     else:
         from camflow.media.video import probe, read_video
         frames = read_video(path, None if count is None else range(min(count, probe(path).frames)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, listed
 from ..media.frames import Flow
 
 MAGIC, UNKNOWN = b"PIEH", 1e9             # first bytes of .flo; larger components are unknown
@@ -97,8 +97,9 @@ def read_flows(folder,                       # of .flo or .png files of one size
                direction: str = "forward"    # forward or backward
               ) -> Flow:
     "A clip's flow."
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower()[1:] in KINDS)
+    files = listed(folder, [f".{kind}" for kind in KINDS]) if Path(folder).is_dir() else []
     if not files: raise InputError(f"{folder} holds no .flo or .png; read_flows; check the folder")
+    if len(kinds := {p.suffix.lower() for p in files}) > 1: raise InputError(f"{folder} holds {' and '.join(sorted(kinds))}; read_flows; keep one format per folder: two files of one entry would be two entries")
     parts = [read_flow(p, direction).data for p in files]
     for p, part in zip(files, parts):
         if part.shape != parts[0].shape: raise InputError(f"{p} has {tuple(part.shape[-2:])} pixels, {files[0].name} has {tuple(parts[0].shape[-2:])}; read_flows; keep one size per folder")

@@ -51,10 +51,14 @@ class GMFlowConfig:
         if self.reg_refine and self.refine_channels % 4: raise InputError(f"refine_channels {self.refine_channels}; GMFlow; give a multiple of 4")
 
     @property
-    def factor(self) -> int: return 8 // 2 ** (self.num_scales - 1)
+    def factor(self) -> int:
+        "Pixels per cell of the finest feature map."
+        return 8 // 2 ** (self.num_scales - 1)
 
     @property
-    def multiple(self) -> int: return max(self.factor * 2 ** (self.num_scales - 1 - i) * splits for i, splits in enumerate(self.attn_splits))
+    def multiple(self) -> int:
+        "Pixels; the sides of the images must be multiples of it."
+        return max(self.factor * 2 ** (self.num_scales - 1 - i) * splits for i, splits in enumerate(self.attn_splits))
 
 # %% ../../nbs/flow/04_gmflow.ipynb #81c0b389
 class GMFlow(nn.Module):
@@ -72,12 +76,17 @@ class GMFlow(nn.Module):
         else: self.upsampler = nn.Sequential(nn.Conv2d(2 + c.feature_channels, 256, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(256, c.factor ** 2 * 9, 1))
 
     @property
-    def radius(self) -> int: return max(self.config.corr_radius[-1], 4) if self.config.corr_radius[-1] < 0 else self.config.corr_radius[-1]
+    def radius(self) -> int:
+        "Cells around its match that the refinement looks at; 4 where the last matching is global."
+        return max(self.config.corr_radius[-1], 4) if self.config.corr_radius[-1] < 0 else self.config.corr_radius[-1]
 
 # %% ../../nbs/flow/04_gmflow.ipynb #d8c0d4cf
 @patch
-def match(self: GMFlow, scale: int, feature0: Tensor, feature1: Tensor, flow: Tensor | None, both: bool):
-    "Flow of one scale: (rewritten feature of the first image, matched flow, propagated flow), in cells; `both` asks for both directions of one-directional features."
+def match(self: GMFlow, scale: int,             # number, from coarse to fine
+          feature0: Tensor, feature1: Tensor,   # [B,C,h,w] of the first images; of the second images
+          flow: Tensor | None,                  # [B,2,h,w] cells, from the coarser scale; None: there is none
+          both: bool):                          # also from the second to the first: results are [2B,...]
+    "Flow of one scale: (rewritten feature of the first image, matched flow, propagated flow), in cells."
     c = self.config
     splits, corr, prop = c.attn_splits[scale], c.corr_radius[scale], c.prop_radius[scale]
     code = position_code(c.feature_channels, *feature0.shape[-2:], splits, device=feature0.device)
@@ -105,7 +114,7 @@ def encode(self: GMFlow,
 # %% ../../nbs/flow/04_gmflow.ipynb #712e3ff0
 @patch
 def between(self: GMFlow, features0: list, features1: list,   # of `encode`
-            bidirectional: bool = False, refinements: int | None = None):
+            bidirectional: bool = False, refinements: int | None = None): # also from the second to the first; steps, None: the configuration's
     "Flow between encoded images; a list of predictions in training mode, else the last."
     c, predictions = self.config, []
     flow, steps = None, c.num_reg_refine if refinements is None else refinements
@@ -127,7 +136,10 @@ def between(self: GMFlow, features0: list, features1: list,   # of `encode`
 
 
 @patch
-def refined(self: GMFlow, correlation: LocalCorrelation, prepared: tuple, flow: Tensor, steps: int) -> list: # flows at full size: of every step in training mode, else of the last
+def refined(self: GMFlow, correlation: LocalCorrelation, # of the encoder's features
+            prepared: tuple,                             # of `Refinement.prepare`
+            flow: Tensor, steps: int                     # [B,2,h,w] cells; how many
+           ) -> list: # flows at full size: of every step in training mode, else of the last
     "The refinement: correlations of the encoder's features, state and context from the rewritten ones."
     out = []
     for i in range(steps):
@@ -206,7 +218,7 @@ def load_gmflow(path # published .pth, .safetensors, or our folder
     config = config_of(state)
     if path.is_dir() and (path / "config.json").is_file():
         saved = read_json(path / "config.json")
-        if extra := saved.keys() - {f.name for f in fields(GMFlowConfig)}: raise InputError(f"unknown entries {sorted(extra)}; {path / 'config.json'}; it was written by another version")
+        if extra := saved.keys() - {f.name for f in fields(GMFlowConfig)}: raise InputError(f"{path}/config.json has unknown entries {sorted(extra)}; another version of camflow wrote it: use that one, or give the .pth that it was made from")
         config = GMFlowConfig(**saved)
     return load_whole(GMFlow(config), state, str(path)).eval()
 
@@ -253,7 +265,7 @@ def gmflow_flow(model: GMFlow,                 # eval mode
                 batch: int = 1,                # pairs at once
                 compat: str | None = None):    # "reference": components of portrait pictures are not exchanged, as in the published script
     "Flow of T-1 pairs at the frames' size: forward (t to t+1), or forward and backward (entry t: frame t+1 back to t); every frame is encoded once."
-    if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; gmflow_flow; give Frames(data, range): the network wants 0..255 and cannot tell a picture in 0..1 from a dark one")
+    if not isinstance(frames, Frames): raise InputError(f"the frames are of type {type(frames).__name__}; gmflow_flow; give Frames(data, range): the network wants 0..255 and cannot tell a picture in 0..1 from a dark one")
     if len(frames) < 2: raise InputError(f"{len(frames)} frame; gmflow_flow; flow needs two")
     if model.training: raise InputError("the network is in training mode; gmflow_flow; call model.eval() first")
     if compat not in (None, "reference"): raise InputError(f"compat {compat!r}; gmflow_flow; None or 'reference'")

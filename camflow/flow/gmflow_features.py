@@ -54,6 +54,7 @@ class ResidualBlock(nn.Module):
         self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride)) if stride > 1 or channels != out else None
 
     def forward(self, x):
+        "[N,C,h,w] -> [N,C2,h/s,w/s], s the stride."
         y = instance_norm(self.conv1(x)).relu_()
         y = instance_norm(self.conv2(y)).relu_()
         return (y + (x if self.downsample is None else instance_norm(self.downsample(x)))).relu_()
@@ -74,12 +75,12 @@ class Backbone(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x_BCHW: Tensor) -> list:
+    def forward(self, x_BCHW: Tensor) -> list:  # normalised images
         "Without gradients image by image: the same numbers, less memory."
         if torch.is_grad_enabled() or len(x_BCHW) == 1: return self.encode(x_BCHW)
         return [torch.cat(maps).contiguous(memory_format=torch.channels_last) for maps in zip(*(self.encode(x) for x in x_BCHW.split(1)))]
 
-    def encode(self, x_BCHW: Tensor) -> list:
+    def encode(self, x_BCHW: Tensor) -> list:  # normalised images
         "All images at once."
         x = instance_norm(self.conv1(x_BCHW.contiguous(memory_format=torch.channels_last))).relu_()
         x = self.conv2(self.layer3(self.layer2(self.layer1(x))))

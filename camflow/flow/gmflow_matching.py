@@ -145,6 +145,7 @@ class LocalCorrelation:
         return blend(self.products(x, y), fraction, self.r)
 
     def products(self, x_Bhw: Tensor, y_Bhw: Tensor) -> Tensor: # [B,h,w,(2r+2)^2]; 0 outside
+        "Scaled products of each pixel's feature with those of the other picture around a place; the corners of bilinear samples."
         B, h, w = x_Bhw.shape
         if self.way == "pairs":
             index, inside = neighbours(x_Bhw, y_Bhw, self.r, (h, w))
@@ -181,7 +182,8 @@ class FlowPropagation(nn.Module):
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
-    def forward(self, feature_BChw: Tensor, flow_B2hw: Tensor, r: int | None = None) -> Tensor: # [B,2,h,w]
+    def forward(self, feature_BChw: Tensor, flow_B2hw: Tensor, r: int | None = None) -> Tensor: # of the first images; cells; cells, None: everywhere
+        "Flow [B,2,h,w] as the average over similar features, everywhere or within r cells."
         (B, C, h, w), tokens = feature_BChw.shape, feature_BChw.permute(0, 2, 3, 1).flatten(1, 2)
         query = self.q_proj(tokens)
         if r is None:

@@ -19,7 +19,8 @@ class MotionEncoder(nn.Module):
         self.convf1, self.convf2 = nn.Conv2d(2, D, 7, padding=3), nn.Conv2d(D, D // 2, 3, padding=1)
         self.conv = nn.Conv2d(D // 2 + D * 3 // 2, D - 2, 3, padding=1)
 
-    def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor) -> Tensor: # [B,D,h,w]
+    def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor) -> Tensor: # cells; of `LocalCorrelation`
+        "-> [B,D,h,w]."
         flow_B2hw = flow_B2hw.contiguous(memory_format=torch.channels_last) # or everything behind it is turned around in every convolution
         matched = self.convc2(self.convc1(corr_BRhw).relu_()).relu_()
         moved = self.convf2(self.convf1(flow_B2hw).relu_()).relu_()
@@ -34,12 +35,12 @@ class SeparableGRU(nn.Module):
         for i, (kernel, pad) in enumerate((((1, 5), (0, 2)), ((5, 1), (2, 0))), 1):
             for gate in "zrq": setattr(self, f"conv{gate}{i}", nn.Conv2d(3 * D, D, kernel, padding=pad))
 
-    def gates(self, i: int) -> tuple: # weight [3D,3D,kh,kw], bias [3D] in the order z, r, q; padding
-        "The three convolutions of a pass side by side."
+    def gates(self, i: int) -> tuple: # 1 or 2: the pass
+        "Its three convolutions side by side: (weight [3D,3D,kh,kw], bias [3D] in the order z, r, q, padding)."
         convs = [getattr(self, f"conv{gate}{i}") for gate in "zrq"]
         return torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs]), convs[0].padding
 
-    def prepare(self, state: Tensor, context: Tensor) -> tuple: # [B,D,h,w] each
+    def prepare(self, state: Tensor, context: Tensor) -> tuple: # [B,D,h,w]; [B,D,h,w]
         "Everything that the iterations share."
         D, (w1, b1, p1), (w2, b2, p2) = self.D, self.gates(1), self.gates(2)
         first, second = F.conv2d(context, w1[:, D:2 * D], b1, padding=p1), F.conv2d(context, w2[:, D:2 * D], b2, padding=p2)
@@ -47,7 +48,8 @@ class SeparableGRU(nn.Module):
         moving = lambda w: torch.cat([w[:, :D], w[:, 2 * D:]], 1)
         return state, (zr, first[:, 2 * D:], w1[:2 * D, 2 * D:], moving(w1[2 * D:]), p1), (second[:, :2 * D], second[:, 2 * D:], moving(w2[:2 * D]), moving(w2[2 * D:]), p2)
 
-    def forward(self, motion: Tensor, prepared: tuple) -> Tensor: # the new state [B,D,h,w]
+    def forward(self, motion: Tensor, prepared: tuple) -> Tensor: # [B,D,h,w] of `MotionEncoder`; of `prepare`, its state the last one
+        "The new state [B,D,h,w]."
         h, *passes = prepared
         for i, (c_zr, c_q, w_zr, w_q, padding) in enumerate(passes):
             z, r = F.conv2d(motion if i == 0 else torch.cat([h, motion], 1), w_zr, padding=padding).add_(c_zr).sigmoid_().chunk(2, 1)
@@ -71,7 +73,9 @@ class FlowHead(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(D, 2 * D, 3, padding=1), nn.Conv2d(2 * D, 2, 3, padding=1)
 
-    def forward(self, x): return self.conv2(self.conv1(x).relu_())
+    def forward(self, x):
+        "[B,D,h,w] -> [B,2,h,w]."
+        return self.conv2(self.conv1(x).relu_())
 
 
 class Refinement(nn.Module):
@@ -86,6 +90,7 @@ class Refinement(nn.Module):
         state, context = projection_BChw.chunk(2, 1)
         return self.gru.prepare(state.tanh(), context.relu())
 
-    def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor, prepared) -> tuple: # state [B,D,h,w], correction [B,2,h,w]
+    def forward(self, flow_B2hw: Tensor, corr_BRhw: Tensor, prepared) -> tuple: # cells; of `LocalCorrelation`; of `prepare`, its state the last one
+        "(state [B,D,h,w], correction [B,2,h,w] in cells)."
         state = self.gru(self.encoder(flow_B2hw, corr_BRhw), prepared)
         return state, self.flow_head(state)

@@ -62,12 +62,14 @@ class AttentionLayer(nn.Module):
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
-    def project(self, x: Tensor, source: Tensor) -> tuple: # query, key, value
-        "With one head two of four projections are products of weights: the key's goes into the query's, the merging one into the value's."
+    def project(self, x: Tensor, source: Tensor) -> tuple: # what asks; what is looked at
+        "(query, key, value). With one head two of four projections are products of weights: the key's goes into the query's, the merging one into the value's."
         if torch.is_grad_enabled(): return self.q_proj(x), self.k_proj(source), self.merge(self.v_proj(source))
         return F.linear(x, self.k_proj.weight.mT @ self.q_proj.weight), source, F.linear(source, self.merge.weight @ self.v_proj.weight)
 
-    def forward(self, x_NWnC: Tensor, source_NWnC: Tensor, mask_Wnn: Tensor | None) -> Tensor:
+    def forward(self, x_NWnC: Tensor, source_NWnC: Tensor, # what asks; what is looked at
+                mask_Wnn: Tensor | None) -> Tensor:        # of `apart`; None: nothing is kept apart
+        "N images in W windows of n cells; -> [N,W,n,C]."
         query, key, value = self.project(x_NWnC, source_NWnC)
         message = self.norm1(F.scaled_dot_product_attention(query, key, value, None if mask_Wnn is None else mask_Wnn.to(query.dtype)))
         if hasattr(self, "mlp"): message = self.norm2(self.mlp(torch.cat([x_NWnC, message], -1)))
@@ -83,11 +85,12 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.self_attn, self.cross_attn_ffn = AttentionLayer(C), AttentionLayer(C, expansion)
 
-    def together(self, x, regions):
+    def together(self, x, regions): # [2N,W,n,C]; as in `forward`
+        "Both images in one batch: each looks at itself, then at the other."
         mask = None if regions is None else apart(regions)
         return self.cross_attn_ffn(self.self_attn(x, x, mask), torch.cat(x.chunk(2)[::-1]), mask)
 
-    def forward(self, x_NWnC: Tensor, regions_Wn: Tensor | None) -> Tensor: # N: first images, then second ones
+    def forward(self, x_NWnC: Tensor, regions_Wn: Tensor | None) -> Tensor: # first images, then second ones; cells of one number see each other, None: all
         "Without gradients a few windows at a time: what a window needs lies in that window of both images, and small pieces stay in the cache."
         if torch.is_grad_enabled(): return self.together(x_NWnC, regions_Wn)
         N, W, n, _ = x_NWnC.shape

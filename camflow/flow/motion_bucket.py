@@ -69,7 +69,8 @@ class QuantileMap:
     speeds: tuple  # r at equally spaced quantiles, ascending; the middle one is the median
     kind: str = "quantile"                 # in files
 
-    def bucket(self, speed: float) -> int: # r
+    def bucket(self, speed: float) -> int: # r of the clip, at least 0
+        "Share of the training clips that are slower, on 0..255; InputError where the speed is not known."
         last = len(self.speeds) - 1
         if not isinstance(speed, (int, float)) or not math.isfinite(speed): return _bucket(0, speed)
         above = next((i for i, s in enumerate(self.speeds) if s >= speed), None)
@@ -88,7 +89,8 @@ class LogMap:
     b: float                               # buckets per factor e of the speed
     kind: str = "log"                      # in files
 
-    def bucket(self, speed: float) -> int: # r
+    def bucket(self, speed: float) -> int: # r of the clip, at least 0
+        "Rounded and clamped to 0..255; InputError where the speed is not known."
         return _bucket(self.a + self.b * math.log(speed) if isinstance(speed, (int, float)) and speed > 0 else 0, speed)
 
 
@@ -98,7 +100,9 @@ class FixedBucket:
     value: int = MIDDLE                                                      # 0..255
     kind: str = "fixed"                                                      # in files
 
-    def bucket(self, speed: float = math.nan) -> int: return int(self.value) # whatever the speed
+    def bucket(self, speed: float = math.nan) -> int: # not read
+        "The same bucket for every clip."
+        return int(self.value)
 
 # %% ../../nbs/flow/15_motion_bucket.ipynb #f5a53646
 MAPS = {"quantile": QuantileMap, "log": LogMap, "fixed": FixedBucket}
@@ -111,7 +115,7 @@ def fit_map(speeds,                 # r of the training clips; all must be known
     r = torch.as_tensor([float(s) for s in speeds], dtype=torch.float64)
     if kind not in ("quantile", "log"): raise InputError(f"kind {kind!r}; fit_map; choose quantile or log")
     if len(r) < 2: raise InputError(f"{len(r)} speeds; fit_map; give those of the training clips, at least two")
-    if not bool(torch.isfinite(r).all()) or bool((r < 0).any()): raise InputError(f"{int((~torch.isfinite(r)).sum())} of {len(r)} speeds are not known or negative; fit_map; leave those clips out of the fit")
+    if bad := int((~torch.isfinite(r) | (r < 0)).sum()): raise InputError(f"{bad} of {len(r)} speeds are not known or negative; fit_map; leave those clips out of the fit")
     if kind == "quantile": return QuantileMap(tuple(torch.quantile(r, torch.linspace(0, 1, knots, dtype=torch.float64)).tolist()))
     low, middle, high = torch.quantile(r, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     if not 0 < low < high: raise InputError(f"the speeds range from {low:.3g} to {high:.3g}; fit_map; a log map needs positive speeds that differ: use quantile, or more clips")

@@ -70,7 +70,7 @@ def flow_loss(predictions: list,      # [B,2,H,W] each, pixels
               flow_B2HW: Tensor, known_BHW: Tensor, # truth; where it counts
               gamma: float = 0.9,     # weight of a prediction against the next
               longest: float = 400.): # pixels; longer vectors do not count
-    "(loss, {epe, fl1}): of all predictions; of the last, share of pixels off by more than 1 pixel."
+    "(loss, {epe, off_1px}): of all predictions; of the last, share of pixels off by more than 1 pixel."
     known = known_BHW & (flow_B2HW.norm(dim=1) < longest)
     weight = known[:, None].float()
     count = weight.sum().clamp(min=1)

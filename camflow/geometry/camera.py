@@ -10,6 +10,7 @@ __all__ = ['UNREAL_WORLD', 'check_poses', 'Cameras', 'focal_K', 'parse_unreal', 
 import json
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from ..media.frames import cover_geometry
 # %% ../../nbs/geometry/01_camera.ipynb #a4dc3afa
 def _tensor(values, *, dtype=torch.float64) -> torch.Tensor:
     "float64 host copy of numbers given as tensor, array or nested lists."
-    return torch.as_tensor(values).detach().to("cpu", dtype).clone()
+    try: return (values.detach().to("cpu", dtype) if isinstance(values, torch.Tensor) else torch.as_tensor(values, dtype=dtype)).clone() # not by way of float32, which lists would take
+    except (TypeError, ValueError, RuntimeError) as error: raise InputError(f"not an array of numbers ({error}); Cameras; give a tensor, an array or nested lists of one length") from None
 
 
 def check_poses(c2w_T44: torch.Tensor,   # poses; [T,4,4]
@@ -59,21 +61,27 @@ class Cameras:
 
     def __post_init__(self):
         self.c2w, self.size = _tensor(self.c2w), (int(self.size[0]), int(self.size[1]))
+        if min(self.size) < 1: raise InputError(f"an image of size {self.size}; Cameras; give (height, width) in pixels")
         if self.c2w.ndim == 3 and self.c2w.shape[1:] == (3, 4): self.c2w = homogeneous(self.c2w)
         T = len(self.c2w)
         self.frames = torch.arange(T) if self.frames is None else _tensor(self.frames, dtype=torch.int64)
         if len(self.frames) != T: raise InputError(f"{len(self.frames)} frame numbers for {T} poses; Cameras; give one frame number per pose")
         check_poses(self.c2w, self.frames)
-        self.K = _tensor(self.K).expand(T, 3, 3).clone()
+        self.K = _tensor(self.K)
+        if self.K.shape not in ((3, 3), (1, 3, 3), (T, 3, 3)): raise InputError(f"intrinsics have shape {tuple(self.K.shape)} for {T} poses; Cameras; give one K [[fx,0,cx],[0,fy,cy],[0,0,1]] for all, or one per pose")
+        self.K = self.K.expand(T, 3, 3).clone()
         good = torch.isfinite(self.K).flatten(1).all(1) & (self.K[:, 0, 0] > 0) & (self.K[:, 1, 1] > 0)
         if not good.all():
             raise InputError(f"intrinsics are not finite with positive focal lengths; Cameras, frame {int(self.frames[~good][0])}; "
                              "K is [[fx,0,cx],[0,fy,cy],[0,0,1]] in pixels")
+        if (self.K[:, 2] - torch.tensor([0, 0, 1.])).abs().max() > 1e-6: raise InputError(f"the last row of the intrinsics is {self.K[0, 2].tolist()}, not 0 0 1; Cameras; is K transposed?")
+        if min(self.size) > 10 and self.K[:, :2].abs().max() < 6 and self.K[:, :2, 2].abs().max() <= 1: # a lens in pixels this short, looking into the corner, does not exist
+            raise InputError(f"intrinsics {self.K[0, :2].tolist()} are fractions of the picture; Cameras; multiply the first row by the width and the second by the height: K is in pixels")
 
     def __len__(self): return len(self.c2w)
 
     def __getitem__(self, index):
-        index = [index] if isinstance(index, int) else index
+        index = [int(index)] if isinstance(index, Integral) else index
         return Cameras(self.c2w[index], self.K[index], self.size, self.frames[index])
 
     @property
@@ -128,7 +136,7 @@ def cover(self: Cameras,
 def relative(self: Cameras,
              to=0) -> Cameras: # position of the reference pose in this path, or a 4x4 camera-to-world matrix
     "The path in the coordinates of a reference camera: inv(reference) @ c2w."
-    reference = self.c2w[to] if isinstance(to, int) else _tensor(to)
+    reference = self.c2w[to] if isinstance(to, Integral) else _tensor(to)
     return Cameras(inverse(reference) @ self.c2w, self.K, self.size, self.frames)
 
 
@@ -167,7 +175,7 @@ def interpolate(self: Cameras,
 
 # %% ../../nbs/geometry/01_camera.ipynb #da6f69ad
 UNREAL_WORLD = torch.tensor([[0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)  # Unreal to OpenCV world axes
-_NUMBER = re.compile(r"[^\s\[\]]+")
+_NUMBER = re.compile(r"[^\s\[\],]+")
 
 
 def parse_unreal(text: str,                                     # "[r r r 0] [r r r 0] [r r r 0] [x y z 1] "
@@ -204,7 +212,7 @@ def _unreal_frames(data, camera, where):
         numbers = sorted(int(name.removeprefix("frame")) for name in data)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"not a camera file ({error}); {where}; expected keys frame0, frame1, ...") from error
-    step = numbers[1] if len(numbers) > 1 else 1
+    step = min((b - a for a, b in zip(numbers, numbers[1:])), default=1)
     for expected, number in zip(range(0, 10**9, step), numbers):
         if expected != number:
             raise InputError(f"frame {expected} is missing; {where}; restore it, or name the frames to read with frames=[...]")
@@ -222,14 +230,16 @@ def from_unreal_json(cls: Cameras,
     where, name = (str(path), camera if isinstance(camera, str) else f"cam{camera:02d}")
     if isinstance(path, dict): data, where = path, "camera JSON"
     else:
-        try: data = json.loads(Path(path).read_text(encoding="utf-8"))
+        try: data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error: raise InputError(f"camera file not found; {where}; check the scene folder") from error
+        except OSError as error: raise InputError(f"cannot be read ({error.strerror}); {where}; give the JSON file of the cameras") from error
         except (ValueError, UnicodeDecodeError) as error: raise InputError(f"not JSON ({error}); {where}; the file is damaged, copy it again") from error
     numbers = _unreal_frames(data, name, where) if frames is None else [int(number) for number in frames]
     matrices = []
     for number in numbers:
         if f"frame{number}" not in data: raise InputError(f"frame {number} is missing; {where}; the file has {len(data)} frames")
         row = data[f"frame{number}"]
+        if not isinstance(row, dict): raise InputError(f"a {type(row).__name__} instead of cameras by name; {where}, frame {number}; expected {{\"frame0\": {{\"cam01\": \"[...]\"}}}}")
         if name not in row: raise InputError(f"camera {name!r} is missing; {where}, frame {number}; cameras there: {', '.join(row)}")
         matrices.append(parse_unreal(row[name], f"{where}, frame {number}, {name}"))
     if not matrices: raise InputError(f"no frames; {where}; the file holds no camera poses")
@@ -249,7 +259,7 @@ def write_unreal_json(path,            # the file
 # %% ../../nbs/geometry/01_camera.ipynb #c90cd732
 def read_realestate10k(path): # text file of one clip
     "(time stamps in microseconds [N] int64, fx fy cx cy fractions [N,4], world-to-camera [N,4,4]) of a RealEstate10K file."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error: raise InputError(f"pose file not found; {path}; check the folder of poses") from error
     times, rows = [], []
     for number, line in enumerate(lines[1:], 2):
@@ -273,6 +283,7 @@ def from_realestate10k(cls: Cameras,
                        frames=None,           # rows to take; default all
                        compat=None):          # "cameractrl": its principal point under a crop
     "Cameras of a RealEstate10K clip; `frames` are row numbers (0 = first pose)."
+    if compat not in (None, "cameractrl"): raise InputError(f"compat {compat!r}; Cameras.from_realestate10k; use None or 'cameractrl'")
     _, fraction_N4, w2c = read_realestate10k(path)
     rows = torch.arange(len(w2c)) if frames is None else torch.as_tensor(list(frames))
     H, W = original_size or size
@@ -294,6 +305,7 @@ def to_realestate10k(self: Cameras,
                      url: str = "https://example.org/clip"):   # the first line
     "Writes a RealEstate10K text file."
     times = (self.frames * 33367).tolist() if times is None else [int(t) for t in times]
+    if len(times) != len(self): raise InputError(f"{len(times)} time stamps for {len(self)} poses; Cameras.to_realestate10k; give one for each")
     H, W = self.size
     rows = [url]
     for time, K, pose in zip(times, self.K, self.w2c):
@@ -361,7 +373,7 @@ _PINHOLE = {"SIMPLE_PINHOLE": (0, 0, 1, 2), "PINHOLE": (0, 1, 2, 3)}  # places o
 
 def _rows(path):
     "Lines of a COLMAP text file without comments; empty lines are kept (an image may have no points)."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error: raise InputError(f"file not found; {path}; export the model as text (cameras.txt, images.txt)") from error
     return [(number, line.split()) for number, line in enumerate(lines, 1) if not line.startswith("#")]
 
@@ -376,11 +388,13 @@ def _colmap_lenses(path):
     lenses = {}
     for number, words in _rows(path):
         if not words: continue
-        if len(words) < 7 or words[1] not in _PINHOLE:
-            raise InputError(f"lens {words[1] if len(words) > 1 else '?'} is not a pinhole; {path}, line {number}; undistort the images first")
-        parameters = _floats(words[4:], path, number)
-        fx, fy, cx, cy = (parameters[place] for place in _PINHOLE[words[1]])
-        lenses[words[0]] = (torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64), (int(words[3]), int(words[2])))
+        if len(words) < 2 or words[1] not in _PINHOLE:
+            raise InputError(f"lens {words[1] if len(words) > 1 else '?'} is not one of {', '.join(_PINHOLE)}; {path}, line {number}; undistort the images first")
+        (W, H, *parameters), places = _floats(words[2:], path, number) if len(words) > 3 else (0, 0), _PINHOLE[words[1]]
+        if len(parameters) != max(places) + 1:
+            raise InputError(f"{len(parameters)} parameters of a lens {words[1]}, it has {max(places) + 1}; {path}, line {number}; export the model again")
+        fx, fy, cx, cy = (parameters[place] for place in places)
+        lenses[words[0]] = (torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64), (int(H), int(W)))
     return lenses
 
 
@@ -395,9 +409,10 @@ def from_colmap(cls: Cameras,
         if len(words) < 10 or words[8] not in lenses:
             raise InputError(f"malformed image line; {path}, line {number}; expected ID QW QX QY QZ TX TY TZ CAMERA_ID NAME of a known camera")
         values = torch.tensor(_floats(words[1:8], path, number), dtype=torch.float64)
-        digits = re.findall(r"\d+", words[9])
+        name = " ".join(words[9:])
+        digits = re.findall(r"\d+", re.sub(r"\.(?!\d+$)[^./]*$", "", name)) # without the ending, jp2 or mp4, but with the .0001 of a name that has none
         pose = homogeneous(torch.cat([rotation(values[:4]), values[4:, None]], -1))
-        found.append((int(digits[-1]) if digits else number, words[9], pose, *lenses[words[8]]))
+        found.append((int(digits[-1]) if digits else number, name, pose, *lenses[words[8]]))
     if not found: raise InputError(f"no registered images; {folder}; the reconstruction failed")
     found.sort(key=lambda row: row[:2])
     if len({row[4] for row in found}) > 1: raise InputError(f"images of several sizes; {folder}; Cameras holds one size: split the model")

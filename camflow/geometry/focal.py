@@ -50,9 +50,10 @@ class Focal:
 
 def focal_of_fov(degrees: float, size: tuple, axis: str = "x") -> float: # field of view; (H, W); along x, y or the diagonal
     "Focal length in pixels."
-    if not 0 < degrees < 180: raise InputError(f"a field of view of {degrees} degrees; it lies between 0 and 180")
+    if 0 < degrees < 2.1: raise InputError(f"a field of view of {degrees} degrees, narrower than any lens of a video; give degrees, not radians ({math.degrees(degrees):.0f}?)")
+    if not 0 < degrees < 180: raise InputError(f"a field of view of {degrees} degrees; give one between 0 and 180")
     sides = {"x": size[1], "y": size[0], "diagonal": math.hypot(*size)}
-    if axis not in sides: raise InputError(f"axis={axis!r}; x, y or diagonal")
+    if axis not in sides: raise InputError(f"axis={axis!r}; use x, y or diagonal")
     return sides[axis] / 2 / math.tan(math.radians(degrees) / 2)
 
 # %% ../../nbs/geometry/10_focal.ipynb #0406db51
@@ -62,10 +63,10 @@ SQUASHED = 0.05    # fx against fy, relative
 def one_focal(fx: float, fy: float, where: str) -> tuple: # pixels of one picture
     "(focal length, relative difference); refuses what no lens with square pixels has."
     if not (math.isfinite(fx) and math.isfinite(fy) and fx > 0 and fy > 0):
-        raise InputError(f"focal lengths {fx}, {fy}; {where}; they are positive and finite")
+        raise InputError(f"focal lengths {fx}, {fy}; {where}; both must be positive and finite")
     f = math.sqrt(fx * fy)
     if (spread := abs(fx - fy) / f) > SQUASHED:
-        raise InputError(f"fx is {fx:.1f} and fy {fy:.1f} pixels; {where}; pixels are square, so this picture was squashed: estimate on the true aspect")
+        raise InputError(f"fx is {fx:.1f} and fy {fy:.1f} pixels; {where}; pixels are square, so this picture was squashed: estimate on frames of its true aspect ratio")
     return f, spread
 
 
@@ -78,9 +79,9 @@ def told_focal(told, size: tuple) -> tuple: # normalised intrinsics, Cameras, {"
     if isinstance(told, dict):
         if "pixels" in told: return one_focal(told["pixels"], told["pixels"], "the metadata")
         if "focal_35mm" in told: return told["focal_35mm"] / math.hypot(36, 24) * math.hypot(H, W), 0.0
-        raise InputError(f"metadata with {', '.join(map(repr, told)) or 'nothing'}; pixels or focal_35mm is looked for")
+        raise InputError(f"metadata with {', '.join(map(repr, told)) or 'nothing'}; give the focal length as pixels, or as focal_35mm in mm")
     numbers = torch.as_tensor(told, dtype=torch.float64).flatten()
-    if len(numbers) not in (2, 4): raise InputError(f"intrinsics of {len(numbers)} numbers; fx/W, fy/H, cx/W, cy/H are four")
+    if len(numbers) not in (2, 4): raise InputError(f"intrinsics of {len(numbers)} numbers; give four, fx/W, fy/H, cx/W, cy/H, or the first two")
     return one_focal(numbers[0].item() * W, numbers[1].item() * H, "the normalised intrinsics")
 
 
@@ -98,7 +99,7 @@ def choose_focal(size: tuple,                                          # (H, W) 
     if estimator is None or frames is None:
         raise InputError("no focal length: no metadata, no fov, no estimator with frames; give one of them (60 degrees is a common view)")
     if abs(frames.size[0] * size[1] / (frames.size[1] * size[0]) - 1) > 0.02:
-        raise InputError(f"frames of {frames.size} for a picture of {tuple(size)}; the estimator must see the same aspect")
+        raise InputError(f"frames of {frames.size} for a picture of {tuple(size)}; the estimator must see the same aspect ratio: give frames of the whole picture")
     found = estimator(frames)
     x, y = size[1] / found.size[1], size[0] / found.size[0]
     each = torch.tensor([one_focal(K[0, 0].item() * x, K[1, 1].item() * y, f"the estimate of frame {t}")[0] for t, K in enumerate(found.K)])

@@ -68,10 +68,14 @@ class RowFit:
     inliers: np.ndarray # [N] bool
 
     @property
-    def roll_deg(self): return math.degrees(math.atan2(-self.beta, self.alpha))
+    def roll_deg(self):
+        "Degrees that the right camera is rolled against the left."
+        return math.degrees(math.atan2(-self.beta, self.alpha))
 
     @property
-    def scale(self): return 1 / math.hypot(self.alpha, self.beta)
+    def scale(self):
+        "Size of the right picture against the left."
+        return 1 / math.hypot(self.alpha, self.beta)
 
     def matrix(self, size): # (H, W)
         "[3,3] similarity that moves the right image so that the rows agree (positions with centres at +0.5); the centre keeps its column."
@@ -128,6 +132,7 @@ class RectificationReport:
     fit: RowFit | None = field(default=None, repr=False)  # what the numbers are made of
 
     def as_dict(self): # JSON-ready
+        "The fields without `fit`."
         return {k: v for k, v in asdict(replace(self, fit=None)).items() if k != "fit"}
 
 # %% ../../nbs/geometry/06_rectify.ipynb #16ed7a9a
@@ -189,7 +194,9 @@ class Rectifier:
         return _warped(left, self.left), _warped(right, self.right)
 
     @property
-    def nothing(self): return not self.swap and self.left is None and self.right is None
+    def nothing(self):
+        "Whether both videos stay as they are."
+        return not self.swap and self.left is None and self.right is None
 
 
 def _warped(frames: Frames, how):

@@ -55,7 +55,7 @@ def rotation(q_T4: torch.Tensor) -> torch.Tensor:  # w, x, y, z
     "Rotations of quaternions (w, x, y, z), which need not be unit, [...,3,3]."
     q = q_T4 / q_T4.norm(dim=-1, keepdim=True)
     S = skew(q[..., 1:])
-    return torch.eye(3, dtype=q.dtype) + 2 * q[..., :1, None] * S + 2 * S @ S
+    return torch.eye(3, dtype=q.dtype, device=q.device) + 2 * q[..., :1, None] * S + 2 * S @ S
 
 # %% ../../nbs/geometry/00_rigid.ipynb #b82522a2
 def so3_exp(w_T3: torch.Tensor) -> torch.Tensor:  # axis times radians
@@ -77,7 +77,7 @@ def _left_jacobian(w_T3):
     S, small, t = skew(w_T3), theta < 1e-4, theta.clamp_min(1e-4)
     b = torch.where(small, 0.5 - theta**2 / 24, (1 - t.cos()) / t**2)
     c = torch.where(small, 1 / 6 - theta**2 / 120, (t - t.sin()) / t**3)
-    return torch.eye(3, dtype=w_T3.dtype) + b * S + c * S @ S
+    return torch.eye(3, dtype=w_T3.dtype, device=w_T3.device) + b * S + c * S @ S
 
 
 def se3_exp(twist_T6: torch.Tensor) -> torch.Tensor:  # rotation vector in radians, velocity

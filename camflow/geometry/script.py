@@ -354,9 +354,9 @@ def from_script(cls: Cameras,
     K = focal_K(24, size) if K is None else K
     if compat is None:
         c2w = script_path(script, frames, fps, unit, elevation)
-        return cls(c2w, K, size, None if isinstance(frames, int) else frames)
-    if compat != "omnicam": raise InputError(f"compat {compat!r}; Cameras.from_script; None or 'omnicam'")
-    if not isinstance(frames, int) or frames % 4 != 1: raise InputError(f"frames {frames}; Cameras.from_script in compat='omnicam'; give a number 4 n + 1")
+        return cls(c2w, K, size, None if isinstance(frames, (int, np.integer)) else frames)
+    if compat != "omnicam": raise InputError(f"compat {compat!r}; Cameras.from_script; use None or 'omnicam'")
+    if not isinstance(frames, (int, np.integer)) or frames % 4 != 1: raise InputError(f"frames {frames}; Cameras.from_script in compat='omnicam'; give a number 4 n + 1")
     c2w = omnicam_c2w(omnicam_poses(script if isinstance(script, str) else script_text(script))[0])
     c2w = c2w[omnicam_frame_index((frames + 3) // 4, len(c2w))]
     return cls(c2w, K, size)

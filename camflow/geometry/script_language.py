@@ -60,7 +60,7 @@ _WAYS = {"left": r"\bleft(?:wards?)?\b", "right": r"\bright(?:wards?)?\b",
          "backward": r"\b(?:(?:backwards?|back|away|retreat\w*)\b|(?:zoom|doll|pull|mov|track|fl)\w*(?: \w+ly)? out\b(?! of\b))"}
 _WAYS = {name: re.compile(pattern) for name, pattern in _WAYS.items()}
 _ROUND = re.compile(r"\b(counter|anti)?[- ]?clockwise\b")
-_DEGREES, _PER_SECOND = re.compile(rf"{_N}\s*(?:°|degrees?)(?!\s*(?:per|/|a)\s*s)"), re.compile(rf"{_N}\s*(?:°|degrees?)\s*(?:per|/|a)\s*s")
+_DEGREES, _PER_SECOND = re.compile(rf"{_N}\s*(?:°|degrees?(?!s))(?!\s*(?:per|/|a)\s*s)"), re.compile(rf"{_N}\s*(?:°|degrees?)\s*(?:per|/|a)\s*s")
 _TIMES = re.compile(rf"\btimes {_N}")
 
 
@@ -80,6 +80,7 @@ def _move(part: str, fail) -> str:
     ways = [way for way in _WAYS if _WAYS[way].search(part)]
     for pair in (("left", "right"), ("up", "down"), ("forward", "backward")):
         if set(pair) <= set(ways): fail(f"{part.strip()!r} moves both {pair[0]} and {pair[1]}", "divide it into two clauses with times")
+    if _PER_SECOND.search(part): fail(f"{part.strip()!r} gives degrees per second", "turns have them; of a move say quickly, slowly, or at 1.5 times the speed")
     sides, radial = [way for way in ways if way in ("left", "right", "up", "down")], [way for way in ways if way.endswith("ward")]
     angle = match[1] if (match := _DEGREES.search(part)) else None
     if len(sides) == 2: sides = ["".join(sides) + (angle or "45")]
@@ -155,7 +156,7 @@ def _say_move(word: str) -> str:
 
 
 def _say_turn(word: str) -> str:
-    name, rate = re.fullmatch(r"([a-z ]*?)\s*([\d.e+-]*)", word.strip()).groups()
+    name, rate = re.fullmatch(r"([a-z ]*[a-z])\s*([\d.][\d.e+-]*)?", word.strip()).groups() # a rate begins with a digit: clockwise ends in e
     name = name.replace(" ", "")
     words = f"rotating {name}" if name.endswith("clockwise") else f"{'tilting' if name.endswith(('up', 'down')) else 'turning'} {name[3:].removeprefix('t')}"
     return words + (f" at {_number(rate)} degrees per second" if rate else "")

@@ -52,7 +52,9 @@ class StereoRig:
         if abs(self.doffs - between) > 0.02: raise InputError(f"doffs is {self.doffs:.3f} px, the matrices say {between:.3f}; {self.source or 'StereoRig'}; leave doffs out or correct one of them")
 
     @property
-    def fx(self): return float(self.K_left[0, 0])
+    def fx(self):
+        "The left camera's, pixels."
+        return float(self.K_left[0, 0])
 
     def __repr__(self):
         where = f"{self.size[0]}x{self.size[1]}" if self.size else "size unknown"
@@ -62,7 +64,7 @@ class StereoRig:
 @patch
 def _of(self: StereoRig, map_): # tensor or array [...,H,W]; its float tensor, checked against the size
     map_ = torch.as_tensor(map_)
-    map_ = map_ if map_.is_floating_point() else map_.float()
+    map_ = map_ if map_.dtype in (torch.float32, torch.float64) else map_.float() # half precision has neither the digits nor the range of metres
     if self.size and map_.ndim >= 2 and tuple(map_.shape[-2:]) != self.size:
         raise InputError(f"a map of {tuple(map_.shape[-2:])} pixels with a calibration for {self.size}; {self.source or 'StereoRig'}; use rig.resize({tuple(map_.shape[-2:])})")
     return map_
@@ -137,7 +139,7 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 
 def _text(path):
     path = Path(path)
-    try: return path.read_text(encoding="utf-8")
+    try: return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError: raise InputError(f"calibration {path} does not exist; check the path") from None
     except IsADirectoryError: raise InputError(f"calibration {path} is a folder; give the file") from None
     except UnicodeDecodeError: raise InputError(f"calibration {path} is not a text file; give K.txt, OpenCV's yaml, ZED's conf, KITTI's or Middlebury's calib.txt") from None

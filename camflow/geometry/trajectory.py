@@ -120,7 +120,7 @@ def orbit(degrees: float,            # to the right around the subject; left whe
           speed: float = 0.0):       # speed law
     "A true circle around the point `depth` metres ahead, always looking at it."
     u = speed_law(progress(frames), speed)
-    if abs(elevation) >= 90: raise InputError(f"elevation {elevation} degrees; trajectory.orbit; stay below 90, looking down the pole has no upright")
+    if abs(elevation) >= 90: raise InputError(f"elevation {elevation} degrees; trajectory.orbit; stay between -90 and 90, a camera that looks straight down or up has no upright")
     a, e = u * math.radians(degrees), u * math.radians(elevation)
     offset = torch.stack([a.sin() * e.cos(), -e.sin(), -a.cos() * e.cos()], -1)
     subject = torch.tensor([0, 0, depth], dtype=torch.float64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 import camflow.gflow.losses as losses
@@ -60,7 +61,9 @@ class FitConfig:
     background: str = "black"           # of BACKGROUNDS
     seed: int = 0                       # of all draws
 
-    def rates(self): return {name: self.lr * getattr(self, f"lr_{name}") for name in (*MovingScene.NAMES, "bend")}
+    def rates(self):
+        "Learning rates by name, for `MovingScene`."
+        return {name: self.lr * getattr(self, f"lr_{name}") for name in (*MovingScene.NAMES, "bend")}
 
 
 BACKGROUNDS = {"black": (0., 0., 0.), "white": (1., 1., 1.), "cyan": (0., 0.33, 0.33)}
@@ -81,7 +84,7 @@ class Known:
     "Priors and path as the steps want them: float32 tensors, everything of a frame at hand."
     def __init__(self, priors: Priors, path: Path):  # of `gather_priors`; of `find_path`
         T = len(priors)
-        if len(path.c2w_T44) != T: raise InputError(f"a path of {len(path.c2w_T44)} poses for {T} frames; fit; find the path of these priors")
+        if len(path.c2w_T44) != T: raise InputError(f"a path of {len(path.c2w_T44)} poses for {T} frames; fit; give what find_path found for these priors")
         self.size, self.T, self.fps, self.numbers = priors.size, T, priors.frames.fps or 12., priors.numbers or list(range(T))
         self.images = [image.float() / 255 for image in priors.frames.data]
         self.targets = [losses.Target(image) for image in self.images]
@@ -95,11 +98,13 @@ class Known:
         self.middle = float(self.depth.nanmedian())        # a depth in the middle of the scene: what a pixel is in the unit of the world
         self._grey, self._texture, self._far = {}, {}, {}
 
-    def grey(self, t):
+    def grey(self, t): # frame
+        "uint8 [H,W], kept."
         if t not in self._grey: self._grey[t] = np.ascontiguousarray((self.images[t].mean(0) * 255).round().byte().numpy())
         return self._grey[t]
 
-    def texture(self, t):
+    def texture(self, t): # frame
+        "Weight of each pixel by its texture [H,W], kept."
         if t not in self._texture: self._texture[t] = texture_weight((self.images[t] * 255).round().byte())
         return self._texture[t]
 
@@ -116,8 +121,8 @@ class Known:
             self._far[a, t] = there[0], occlusion(there, back, alpha=0.01, beta=1.)[0][0]
         return self._far[a, t]
 
-    def forget(self, t: int):
-        "Frames that no later frame will ask."
+    def forget(self, t: int): # last frame that was fitted
+        "Drops what no later frame will ask for."
         for memory in (self._grey, self._texture): [memory.pop(k) for k in list(memory) if k < t - 4]
 
 # %% ../../nbs/gflow/27_fit.ipynb #e1850e2c
@@ -131,182 +136,218 @@ class Fit:
         self.background = BACKGROUNDS[config.background]
         self.steps, self.polished, self.watch = 0, {}, None  # watch(steps, Rendering, Gaussians) sees every step
 
-    def w2c(self, t: int) -> Tensor:
+    def w2c(self, t: int) -> Tensor: # frame
         "float32 [4,4]; the first frame's is held."
         if t == 0: return self.known.w2c[0].float()
         pixel = torch.tensor([1.] * 3 + [self.known.middle] * 3, dtype=torch.float64) / self.known.focal
         return (se3_exp(self.poses["pose"][t].double() * pixel) @ self.known.w2c[t]).float()
 
-    def at(self, t: int): # Gaussians of frame t and their rows
+    def at(self, t: int): # frame
+        "(Gaussians of that frame, their rows), with what the polish changed."
         g, rows = self.scene.at(t)
         if t in self.polished: g = replace(g, **self.polished[t])
         return g, rows
 
     def draw(self, t: int):
+        "(Rendering, Gaussians, their rows) of frame t from its camera."
         g, rows = self.at(t)
         return rasterise(g, self.w2c(t), self.known.K, self.known.size, self.background), g, rows
 
-    def loss(self, t, r, g, target, depth_HW) -> Tensor: # frame whose bending counts, or None; of a Rendering; its Gaussians; what it should be
-        c = self.config
-        total = c.lambda_rgb * (r.colour_3HW - target.image).square().mean()
-        if c.lambda_ssim: total = total + c.lambda_ssim * (1 - losses.similarity(r.colour_3HW, target))
-        if c.lambda_depth: total = total + c.lambda_depth * losses.depth_error(r.depth_HW, r.alpha_HW, depth_HW)
-        if c.lambda_needle: total = total + c.lambda_needle * losses.needle_error(g.scales)
-        m = self.scene.moments.get(t)
-        return total + c.lambda_bend * m.bend.strain(own=c.lambda_own) if c.lambda_bend and m is not None and m.bend is not None else total
+# %% ../../nbs/gflow/27_fit.ipynb #b4de09e1
+@patch
+def quality(self: Fit, t: int) -> float: # frame
+    "Peak signal-to-noise ratio of a fitted frame, dB."
+    with torch.no_grad(): return -10 * math.log10(max(float((self.draw(t)[0].colour_3HW.clamp(0, 1) - self.known.images[t]).square().mean()), 1e-10))
 
-    def advance(self, frames: list, first: float, last: float): # one step each; factor of the rates at the first and the last
-        "Gradient steps."
-        for n, t in enumerate(frames):
-            r, g, rows = self.draw(t)
-            if not r.colour_3HW.requires_grad: continue                      # nothing is in view
-            if self.watch: self.watch(self.steps, r, g)
-            self.loss(t, r, g, self.known.targets[t], self.known.depth[t]).backward()
-            factor = first * (last / first) ** (n / max(len(frames) - 1, 1))
-            pixel = torch.full((len(self.scene),), self.known.middle)
-            pixel[rows] = r.projected.depth_N.detach().clamp_min(1e-3 * self.known.middle)
-            self.scene.step(t, factor, pixel / self.known.focal)
-            if self.config.lr_camera and t: self.pose_optimiser.step(self.poses, factor)
-            self.poses["pose"].grad = None
-            self.steps += 1
+# %% ../../nbs/gflow/27_fit.ipynb #33091bd3
+@patch
+@torch.no_grad()
+def seed(self: Fit, t: int, density: Tensor, count: int, rng) -> int: # frame; [H,W] where they are wanted; how many; of the draw
+    "How many Gaussians are born in frame t; at most as many as the budget leaves room for."
+    known, count = self.known, min(count, self.config.budget - len(self.scene))
+    if count < 1: return 0
+    c2w = torch.linalg.inv(self.w2c(t))
+    g, y, x = seeding.seed(known.images[t], known.depth[t], seeding.surface_normals(known.depth[t], known.K), c2w, known.K, density, count, rng)
+    self.scene.add(g, t, known.odds[t, y, x])
+    return len(g)
 
-    @torch.no_grad()
-    def seed(self, t: int, density: Tensor, count: int, rng) -> int:
-        "Gaussians born in frame t; at most as many as the budget leaves room for."
-        known, count = self.known, min(count, self.config.budget - len(self.scene))
-        if count < 1: return 0
-        c2w = torch.linalg.inv(self.w2c(t))
-        g, y, x = seeding.seed(known.images[t], known.depth[t], seeding.surface_normals(known.depth[t], known.K), c2w, known.K, density, count, rng)
-        self.scene.add(g, t, known.odds[t, y, x])
-        return len(g)
 
-    @torch.no_grad()
-    def grow(self, t: int, rng, share: float = 1.0) -> int: # of the room
-        "Gaussians where the drawing of frame t lacks some."
-        r, _, _ = self.draw(t)
-        density, empty, wrong = seeding.lack(r.colour_3HW, r.alpha_HW, r.depth_HW, self.known.images[t], self.known.depth[t], self.config.densify_err_thre)
-        per_picture = self.config.num_points
-        return self.seed(t, density, min(round(per_picture * (1.3 * empty + 0.4 * wrong)), round(share * (self.config.budget - len(self.scene)))), rng)
+@patch
+@torch.no_grad()
+def grow(self: Fit, t: int, rng, share: float = 1.0) -> int: # frame; of the draw; of the room
+    "Gaussians where the drawing of frame t lacks some."
+    r, _, _ = self.draw(t)
+    density, empty, wrong = seeding.lack(r.colour_3HW, r.alpha_HW, r.depth_HW, self.known.images[t], self.known.depth[t], self.config.densify_err_thre)
+    per_picture = self.config.num_points
+    return self.seed(t, density, min(round(per_picture * (1.3 * empty + 0.4 * wrong)), round(share * (self.config.budget - len(self.scene)))), rng)
 
-    @torch.no_grad()
-    def prune(self, frames):
-        "Drops what makes up less than a fiftieth of a pixel in all of these frames, or is all but transparent."
-        most = torch.zeros(len(self.scene))
-        for t in frames:
-            g, rows = self.scene.at(t)
-            total, _ = shares(project(g.means, g.scales, g.quats, self.w2c(t), self.known.K, self.known.size), g.opacities, self.known.size)
-            most[rows] = torch.maximum(most[rows], total)
-        self.scene.keep((most > 0.02) & (self.scene.parameters["opacities"].sigmoid() > 0.02) & self.scene.parameters["means"].isfinite().all(1))
+# %% ../../nbs/gflow/27_fit.ipynb #da6e115d
+@patch
+def loss(self: Fit, t, r, g,                 # frame whose bending counts, or None; Rendering; its Gaussians
+         target, depth_HW) -> Tensor:        # `Target` of the frame; NaN unknown
+    "Weighted sum of the errors of colour, similarity and depth, and of needles and uneven bending."
+    c = self.config
+    total = c.lambda_rgb * (r.colour_3HW - target.image).square().mean()
+    if c.lambda_ssim: total = total + c.lambda_ssim * (1 - losses.similarity(r.colour_3HW, target))
+    if c.lambda_depth: total = total + c.lambda_depth * losses.depth_error(r.depth_HW, r.alpha_HW, depth_HW)
+    if c.lambda_needle: total = total + c.lambda_needle * losses.needle_error(g.scales)
+    m = self.scene.moments.get(t)
+    return total + c.lambda_bend * m.bend.strain(own=c.lambda_own) if c.lambda_bend and m is not None and m.bend is not None else total
 
-    @torch.no_grad()
-    def carry(self, t: int, rng):
-        "What moves, brought from frame t-1 to frame t."
-        known, scene = self.known, self.scene
-        ids, means, quats = scene.movers(t - 1)
-        if not len(ids): return scene.start(t, ids, means, quats, None)
-        asked = []
-        for gap in (1, 2, 4):
-            a = t - gap
-            if a < 0 or (gap > 1 and not len(scene.moments[a].ids)): continue
-            if gap == 1: places, have = means, torch.ones(len(ids), dtype=torch.bool)
-            else:
-                m = scene.moments[a]
-                at = torch.searchsorted(m.ids, ids).clamp_max(len(m.ids) - 1)
-                places, have = m.places()[0][at], m.ids[at] == ids
-            w2c, (flow, hidden) = self.w2c(a), known.flow(a, t)
-            asked.append(motion.opinion(places @ w2c[:3, :3].T + w2c[:3, 3], have, known.K, known.grey(a), known.grey(t), known.texture(a), flow, hidden, known.depth[a],
-                                        known.moving[a], known.moving[t]))
-        means, quats, _ = motion.carry(means, quats, self.w2c(t - 1), self.w2c(t), known.K, asked, known.depth[t - 1], known.depth[t], seed=t)
-        w2c = self.w2c(t)
-        scene.start(t, ids, means, quats, motion.bending(means, (means @ w2c[:3, :3].T + w2c[:3, 3])[:, 2], known.focal, rng))
 
-    @torch.no_grad()
-    def weigh(self, t: int) -> int:
-        "Evidence of frame t: the log-odds of the pixels where Gaussians are seen."
-        known, (g, rows) = self.known, self.scene.at(t)
-        p = project(g.means, g.scales, g.quats, self.w2c(t), known.K, known.size)
-        total, _ = shares(p, g.opacities, known.size)
-        seen = (total > 0.5) & motion.inside(p.uv_N2, known.size)
-        seen &= (p.depth_N - motion.look_up(known.depth[t], p.uv_N2)).abs() < 0.05 * p.depth_N
-        evidence = torch.zeros(len(self.scene))
-        evidence[rows[seen]] = 0.3 * motion.look_up(known.odds[t], p.uv_N2[seen])
-        return self.scene.relabel(t, evidence)
+@patch
+def advance(self: Fit, frames: list, first: float, last: float): # one step each; factor of the rates at the first; at the last
+    "Gradient steps."
+    for n, t in enumerate(frames):
+        r, g, rows = self.draw(t)
+        if not r.colour_3HW.requires_grad: continue                      # nothing is in view
+        if self.watch: self.watch(self.steps, r, g)
+        self.loss(t, r, g, self.known.targets[t], self.known.depth[t]).backward()
+        factor = first * (last / first) ** (n / max(len(frames) - 1, 1))
+        pixel = torch.full((len(self.scene),), self.known.middle)
+        pixel[rows] = r.projected.depth_N.detach().clamp_min(1e-3 * self.known.middle)
+        self.scene.step(t, factor, pixel / self.known.focal)
+        if self.config.lr_camera and t: self.pose_optimiser.step(self.poses, factor)
+        self.poses["pose"].grad = None
+        self.steps += 1
 
-    def frame(self, t: int):
-        "Everything that frame t brings."
-        c, rng = self.config, generator(self.config.seed, "gflow", t)
-        if t == 0:
-            self.seed(0, seeding.picture_density(self.known.images[0]), c.num_points, rng)
-            for n, (first, last) in enumerate(((1., 0.7), (0.8, 0.5), (0.6, 0.2))):
-                self.advance([0] * (c.iterations_first // 3 + (n < c.iterations_first % 3)), first, last)
-                if n < 2: self.grow(0, rng, 0.4)
-            return self.prune([0])
-        self.carry(t, rng)
-        self.grow(t, rng, min(1., 2.5 / (self.known.T - t)))   # room is left for the frames to come
-        window = range(max(0, t - c.window), t)
-        self.advance([window[int(torch.randint(len(window), (1,), generator=rng))] if n % c.replay == c.replay - 1 else t for n in range(c.iterations_after)], 1., 0.3)
-        self.weigh(t)
-        self.known.forget(t)
+# %% ../../nbs/gflow/27_fit.ipynb #51dcf8dd
+@patch
+@torch.no_grad()
+def prune(self: Fit, frames):
+    "Drops what makes up less than a fiftieth of a pixel in all of these frames, or is all but transparent."
+    most = torch.zeros(len(self.scene))
+    for t in frames:
+        g, rows = self.scene.at(t)
+        total, _ = shares(project(g.means, g.scales, g.quats, self.w2c(t), self.known.K, self.known.size), g.opacities, self.known.size)
+        most[rows] = torch.maximum(most[rows], total)
+    self.scene.keep((most > 0.02) & (self.scene.parameters["opacities"].sigmoid() > 0.02) & self.scene.parameters["means"].isfinite().all(1))
 
-    def last_round(self, part: int):
-        "One of two parts of the rounds over all frames."
-        c, T, rng = self.config, self.known.T, generator(self.config.seed, "gflow", "global", part)
-        if part == 0: self.prune(range(T))
-        order = torch.cat([torch.randperm(T, generator=rng) for _ in range(max(1, round(c.iterations_global * (0.3 if part == 0 else 0.7))))]).tolist()
-        if part == 1:
-            for t in range(0, T, 3): self.grow(t, rng, 0.3)
-        self.advance(order, *((0.8, 0.5) if part == 0 else (0.6, 0.1)))
-        if part == 1: self.prune(range(T))
+# %% ../../nbs/gflow/27_fit.ipynb #ab919050
+@patch
+@torch.no_grad()
+def carry(self: Fit, t: int, rng): # frame; draws the nodes of the bending
+    "What moves, brought from frame t-1 to frame t."
+    known, scene = self.known, self.scene
+    ids, means, quats = scene.movers(t - 1)
+    if not len(ids): return scene.start(t, ids, means, quats, None)
+    asked = []
+    for gap in (1, 2, 4):
+        a = t - gap
+        if a < 0 or (gap > 1 and not len(scene.moments[a].ids)): continue
+        if gap == 1: places, have = means, torch.ones(len(ids), dtype=torch.bool)
+        else:
+            m = scene.moments[a]
+            at = torch.searchsorted(m.ids, ids).clamp_max(len(m.ids) - 1)
+            places, have = m.places()[0][at], m.ids[at] == ids
+        w2c, (flow, hidden) = self.w2c(a), known.flow(a, t)
+        asked.append(motion.opinion(places @ w2c[:3, :3].T + w2c[:3, 3], have, known.K, known.grey(a), known.grey(t), known.texture(a), flow, hidden, known.depth[a],
+                                    known.moving[a], known.moving[t]))
+    means, quats, _ = motion.carry(means, quats, self.w2c(t - 1), self.w2c(t), known.K, asked, known.depth[t - 1], known.depth[t], seed=t)
+    w2c = self.w2c(t)
+    scene.start(t, ids, means, quats, motion.bending(means, (means @ w2c[:3, :3].T + w2c[:3, 3])[:, 2], known.focal, rng))
 
-    def polish(self, t: int):
-        "Sizes, turns, opacities and colours of what frame t shows, for that frame alone; places stay."
-        c, (g, _) = self.config, self.scene.snapshot(t)
-        p = dict(scales=g.scales.log(), quats=g.quats, opacities=torch.logit(g.opacities.clamp(1e-3, 1 - 1e-3)), colours=g.colours)
-        p, optimiser, w2c = {name: x.requires_grad_() for name, x in p.items()}, RowAdam(c.rates()), self.w2c(t).detach()
-        now = lambda: dict(scales=p["scales"].exp(), quats=p["quats"], opacities=p["opacities"].sigmoid(), colours=p["colours"].clamp(0, 1))
-        for n in range(c.iterations_polish):
-            drawn = replace(g, **now())
-            r = rasterise(drawn, w2c, self.known.K, self.known.size, self.background)
-            if not r.colour_3HW.requires_grad: break
-            self.loss(None, r, drawn, self.known.targets[t], self.known.depth[t]).backward()
-            optimiser.step(p, 0.1 ** (n / max(c.iterations_polish - 1, 1)))
-            self.steps += 1
-        self.polished[t] = {name: x.detach().clone() for name, x in now().items()}
+# %% ../../nbs/gflow/27_fit.ipynb #1f9ee062
+@patch
+@torch.no_grad()
+def weigh(self: Fit, t: int) -> int:
+    "Evidence of frame t: the log-odds of the pixels where Gaussians are seen."
+    known, (g, rows) = self.known, self.scene.at(t)
+    p = project(g.means, g.scales, g.quats, self.w2c(t), known.K, known.size)
+    total, _ = shares(p, g.opacities, known.size)
+    seen = (total > 0.5) & motion.inside(p.uv_N2, known.size)
+    seen &= (p.depth_N - motion.look_up(known.depth[t], p.uv_N2)).abs() < 0.05 * p.depth_N
+    evidence = torch.zeros(len(self.scene))
+    evidence[rows[seen]] = 0.3 * motion.look_up(known.odds[t], p.uv_N2[seen])
+    return self.scene.relabel(t, evidence)
 
-    def quality(self, t: int) -> float:
-        "Peak signal-to-noise ratio of a fitted frame, dB."
-        with torch.no_grad(): return -10 * math.log10(max(float((self.draw(t)[0].colour_3HW.clamp(0, 1) - self.known.images[t]).square().mean()), 1e-10))
+# %% ../../nbs/gflow/27_fit.ipynb #e50182c9
+@patch
+def frame(self: Fit, t: int):
+    "Everything that frame t brings."
+    c, rng = self.config, generator(self.config.seed, "gflow", t)
+    if t == 0:
+        self.seed(0, seeding.picture_density(self.known.images[0]), c.num_points, rng)
+        for n, (first, last) in enumerate(((1., 0.7), (0.8, 0.5), (0.6, 0.2))):
+            self.advance([0] * (c.iterations_first // 3 + (n < c.iterations_first % 3)), first, last)
+            if n < 2: self.grow(0, rng, 0.4)
+        return self.prune([0])
+    self.carry(t, rng)
+    self.grow(t, rng, min(1., 2.5 / (self.known.T - t)))   # room is left for the frames to come
+    window = range(max(0, t - c.window), t)
+    self.advance([window[int(torch.randint(len(window), (1,), generator=rng))] if n % c.replay == c.replay - 1 else t for n in range(c.iterations_after)], 1., 0.3)
+    self.weigh(t)
+    self.known.forget(t)
 
-    def timeline(self) -> Timeline:
-        "What has been fitted so far."
-        done = sorted(self.scene.moments)
-        frames, ids = zip(*(self.scene.snapshot(t) for t in done))
-        frames = [replace(g, **self.polished.get(t, {})) for t, g in zip(done, frames)]
-        with torch.no_grad(): c2w = torch.stack([torch.linalg.inv(self.w2c(t).double()) for t in done])
-        return Timeline(list(frames), list(ids), c2w, self.known.K.double(), self.known.size, [self.known.numbers[t] for t in done], self.known.fps, self.known.moving[:len(done)], "fast")
+# %% ../../nbs/gflow/27_fit.ipynb #ce170127
+@patch
+def last_round(self: Fit, part: int): # 0 or 1
+    "One of two parts of the rounds over all frames."
+    c, T, rng = self.config, self.known.T, generator(self.config.seed, "gflow", "global", part)
+    if part == 0: self.prune(range(T))
+    order = torch.cat([torch.randperm(T, generator=rng) for _ in range(max(1, round(c.iterations_global * (0.3 if part == 0 else 0.7))))]).tolist()
+    if part == 1:
+        for t in range(0, T, 3): self.grow(t, rng, 0.3)
+    self.advance(order, *((0.8, 0.5) if part == 0 else (0.6, 0.1)))
+    if part == 1: self.prune(range(T))
 
-    def state(self) -> dict:
-        "name -> tensor: all that the next step depends on."
-        poses = {f"pose.{n}": x for n, x in enumerate([self.poses["pose"].detach(), *self.pose_optimiser.memory.get("pose", [])])}
-        return scene_state(self.scene) | {name: x.clone() for name, x in poses.items()} | {"steps": torch.tensor([self.steps])} \
-            | {f"polish.{t}.{name}": x for t, values in self.polished.items() for name, x in values.items()}
+# %% ../../nbs/gflow/27_fit.ipynb #b2ec917b
+@patch
+def polish(self: Fit, t: int):
+    "Sizes, turns, opacities and colours of what frame t shows, for that frame alone; places stay."
+    c, (g, _) = self.config, self.scene.snapshot(t)
+    p = dict(scales=g.scales.log(), quats=g.quats, opacities=torch.logit(g.opacities.clamp(1e-3, 1 - 1e-3)), colours=g.colours)
+    p, optimiser, w2c = {name: x.requires_grad_() for name, x in p.items()}, RowAdam(c.rates()), self.w2c(t).detach()
+    now = lambda: dict(scales=p["scales"].exp(), quats=p["quats"], opacities=p["opacities"].sigmoid(), colours=p["colours"].clamp(0, 1))
+    for n in range(c.iterations_polish):
+        drawn = replace(g, **now())
+        r = rasterise(drawn, w2c, self.known.K, self.known.size, self.background)
+        if not r.colour_3HW.requires_grad: break
+        self.loss(None, r, drawn, self.known.targets[t], self.known.depth[t]).backward()
+        optimiser.step(p, 0.1 ** (n / max(c.iterations_polish - 1, 1)))
+        self.steps += 1
+    self.polished[t] = {name: x.detach().clone() for name, x in now().items()}
 
-    def restore(self, state: dict): # of `state`
-        "Goes on where that was."
-        self.scene, self.steps = scene_from_state(state, self.config.rates(), self.config.settle), int(state["steps"])
-        self.poses["pose"].data.copy_(state["pose.0"])
-        self.polished = {}
-        for key in (key for key in state if key.startswith("polish.")):
-            _, t, name = key.split(".")
-            self.polished.setdefault(int(t), {})[name] = state[key].clone()
-        if "pose.1" in state: self.pose_optimiser.memory["pose"] = [state[f"pose.{n}"].clone() for n in (1, 2, 3)]
+# %% ../../nbs/gflow/27_fit.ipynb #869740f3
+@patch
+def stages(self: Fit) -> list:
+    "Names of what has to be done, in order: frames, then the rounds over all."
+    c, T = self.config, self.known.T
+    return [*range(T), *(["global 0", "global 1"] if c.iterations_global and T > 1 else []), *([f"polish {t}" for t in range(T)] if c.iterations_polish else [])]
 
-    def stages(self) -> list:
-        "Names of what has to be done, in order: frames, then the rounds over all."
-        c, T = self.config, self.known.T
-        return [*range(T), *(["global 0", "global 1"] if c.iterations_global and T > 1 else []), *([f"polish {t}" for t in range(T)] if c.iterations_polish else [])]
 
-    def do(self, stage):
-        "One of `stages`."
-        what, number = stage.split() if isinstance(stage, str) else ("frame", stage)
-        dict(frame=self.frame, **{"global": self.last_round}, polish=self.polish)[what](int(number))
+@patch
+def do(self: Fit, stage): # number of a frame, "global 0" or "polish 5"
+    "One of `stages`."
+    what, number = stage.split() if isinstance(stage, str) else ("frame", stage)
+    dict(frame=self.frame, **{"global": self.last_round}, polish=self.polish)[what](int(number))
+
+# %% ../../nbs/gflow/27_fit.ipynb #5795901d
+@patch
+def timeline(self: Fit) -> Timeline:
+    "What has been fitted so far."
+    done = sorted(self.scene.moments)
+    frames, ids = zip(*(self.scene.snapshot(t) for t in done))
+    frames = [replace(g, **self.polished.get(t, {})) for t, g in zip(done, frames)]
+    with torch.no_grad(): c2w = torch.stack([torch.linalg.inv(self.w2c(t).double()) for t in done])
+    return Timeline(list(frames), list(ids), c2w, self.known.K.double(), self.known.size, [self.known.numbers[t] for t in done], self.known.fps, self.known.moving[:len(done)], "fast")
+
+# %% ../../nbs/gflow/27_fit.ipynb #2ac683c4
+@patch
+def state(self: Fit) -> dict:
+    "name -> tensor: all that the next step depends on."
+    poses = {f"pose.{n}": x for n, x in enumerate([self.poses["pose"].detach(), *self.pose_optimiser.memory.get("pose", [])])}
+    return scene_state(self.scene) | {name: x.clone() for name, x in poses.items()} | {"steps": torch.tensor([self.steps])} \
+        | {f"polish.{t}.{name}": x for t, values in self.polished.items() for name, x in values.items()}
+
+
+@patch
+def restore(self: Fit, state: dict): # of `state`
+    "Goes on where that was."
+    self.scene, self.steps = scene_from_state(state, self.config.rates(), self.config.settle), int(state["steps"])
+    self.poses["pose"].data.copy_(state["pose.0"])
+    self.polished = {}
+    for key in (key for key in state if key.startswith("polish.")):
+        _, t, name = key.split(".")
+        self.polished.setdefault(int(t), {})[name] = state[key].clone()
+    if "pose.1" in state: self.pose_optimiser.memory["pose"] = [state[f"pose.{n}"].clone() for n in (1, 2, 3)]

@@ -39,7 +39,7 @@ def preset_config(preset: str, settings: dict): # "fast" or "paper"; name -> val
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(given) - known):
         other = [name for name in unknown if any(name in {f.name for f in fields(k)} for k in PRESETS.values())]
-        raise InputError(f"{', '.join(unknown)}; preset {preset!r}; " + ("they belong to the other preset: leave them out" if other == unknown else f"it has {', '.join(sorted(known))}"))
+        raise InputError(f"preset {preset!r} has no setting {', '.join(unknown)}; fit_video; " + ("the other preset has: leave them out, or choose it" if other == unknown else f"it has {', '.join(sorted(known))}"))
     return kind(**given)
 
 
@@ -78,10 +78,10 @@ def load_state(path): # of `save_state`
     "(state, about)."
     try:
         with safetensors.safe_open(path, "pt") as file: about, state = json.loads(file.metadata()["camflow"]), {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error: raise InputError(f"{path} cannot be read ({error}); fit_video; delete it to fit anew") from None
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error: raise InputError(f"{path}, the saved state of a fit, cannot be read ({error}); fit_video; delete it to fit anew") from None
     return state, about
 
-
+# %% ../../nbs/gflow/29_fit_video.ipynb #9fc2247e
 def preview(fit, t: int, path): # Fit or PaperFit
     "The frame, its drawing and four times the difference, side by side."
     from PIL import Image
@@ -117,7 +117,7 @@ def load_shots(out, stages=None) -> dict: # folder of a fit; numbers of stages, 
             with np.load(path, allow_pickle=False) as file: parts.append({name: file[name] for name in file.files})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
-
+# %% ../../nbs/gflow/29_fit_video.ipynb #fc5da75b
 def fit_video(priors: Priors,                   # of `gather_priors`
               out,                             # folder, made if need be
               preset: str = "fast",            # or "paper"

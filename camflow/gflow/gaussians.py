@@ -40,7 +40,9 @@ class Gaussians:
 
     def __getitem__(self, index): return Gaussians(*(getattr(self, name)[index] for name in SHAPES)) # a mask, slice or index tensor
 
-    def to(self, *args): return Gaussians(*(getattr(self, name).to(*args) for name in SHAPES))
+    def to(self, *args): # of Tensor.to
+        "To another device or type."
+        return Gaussians(*(getattr(self, name).to(*args) for name in SHAPES))
 
     def __repr__(self):
         if not len(self): return "Gaussians(none)"
@@ -99,7 +101,7 @@ def save_gaussians(path,              # .ply, .npz or .safetensors
     "Writes float32, atomically."
     path, g = Path(path), check_gaussians(g).to("cpu", torch.float32)
     tensors = {name: getattr(g, name).detach().contiguous() for name in SHAPES}
-    if path.suffix not in (".ply", ".npz", ".safetensors"): raise InputError(f"{path}: Gaussians are written as .ply, .npz or .safetensors; change the ending")
+    if path.suffix not in (".ply", ".npz", ".safetensors"): raise InputError(f"{path} has an unknown ending; save_gaussians; use .ply, .npz or .safetensors")
     with atomic_write(path) as file:
         if path.suffix == ".ply": file.write(_ply_bytes(Gaussians(**tensors)))
         elif path.suffix == ".npz": np.savez(file, **{name: x.numpy() for name, x in tensors.items()})
@@ -152,7 +154,7 @@ def load_gaussians(path,                         # .ply, .npz or .safetensors
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file: tensors = {name: torch.from_numpy(file[name]) for name in file.files}
         elif path.suffix == ".safetensors": tensors = safetensors.torch.load_file(path)
-        else: raise InputError(f"{path}: Gaussians are .ply, .npz or .safetensors; change the ending")
+        else: raise InputError(f"{path} has an unknown ending; load_gaussians; .ply, .npz and .safetensors are read")
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         if isinstance(error, InputError): raise
         raise InputError(f"{path} cannot be read ({error}); load_gaussians; write it again") from None

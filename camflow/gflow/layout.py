@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..data.stereo_files import image_size, read_image, read_mask, write_image, write_mask
-from ..files import InputError, atomic_write, content_hash, read_json, write_json
+from ..files import InputError, atomic_write, content_hash, listed, read_json, write_json
 from ..flow.files import read_flow, write_flow
 from ..media.frames import Flow, Frames
 
@@ -42,11 +42,11 @@ def beside(seq, kind: str) -> Path: # the frames' folder; DEPTH, CAMERA, FLOW, E
     return seq.with_name(f"{seq.name}_{kind}")
 
 
-def frame_files(seq) -> list: # paths in the order of their names; .png before .jpg, as the original
+def frame_files(seq) -> list: # paths in the order of their names, 2 before 10; .png before .jpg, as the original
     "The pictures of the sequence."
     seq = sequence(seq)
     for suffixes in (PICTURES[:1], PICTURES[1:]):
-        found = sorted(p for p in seq.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        found = listed(seq, suffixes)
         if found: return found
     raise InputError(f"{seq} holds no {', '.join(PICTURES)}; GFlow layout; the frames are expected there")
 
@@ -92,8 +92,9 @@ def read_frames(seq, short=None,     # pixels of the shorter side; None: as they
                 first: int = 0, count=None, every: int = 1, fps=None): # frame numbers; frames per second
     "(Frames, numbers of the frames among the files, (H, W) of the files)."
     files = frame_files(seq)
+    if first < 0 or every < 1 or count is not None and count < 1: raise InputError(f"first={first}, every={every}, count={count}; frames of {seq}; numbers from 0, steps and counts from 1")
     numbers = list(range(first, len(files), every))[:count]
-    if not numbers: raise InputError(f"{len(files)} pictures in {seq}, none from {first} on; GFlow layout; choose other frames")
+    if not numbers: raise InputError(f"no frame is left of {len(files)} pictures in {seq} from number {first} on; GFlow layout; lower first, or raise count")
     size = image_size(files[numbers[0]])
     for n in numbers:
         if image_size(files[n]) != size: raise InputError(f"{files[n].name} has {image_size(files[n])} pixels, {files[numbers[0]].name} has {size}; {seq}; bring all frames to one size")
@@ -103,7 +104,9 @@ def read_frames(seq, short=None,     # pixels of the shorter side; None: as they
 
 def _file(seq, kind, name, what):
     path = beside(sequence(seq), kind) / name
-    if not path.is_file(): raise InputError(f"{path} does not exist; {what} of {sequence(seq).name}; run gflow_priors, or choose another {what} prior than files")
+    if not path.is_file():
+        some = f", {there} {path.suffix} files lie in the folder" if (there := len(list(path.parent.glob(f"*{path.suffix}")))) else ""
+        raise InputError(f"{path} does not exist; {what} of {sequence(seq).name}{some}; run gflow_priors (with count=0 for all frames), or choose another {what} prior than files")
     return path
 
 

@@ -40,13 +40,16 @@ class Target:
         self.mean = blur(self.image)
         self.variance = blur(self.image * self.image) - self.mean ** 2
 
-    def masked(self, keep_HW: Tensor): return Target(self.image * keep_HW) # 0 or 1
+    def masked(self, keep_HW: Tensor):  # 0 or 1
+        "Black outside the mask."
+        return Target(self.image * keep_HW)
 
 
 class Similarity(torch.autograd.Function):
     "Mean SSIM of a picture and a Target, over the pixels whose window lies inside, as `metrics.perceptual.ssim` has it."
     @staticmethod
-    def forward(ctx, image_3HW, target):
+    def forward(ctx, image_3HW, target): # autograd's; 0..1; of `Target`
+        "-> a number; its gradient is worked out here, too."
         x = image_3HW.detach().contiguous()
         mean = blur(x)
         variance, both = blur(x * x) - mean * mean, blur(x * target.image) - mean * target.mean
@@ -62,7 +65,8 @@ class Similarity(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g): # autograd's; gradient of the number
+        "Gradient of the picture; a Target has none."
         x, y, by_mean, by_square, by_both = ctx.saved_tensors
         return g * (blur(by_mean) + 2 * x * blur(by_square) + y * blur(by_both)), None
 

@@ -92,7 +92,7 @@ def rigid_pieces(points_M3: Tensor,      # in the camera of the frame before
     unit = float(points_M3[:, 2].median()) if M else 1.                     # robust_pose wants depths of about a metre and more
     P = np.tile(points_M3.double().numpy() / unit * 4, (len(opinions), 1))
     uv, good = (torch.cat([getattr(o, name) for o in opinions]).numpy() for name in ("uv_M2", "good_M"))
-    weight, uv = torch.cat([o.weight_M for o in opinions]).double().numpy() + 1e-6, uv.astype(np.float64)
+    weight, uv = torch.cat([o.weight_M for o in opinions]).double().numpy() + 1e-6, np.where(good[:, None], uv, 0).astype(np.float64) # an unknown place has no weight, but 0 * NaN is NaN
     left, rng, motions, offs = np.flatnonzero(good), np.random.default_rng(seed), [], []
     total = len(left)
     for _ in range(most):
@@ -144,7 +144,7 @@ def follow_neighbours(points_M3: Tensor, landed_M3: Tensor, good_M: Tensor, # be
         sign[:, 2] = torch.det(Vh.mT @ U.mT).sign()
         R = Vh.mT @ (sign[:, :, None] * U.mT)
         off = (torch.einsum("nij,nkj->nki", R, X - middle_x[:, None]) + middle_y[:, None] - Y).norm(dim=-1)
-        scale = torch.where(first > 0, off, torch.inf).nanmedian(1, keepdim=True).values.clamp(1e-6, 1e6)
+        scale = torch.where(first > 0, off, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(1e6).clamp(1e-6, 1e6) # of those that were seen
         if n < rounds: weight = first / (1 + (off / (2 * scale)) ** 2) ** 2
     alone = first.sum(1) < 0.05 * k
     shift = (landed_M3 - points_M3)[good_M].median(0).values if bool(good_M.any()) else torch.zeros(3)
@@ -185,7 +185,9 @@ class Bending:
     pixel_K: Tensor         # size of a pixel at each node, in the unit of the means
     parameters: dict = field(default_factory=dict) # turn [K,3], shift [K,3], own [M,3], in pixels
 
-    def angles(self): return self.parameters["turn"] * (self.pixel_K / self.reach_K)[:, None]
+    def angles(self):
+        "Turn of each node [K,3], radians."
+        return self.parameters["turn"] * (self.pixel_K / self.reach_K)[:, None]
 
     def __call__(self, means_M3: Tensor, quats_M4: Tensor):
         "(means, quats) after bending."

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .gaussians import Gaussians
@@ -69,9 +70,13 @@ class RowAdam:
             else: _rows_step_torch(*(two(x) for x in (p, p.grad, m, v)), n, rate, *self.betas)
             p.grad = None
 
-    def keep(self, which): self.memory = {name: [x[which] for x in three] for name, three in self.memory.items()} # bool or index [N]
+    def keep(self, which):  # bool or index [N]
+        "Forgets the other rows."
+        self.memory = {name: [x[which] for x in three] for name, three in self.memory.items()}
 
-    def add(self, count: int): self.memory = {name: [torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in three] for name, three in self.memory.items()}
+    def add(self, count: int):  # of rows
+        "New rows, which have not stepped yet."
+        self.memory = {name: [torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in three] for name, three in self.memory.items()}
 
 # %% ../../nbs/gflow/26_moving_scene.ipynb #97ac6ee3
 @dataclass(eq=False)
@@ -91,6 +96,7 @@ class Moment:
         return torch.cat([means, self.means[A:]]), torch.cat([quats, self.quats[A:]])
 
     def keep(self, which_M): # bool
+        "Drops the other Gaussians and their bending."
         if self.bend is not None:
             first = which_M[:len(self.bend.of_M)]
             self.bend.keep(first)
@@ -105,7 +111,7 @@ def bend_optimiser(rate: float):  # pixels
     "Adam for the nodes of a bending."
     return RowAdam(dict.fromkeys(BENT, rate))
 
-
+# %% ../../nbs/gflow/26_moving_scene.ipynb #a8f5b2ea
 class MovingScene:
     "All Gaussians of a clip while they are fitted."
     NAMES = dict(means=3, scales=3, quats=4, opacities=0, colours=3) # scales as logarithms, opacities as logits
@@ -120,11 +126,15 @@ class MovingScene:
     def __len__(self): return len(self.ids)
 
     @property
-    def moving(self): return self.labels > 0
+    def moving(self):
+        "bool [N]."
+        return self.labels > 0
 
-    def rows(self, ids: Tensor): return torch.searchsorted(self.ids, ids) # of those that exist
+    def rows(self, ids: Tensor):  # of those that exist
+        "Their places in the parameters."
+        return torch.searchsorted(self.ids, ids)
 
-    def add(self, g: Gaussians, frame: int, labels: Tensor): # log-odds to move
+    def add(self, g: Gaussians, frame: int, labels: Tensor): # M of them; its number; [M] log-odds to move
         "Gaussians born in that frame."
         new = dict(means=g.means, scales=g.scales.log(), quats=g.quats, opacities=torch.logit(g.opacities.clamp(0.01, 0.99)), colours=g.colours)
         self.parameters = {name: torch.cat([p.detach(), new[name]]).requires_grad_() for name, p in self.parameters.items()}
@@ -138,7 +148,7 @@ class MovingScene:
             m.ids, m.means, m.quats = torch.cat([m.ids, ids[moves]]), torch.cat([m.means, g.means[moves]]), torch.cat([m.quats, g.quats[moves]])
         else: self.moments[frame] = Moment(ids[moves], g.means[moves], g.quats[moves])
 
-    def start(self, frame: int, ids, means, quats, bend: Bending | None):
+    def start(self, frame: int, ids, means, quats, bend: Bending | None): # number; as in `Moment`; [M,3]; [M,4]; None: nothing bends
         "Where the movers are in a new frame."
         self.moments[frame] = Moment(ids, means, quats, bend, bend_optimiser(self.bend_rate))
 
@@ -155,57 +165,68 @@ class MovingScene:
         pick = (lambda x: x) if len(rows) == len(self) else (lambda x: x[rows])
         return Gaussians(pick(means), pick(P["scales"]).exp(), pick(quats), pick(P["opacities"]).sigmoid(), pick(P["colours"]).clamp(0, 1), pick(self.labels).sigmoid()), rows
 
-    def step(self, frame: int, factor: float, pixel_N: Tensor, # size of a pixel at each row, in the unit of the means: rates of places are in pixels
-             bend: bool = True):
-        "One step of what that frame showed."
-        self.optimiser.step(self.parameters, factor, {"means": pixel_N})
-        m = self.moments.get(frame)
-        if m is not None and m.bend is not None:
-            if bend: m.optimiser.step(m.bend.parameters, factor)
-            else:
-                for p in m.bend.parameters.values(): p.grad = None
+# %% ../../nbs/gflow/26_moving_scene.ipynb #7cee007d
+@patch
+def step(self: MovingScene, frame: int, factor: float, # frame that was drawn; of all rates
+         pixel_N: Tensor,                              # size of a pixel at each row, in the unit of the means: rates of places are in pixels
+         bend: bool = True):                           # also a step of that frame's bending
+    "One step of what that frame showed."
+    self.optimiser.step(self.parameters, factor, {"means": pixel_N})
+    m = self.moments.get(frame)
+    if m is not None and m.bend is not None:
+        if bend: m.optimiser.step(m.bend.parameters, factor)
+        else:
+            for p in m.bend.parameters.values(): p.grad = None
 
-    def keep(self, which_N: Tensor): # bool
-        "Drops the others, also from the moments."
-        self.parameters = {name: p.detach()[which_N].requires_grad_() for name, p in self.parameters.items()}
-        self.optimiser.keep(which_N)
-        self.ids, self.births, self.labels = self.ids[which_N], self.births[which_N], self.labels[which_N]
-        for m in self.moments.values(): m.keep(torch.isin(m.ids, self.ids))
 
-    @torch.no_grad()
-    def movers(self, before: int):
-        "(ids, means, quats) of what moves, where it was in the frame before; what began to move since then starts from its place of rest."
-        m, ids = self.moments[before], self.ids[self.moving]
-        there = self.rows(ids)
-        means, quats = self.parameters["means"].detach()[there].clone(), self.parameters["quats"].detach()[there].clone()
-        if len(m.ids) and len(ids):
-            at = torch.searchsorted(m.ids, ids).clamp_max(len(m.ids) - 1)
-            had, places = m.ids[at] == ids, m.places()
-            means, quats = torch.where(had[:, None], places[0][at], means), torch.where(had[:, None], places[1][at], quats)
-        return ids, means, quats
+@patch
+def keep(self: MovingScene, which_N: Tensor): # bool
+    "Drops the others, also from the moments."
+    self.parameters = {name: p.detach()[which_N].requires_grad_() for name, p in self.parameters.items()}
+    self.optimiser.keep(which_N)
+    self.ids, self.births, self.labels = self.ids[which_N], self.births[which_N], self.labels[which_N]
+    for m in self.moments.values(): m.keep(torch.isin(m.ids, self.ids))
 
-    @torch.no_grad()
-    def relabel(self, frame: int, evidence_N: Tensor, # log-odds that each moves, 0 where nothing was seen
-                flip: float = 2., most: float = 6.):  # hysteresis: what the sum must exceed to change sides
-        "Adds evidence; what comes to rest stays where it is in that frame. Returns how many changed."
-        m = self.moments[frame]
-        added = (self.labels + evidence_N).clamp(-most, most)
-        moves = torch.where(self.moving, added > -flip, added > flip)
-        stops, begins = self.moving & ~moves, ~self.moving & moves
-        if bool(stops.any()) and len(m.ids):
-            stopped = torch.isin(m.ids, self.ids[stops])
-            there, places = self.rows(m.ids[stopped]), m.places()
-            for name, value in zip(("means", "quats"), places): self.parameters[name].data[there] = value[stopped]
-        # a label keeps its sign until it flips: the sign says what the Gaussian is, the size how sure that is
-        self.labels = torch.where(moves, added.clamp_min(0.1), added.clamp_max(-0.1))
-        return int(stops.sum() + begins.sum())
+# %% ../../nbs/gflow/26_moving_scene.ipynb #ddead6b6
+@patch
+@torch.no_grad()
+def movers(self: MovingScene, before: int):
+    "(ids, means, quats) of what moves, where it was in the frame before; what began to move since then starts from its place of rest."
+    m, ids = self.moments[before], self.ids[self.moving]
+    there = self.rows(ids)
+    means, quats = self.parameters["means"].detach()[there].clone(), self.parameters["quats"].detach()[there].clone()
+    if len(m.ids) and len(ids):
+        at = torch.searchsorted(m.ids, ids).clamp_max(len(m.ids) - 1)
+        had, places = m.ids[at] == ids, m.places()
+        means, quats = torch.where(had[:, None], places[0][at], means), torch.where(had[:, None], places[1][at], quats)
+    return ids, means, quats
 
-    @torch.no_grad()
-    def snapshot(self, frame: int):
-        "(Gaussians, ids) of that frame, apart from the fit."
-        g, rows = self.at(frame)
-        unit = g.quats / g.quats.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return Gaussians(*(x.detach().clone() for x in (g.means, g.scales, unit, g.opacities, g.colours, g.moving))), self.ids[rows].clone()
+
+@patch
+@torch.no_grad()
+def relabel(self: MovingScene, frame: int, evidence_N: Tensor, # frame that was looked at; log-odds that each moves, 0 where nothing was seen
+            flip: float = 2., most: float = 6.):  # hysteresis: what the sum must exceed to change sides; largest size of the sum
+    "Adds evidence; what comes to rest stays where it is in that frame. Returns how many changed."
+    m = self.moments[frame]
+    added = (self.labels + evidence_N).clamp(-most, most)
+    moves = torch.where(self.moving, added > -flip, added > flip)
+    stops, begins = self.moving & ~moves, ~self.moving & moves
+    if bool(stops.any()) and len(m.ids):
+        stopped = torch.isin(m.ids, self.ids[stops])
+        there, places = self.rows(m.ids[stopped]), m.places()
+        for name, value in zip(("means", "quats"), places): self.parameters[name].data[there] = value[stopped]
+    # a label keeps its sign until it flips: the sign says what the Gaussian is, the size how sure that is
+    self.labels = torch.where(moves, added.clamp_min(0.1), added.clamp_max(-0.1))
+    return int(stops.sum() + begins.sum())
+
+
+@patch
+@torch.no_grad()
+def snapshot(self: MovingScene, frame: int):
+    "(Gaussians, ids) of that frame, apart from the fit."
+    g, rows = self.at(frame)
+    unit = g.quats / g.quats.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return Gaussians(*(x.detach().clone() for x in (g.means, g.scales, unit, g.opacities, g.colours, g.moving))), self.ids[rows].clone()
 
 # %% ../../nbs/gflow/26_moving_scene.ipynb #f4ff979e
 _BEND = ("nodes_K3", "of_M", "weight_M", "beside_K", "reach_K", "pixel_K")

@@ -23,7 +23,7 @@ from ..media.video import write_video
 # %% ../../nbs/gflow/21_pictures.ipynb #233da4a1
 def renderings(tl: Timeline, which: str = "all"): # "all", "still" or "move"
     "(colour Frames, depth [T,H,W] with NaN, share of movers in each pixel [T,H,W]) of the clip's own cameras."
-    if which not in ("all", "still", "move"): raise InputError(f"{which!r}; renderings; choose all, still or move")
+    if which not in ("all", "still", "move"): raise InputError(f"which={which!r}; renderings; choose all, still or move")
     colour, depth, label = [], [], []
     for t, g in enumerate(tl.frames):
         keep = slice(None) if which == "all" else (g.moving > 0.5) == (which == "move")

@@ -167,7 +167,9 @@ class Path:
     moving_THW: np.ndarray | None = None       # bool: what moves by itself, where it was looked for
     odds_THW: np.ndarray | None = None         # and the log-odds of it
 
-    def cameras(self, size: tuple) -> Cameras: return Cameras(torch.from_numpy(self.c2w_T44), torch.from_numpy(self.K_33), size)
+    def cameras(self, size: tuple) -> Cameras:
+        "The path as cameras of pictures of `size` (rows, columns)."
+        return Cameras(torch.from_numpy(self.c2w_T44), torch.from_numpy(self.K_33), size)
 
 
 def _robust(square, width): return 1 / (1 + square / width ** 2) ** 2 # weights of Geman and McClure
@@ -264,6 +266,7 @@ def refine(path: Path, pairs: list,   # of neighbours and of frames further apar
            focal: bool = False, **options) -> Path: # of `bundle`
     "Windows that overlap by half, oldest first, their first two frames held; or everything at once with only frame 0 held."
     T = len(path.c2w_T44)
+    if window is not None and window < 3: raise InputError(f"window={window}; refine; at least 3 frames: the first two of a window are held")
     if window is None or window >= T: return bundle(path, pairs, (0,), focal, **options)
     for first in range(0, T - window // 2, max(1, window // 2)):
         inside = [m for m in pairs if first <= min(m.i, m.j) and max(m.i, m.j) < first + window]

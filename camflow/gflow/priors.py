@@ -69,7 +69,7 @@ def known_depth(depth: Depth, frames: Frames, where: str) -> Depth: # as it came
     data = depth.data.detach().cpu().float()
     good = torch.isfinite(data) & (data > 0)
     for t, share in enumerate(good.flatten(1).float().mean(1).tolist()):
-        if share < FEWEST: raise InputError(f"{100 * share:.1f} % of the pixels have a depth in frame {t}; {where}; every map is zero or NaN there: make it again, or leave the frame out")
+        if share < FEWEST: raise InputError(f"only {100 * share:.1f} % of the pixels of frame {t} have a depth above 0; {where}; at least {100 * FEWEST:.0f} % are needed: make the map again, or leave the frame out")
     return Depth(torch.where(good, data, torch.nan), depth.kind)
 
 
@@ -102,7 +102,7 @@ def depth_of_disparity(disparity: Depth,      # any unit and offset
     "Relative depth, 1 at the nearest."
     data = disparity.data.detach().cpu().float()
     known = data[torch.isfinite(data)]
-    if not len(known): raise InputError("no finite disparity; depth_of_disparity; the network gave nothing")
+    if not len(known): raise InputError("no pixel has a finite disparity; depth_of_disparity; look at what the network or the file gave")
     low, high = (float(x) for x in np.percentile(known[::max(1, len(known) // 200_000)].numpy(), [1, 99]))
     share = ((data - low) / max(high - low, 1e-12)).clamp(0, 1.2)
     return Depth(1 / (1 / ratio + (1 - 1 / ratio) * share), "relative")
@@ -120,7 +120,7 @@ class Ask:
     flows: tuple = ()       # forward, backward, hidden forward, hidden backward
     options: dict = field(default_factory=dict) # of the estimator
 
-    def need(self, what: str, name: str):
+    def need(self, what: str, name: str): # of the field; of the prior
         "The field, or an error that names the prior that wants it."
         found = getattr(self, what)
         if found is None and what == "K_33": raise InputError(f"no focal length for the prior {name!r}; gather_priors; give K, or fov (60 degrees is a common view)")
@@ -274,13 +274,13 @@ def _epipolar(priors, truth, folder, **options):
 
 
 def _mask_files(priors, truth, folder):
-    if folder is None: raise InputError("the prior 'files' needs `folder`; gather_priors; give it, or choose another prior")
+    if folder is None: raise InputError("the mask prior 'files' needs `folder`; gather_priors; give it, or choose another prior")
     masks = layout.scaled_maps(layout.read_moving(folder, priors.numbers), priors.size)
     return masks if len(masks) == len(priors) else _last_mask(masks, priors.flow_backward)
 
 
 def _mask_truth(priors, truth, folder):
-    if truth is None: raise InputError("the prior 'truth' needs `truth`; gather_priors; give it, or choose another prior")
+    if truth is None: raise InputError("the mask prior 'truth' needs `truth`; gather_priors; give it, or choose another prior")
     return truth.moving.numpy()
 
 
@@ -312,7 +312,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
                   prompt=None,             # bool [H,W]: user's mask in the first frame; None: SEQ_mask of `folder`, if there is one
                   options=None) -> Priors: # dict for the depth estimator
     "Everything that the fit needs, checked."
-    if not isinstance(frames, Frames): raise InputError(f"{type(frames).__name__}; gather_priors; give Frames (one size for all, and a known value range)")
+    if not isinstance(frames, Frames): raise InputError(f"the frames are of type {type(frames).__name__}; gather_priors; give Frames (one size for all, and a known value range)")
     frames, T = Frames(frames.byte().data.cpu().expand(-1, 3, -1, -1).contiguous(), "byte", frames.fps), len(frames)
     if truth is not None and (len(truth.frames) != T or truth.frames.size != frames.size): raise InputError(f"truth of {truth.frames!r} for {frames!r}; gather_priors; give the clip that the frames are of")
     ask = Ask(frames, list(range(T)) if numbers is None else list(numbers), truth, folder, flow_weights, options=dict(options or {}))

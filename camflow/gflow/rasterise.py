@@ -46,7 +46,7 @@ def _blend_gsplat(g, features, w2c, K, size, near, eps2d, rules):
     "gsplat keeps alpha_min = 1/255 and its alpha_max (0.99 since 1.6, before 0.999) and t_min = 1e-4 to itself; the rest of the contract is the same."
     from gsplat import rasterization
     if abs(rules.alpha_min - 1 / 255) > 1e-9 or abs(rules.t_min - 1e-4) > 1e-9:
-        raise InputError(f"{rules}; rasterise with gsplat; its kernels have alpha_min = 1/255 and t_min = 1e-4 built in: use those, or backend='tiles'")
+        raise InputError(f"{rules} with backend='gsplat'; rasterise; its kernels have alpha_min = 1/255 and t_min = 1e-4 built in: use those, or backend='tiles'")
     H, W = size
     picture, alpha, _ = rasterization(g.means, g.quats, g.scales, g.opacities, features, w2c[None], K[None], W, H, near_plane=near, eps2d=eps2d, packed=False)
     return picture[0], 1 - alpha[0, ..., 0]
@@ -68,7 +68,7 @@ def rasterise(g: Gaussians,                      # the Gaussians
     backend = best_backend(g.means.device) if backend == "auto" else backend
     if backend not in ("splat", "tiles", "gsplat", "dense"): raise InputError(f"backend {backend!r}; rasterise; use auto, splat, tiles, gsplat or dense")
     if backend == "gsplat" and not has_gsplat(g.means.device):
-        raise InputError(f"gsplat is not there for tensors on {g.means.device}; rasterise; install it on a machine with CUDA, or use backend='auto'")
+        raise InputError(f"backend='gsplat' for tensors on {g.means.device}, where it cannot run; rasterise; install gsplat on a machine with CUDA, or use backend='auto'")
     p = projection.project(g.means, g.scales, g.quats, w2c_44, K_33, size, near, eps2d)
     more = g.means.new_zeros(len(g), 0) if channels_ND is None else channels_ND
     if more.ndim != 2 or len(more) != len(g): raise InputError(f"channels of shape {tuple(more.shape)} for {len(g)} Gaussians; rasterise; give [N,D]")

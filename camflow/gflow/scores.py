@@ -218,7 +218,7 @@ def score_timeline(tl: Timeline, known: Annotated,   # numbers of frames are tho
     "Every score that can be had, and why the others cannot."
     known = known.resize(tl.size)
     fitted = [n for n in tl.numbers if n in set(known.numbers)]
-    if not fitted: raise InputError(f"frames {tl.numbers[0]} to {tl.numbers[-1]} of the timeline, {known.numbers[0]} to {known.numbers[-1]} of {known.name}; score_timeline; they have none in common")
+    if not fitted: raise InputError(f"the timeline has frames {tl.numbers[0]} to {tl.numbers[-1]}, {known.name} has {known.numbers[0]} to {known.numbers[-1]}, none in common; score_timeline; give the annotations of the fitted frames")
     rows = [tl.numbers.index(n) for n in fitted]
     here = known.pick(fitted)
     out = picture_scores(torch.stack([tl.render(t).colour_3HW for t in rows]), here.frames.data, "train", lpips)

@@ -152,7 +152,10 @@ def _in_bands(H, function):
 class Splat(torch.autograd.Function):
     "Sorted Gaussians to (features [H,W,D], light left [H,W]); float32 or float64, on the CPU."
     @staticmethod
-    def forward(ctx, uv_N2, conic_N3, opacity_N, features_ND, size, rules):
+    def forward(ctx, uv_N2, conic_N3,        # autograd's; pixels, nearest first; inverse covariances (xx, xy, yy)
+                opacity_N, features_ND,      # 0..1; what is blended
+                size, rules):                # (H, W); thresholds of the blending
+        "-> (features [H,W,D], light left [H,W])."
         (H, W), D = size, features_ND.shape[1]
         arrays = [x.detach().contiguous().numpy() for x in (uv_N2, conic_N3, opacity_N, features_ND)]
         kind = arrays[0].dtype.type
@@ -166,7 +169,8 @@ class Splat(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_HWD, gT_HW):
+    def backward(ctx, g_HWD, gT_HW): # autograd's; gradient of the picture; of the light left
+        "Gradients of the four tensors; the sum does not depend on the number of threads."
         (level, rows, light, last), (H, _, D) = ctx.rest, g_HWD.shape
         g = g_HWD.contiguous().numpy()
         light, behind = light.copy(), light * gT_HW.numpy()

@@ -29,9 +29,10 @@ def cell_of(size: tuple, subsample: int) -> np.ndarray: # as in `centres`
 
 
 def normalised(depth_HW, subsample: int): # any unit, also where it is wrong: networks do give values below 0
-    "(depth over that of the cell's centre [H,W], depth of the centres [A]); a centre below a hundredth of the median depth is set to that."
+    "(depth over that of the cell's centre [H,W], depth of the centres [A]); a centre below a hundredth of the median depth, or unknown, is set to that."
     depth, where = np.array(depth_HW, np.float64), np.ix_(*centres(np.shape(depth_HW), subsample))
-    depth[where] = np.maximum(depth[where], 0.01 * np.median(depth))
+    least = 0.01 * np.nanmedian(np.where(np.isfinite(depth), depth, np.nan))
+    depth[where] = np.where(np.isfinite(depth[where]), np.maximum(depth[where], least), least)
     core = depth[where].ravel()
     return depth / core[cell_of(depth.shape, subsample)], core
 
@@ -43,7 +44,7 @@ def core_depth(ratio_HW, subsample: int) -> np.ndarray:  # depth divided by that
 # %% ../../nbs/gflow/13_subsample.ipynb #3acb9cbd
 def dense(ratio_HW, factor_A, cells_HW) -> np.ndarray: # of `normalised`; depth of the anchors; of `cell_of`
     "Depth [H,W]: the ratio times the anchor's depth."
-    if cells_HW.max() >= len(factor_A): raise InputError(f"{len(factor_A)} anchors, the cells ask for number {int(cells_HW.max())}; dense; both must be of one subsample")
+    if cells_HW.max() >= len(factor_A): raise InputError(f"{len(factor_A)} anchors, but a pixel belongs to anchor {int(cells_HW.max())}; dense; take both with one subsample")
     return ratio_HW * np.asarray(factor_A)[cells_HW]
 
 # %% ../../nbs/gflow/13_subsample.ipynb #49c4c6e6
@@ -61,12 +62,12 @@ class AlignedScene:
     factors: list          # [A] per image: depth of the anchors
 
     @classmethod
-    def of(cls, depths, config: AlignConfig = AlignConfig()): # [H,W] each
+    def of(cls, depths, config: AlignConfig = AlignConfig()): # [H,W] each; settings
         "The scene before anything is aligned: every anchor has the depth that was seen."
         found = [normalised(depth, config.subsample) for depth in depths]
         return cls(config, [ratio for ratio, _ in found], [core for _, core in found])
 
-    def depth(self, image: int):
+    def depth(self, image: int): # its number
         "(depth [H,W], bool [H,W]: positive and finite)."
         ratio, factor = self.ratios[image], self.factors[image]
         h, w = (len(c) for c in centres(ratio.shape, self.config.subsample))

@@ -89,13 +89,15 @@ def block(uv,        # centres [T,K,2]
 class Block(torch.autograd.Function):
     "`block` with the gradient above; what the forward pass computed is computed again."
     @staticmethod
-    def forward(ctx, uv, conic, o, features, basis, rules):
+    def forward(ctx, uv, conic, o, features, basis, rules): # autograd's, then as in `block`
+        "As `block`."
         ctx.save_for_backward(uv, conic, o, features, basis)
         ctx.rules = rules
         return block(uv, conic, o, features, basis, rules)
 
     @staticmethod
-    def backward(ctx, g_TPD, gT_TP):
+    def backward(ctx, g_TPD, gT_TP): # autograd's; gradient of the features; of the light left
+        "Gradients of the four tensors."
         uv, conic, o, features, basis = ctx.saved_tensors
         alpha, free = _alphas(uv, conic, o, basis, ctx.rules)
         before, drawn, light = _light(alpha, ctx.rules)

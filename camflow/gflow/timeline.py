@@ -49,9 +49,11 @@ class Timeline:
         return f"Timeline({len(self)} frames of {self.size[0]} x {self.size[1]}, {len(self.frames[0])} to {len(self.frames[-1])} Gaussians, {self.preset})"
 
     @property
-    def cameras(self): return Cameras(self.c2w_T44, self.K_33, self.size)
+    def cameras(self):
+        "Poses and lens of every frame."
+        return Cameras(self.c2w_T44, self.K_33, self.size)
 
-    def view(self, t, c2w=None, K=None, size=None):
+    def view(self, t, c2w=None, K=None, size=None): # frame; [4,4]; [3,3] pixels of size; (H, W)
         "World to camera, K and size with which frame t is seen; by default those of the clip."
         c2w = self.c2w_T44[t] if c2w is None else torch.as_tensor(c2w, dtype=torch.float64)
         return torch.linalg.inv(c2w).float(), torch.as_tensor(self.K_33 if K is None else K).float(), self.size if size is None else size
@@ -59,11 +61,11 @@ class Timeline:
     def render(self, t: int,                 # frame
                c2w=None, K=None, size=None,  # another camera: [4,4]; [3,3] pixels of size; (H, W)
                channels=None,                # [N,D] to blend beside the colours
-               background=(0., 0., 0.)) -> Rendering:
+               background=(0., 0., 0.)) -> Rendering: # RGB, 0..1
         "The scene at that time."
         with torch.no_grad(): return rasterise(self.frames[t], *self.view(t, c2w, K, size), background, channels)
 
-    def centres(self, t: int, c2w=None):
+    def centres(self, t: int, c2w=None): # frame; [4,4], None: the clip's
         "(pixels [N,2], depth [N], in front of the camera and inside the picture [N])."
         w2c, K, size = self.view(t, c2w)
         g = self.frames[t]
@@ -71,7 +73,7 @@ class Timeline:
         inside = (p.uv_N2 >= 0).all(1) & (p.uv_N2 < torch.tensor(size[::-1])).all(1)
         return p.uv_N2, p.depth_N, p.visible_N & inside
 
-    def where(self, t: int, ids: Tensor): # numbers of Gaussians
+    def where(self, t: int, ids: Tensor): # frame; numbers of Gaussians
         "Their places among the Gaussians of frame t, -1 for those that do not exist there."
         if not len(self.ids[t]): return torch.full_like(ids, -1)
         at = torch.searchsorted(self.ids[t], ids).clamp_max(len(self.ids[t]) - 1)

@@ -105,7 +105,8 @@ def follow(tl: Timeline,              # the timeline
     queries = np.asarray(queries_Q3, np.float64).reshape(-1, 3)
     T, Q, (H, W) = len(tl), len(queries), tl.size
     when = queries[:, 0].astype(int)
-    if Q and not ((queries[:, 0] == when) & (when >= 0) & (when < T)).all(): raise InputError(f"a query of frame {queries[~((when >= 0) & (when < T)), 0][:1]}; follow; the timeline has frames 0 to {T - 1}")
+    right = (queries[:, 0] == when) & (when >= 0) & (when < T)
+    if not right.all(): raise InputError(f"a query of frame {queries[~right, 0][0]:g}; follow; the timeline has frames 0 to {T - 1}")
     c2w, K = tl.c2w_T44.numpy(), tl.K_33.numpy()
     start, move = np.full((Q, 3), np.nan), np.full((T, Q, 3), np.nan)
     moving, status = np.zeros(Q, bool), np.full(Q, "none", "<U8")

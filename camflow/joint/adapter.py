@@ -112,8 +112,8 @@ class JointAdapter:
                  skip=(),                         # blocks without a joint branch, by the start of their name
                  seed: int = 0,                   # of the LoRAs' first factors
                  empty: bool = False):            # True: no trained model yet; add_model or the readers bring them
-        if lora_side not in ("token", "query"): raise InputError(f"lora_side={lora_side!r}; token or query")
-        if len(roles) != len(set(roles)) or len(roles) < 2: raise InputError(f"roles {roles}: two or more different names are wanted")
+        if lora_side not in ("token", "query"): raise InputError(f"lora_side={lora_side!r}; 'token' or 'query'")
+        if len(roles) != len(set(roles)) or len(roles) < 2: raise InputError(f"roles {roles}; give two or more different names")
         if hasattr(model, "joint_adapter"): raise InputError("this model carries a JointAdapter already; use that one's add_model, or remove() it first")
         self.model, self.roles, self.seed, self.attention, self.models = model, tuple(roles), seed, attention, {}
         self.state, self.branches, self.hooks, self._orders = State(side=lora_side), {}, [], {}
@@ -122,16 +122,24 @@ class JointAdapter:
         for parameter in model.parameters(): parameter.requires_grad_(False)
         self.hooks += [model.register_forward_pre_hook(self._before, with_kwargs=True), model.register_forward_hook(self._after)]
         if empty: return
-        for i, first in enumerate(self.roles):
-            for second in self.roles[i + 1:]:
-                name = "" if len(self.roles) == 2 else f"{first}_{second}"
-                self.add_model(name, post, rank, alpha, y_lora and i == 0, skip, (first, second))
+        try:
+            for i, first in enumerate(self.roles):
+                for second in self.roles[i + 1:]:
+                    name = "" if len(self.roles) == 2 else f"{first}_{second}"
+                    self.add_model(name, post, rank, alpha, y_lora and i == 0, skip, (first, second))
+        except InputError:
+            self.remove()   # the next attempt finds the plain model
+            raise
 
     def add_model(self, name: str = "",          # of the trained pair; "": the only one, named as in UniCon's training
-                  post: str = "conv_fuse", rank: int = 4, alpha: float | None = None, y_lora: bool = True, skip=(), roles=("x", "y")):
+                  post: str = "conv_fuse",       # or "conv"
+                  rank: int = 4, alpha: float | None = None,  # of the LoRAs; None: the rank, so that they act times 1
+                  y_lora: bool = True,          # adapt the network to the second modality
+                  skip=(),                      # blocks without a joint branch, by the start of their name
+                  roles=("x", "y")):            # the two modalities
         "Adds an untrained pair of modalities; it changes nothing until it is trained or loaded."
         if name in self.models: raise InputError(f"there is a model {name!r} already; give this one another name")
-        if "." in name: raise InputError(f"model name {name!r} has a dot; parameters are named by it")
+        if "." in name: raise InputError(f"model name {name!r} has a dot, which would split the names of its parameters; choose another")
         spec = ModelSpec(post, rank, rank if alpha is None else alpha, y_lora, skip, tuple(roles))
         joined = [b for b in self.blocks if not any(b == s or b.startswith(f"{s}.") for s in spec.skip)]
         if not joined: raise InputError(f"skip {spec.skip} leaves no block of {len(self.blocks)}; they are named like {next(iter(self.blocks))}")
@@ -152,7 +160,8 @@ class JointAdapter:
         if name not in self.branches:
             block = self.blocks[name]
             branch = self.branches[name] = JointBranch(block, name, self.state)
-            self.hooks += [getattr(block.attn1, part).register_forward_hook(partial(branch.keep, part)) for part in ("to_q", "to_k", "to_v")]
+            # first of all hooks: the y_lora of a model that was there before, and has no branch here, must not be in what is kept
+            self.hooks += [getattr(block.attn1, part).register_forward_hook(partial(branch.keep, part), prepend=True) for part in ("to_q", "to_k", "to_v")]
             self.hooks.append(block.attn1.register_forward_hook(branch, with_kwargs=True))
         return self.branches[name]
 
@@ -244,11 +253,15 @@ def parameters_by_name(self: JointAdapter) -> dict: # {name in the model: parame
 
 
 @patch
-def parameters(self: JointAdapter) -> list: return list(self.parameters_by_name().values())
+def parameters(self: JointAdapter) -> list:
+    "As `parameters_by_name`, for an optimiser."
+    return list(self.parameters_by_name().values())
 
 
 @patch
-def state_dict(self: JointAdapter) -> dict: return {name: p.detach() for name, p in self.parameters_by_name().items()}
+def state_dict(self: JointAdapter) -> dict:
+    "{name: tensor} of what trains, without the base; the tensors are the parameters' own, not copies."
+    return {name: p.detach() for name, p in self.parameters_by_name().items()}
 
 
 @patch
@@ -257,7 +270,7 @@ def load_state_dict(self: JointAdapter, state: dict): # {name: tensor}
     mine = self.parameters_by_name()
     if wrong := sorted(set(mine) ^ set(state)): raise InputError(f"{len(wrong)} parameters are only in the file or only in the adapter, first {wrong[0]!r}; give the file of an adapter with the same roles and blocks")
     if wrong := [name for name, p in mine.items() if p.shape != state[name].shape]:
-        raise InputError(f"{wrong[0]} is {tuple(state[wrong[0]].shape)} in the file, {tuple(mine[wrong[0]].shape)} here: another rank or another post projection")
+        raise InputError(f"{wrong[0]} is {tuple(state[wrong[0]].shape)} in the file, {tuple(mine[wrong[0]].shape)} here; give a file of the same rank and post projection")
     with torch.no_grad():
         for name, p in mine.items(): p.copy_(state[name])
 

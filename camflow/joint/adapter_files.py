@@ -113,7 +113,7 @@ def find_checkpoint(path) -> tuple: # of a folder or a model's JSON; (folder, co
     path = Path(path)
     if path.is_dir(): return path, read_json(path / "config.json") if (path / "config.json").is_file() else {}
     config = read_json(path)
-    if "checkpoint_path" not in config: raise InputError(f"{path} has no checkpoint_path; a model JSON of UniCon or its checkpoint folder is wanted")
+    if "checkpoint_path" not in config: raise InputError(f"{path} has no checkpoint_path; give a model JSON of UniCon, or its checkpoint folder")
     places = path.parent / config["checkpoint_path"], Path(config["checkpoint_path"])
     if not (found := [p for p in places if p.is_dir()]): raise InputError(f"{path} names the checkpoint {config['checkpoint_path']!r}, which is neither beside it nor here; put the folder beside the JSON, or give the folder itself")
     return found[0], config
@@ -122,12 +122,12 @@ def find_checkpoint(path) -> tuple: # of a folder or a model's JSON; (folder, co
 def files_spec(pairs: dict, posts: dict) -> tuple: # of lora_folder, of post_file; (rank, post)
     "What the tensors say about the adapter; refuses a mixture."
     ranks = {pair.rank for kind in pairs.values() for pair in kind.values()}
-    if len(ranks) > 1: raise InputError(f"LoRAs of ranks {sorted(ranks)} in one checkpoint; one rank per model is wanted: are files of two trainings mixed?")
+    if len(ranks) > 1: raise InputError(f"LoRAs of ranks {sorted(ranks)} in one checkpoint, where one rank is possible; are files of two trainings mixed?")
     if not ranks: raise InputError("no LoRA in this checkpoint: xy_lora, yx_lora and y_lora are empty or not there; give the folder that holds them")
     if not posts: raise InputError("model.pth has no ...conv1n.weight: not a UniCon checkpoint; give a folder of UniCon's, or of write_unicon")
     width = {block: next((p.up.shape[0] for layer, p in pairs["xy"].items() if layer == f"{block}.attn1n.to_out.0"), None) for block in posts}
     kinds = {"conv" if weight.shape[0] == width[block] else "conv_fuse" for block, weight in posts.items() if width[block]}
-    if len(kinds) != 1: raise InputError(f"the post projections of this checkpoint are {sorted(kinds) or 'of blocks without xy_lora'}; all conv or all conv_fuse is wanted")
+    if len(kinds) != 1: raise InputError(f"the post projections of this checkpoint are {sorted(kinds) or 'of blocks without xy_lora'}; they must be all conv or all conv_fuse: are files of two trainings mixed?")
     return ranks.pop(), kinds.pop()
 
 # %% ../../nbs/joint/03_adapter_files.ipynb #b546cc4a
@@ -149,7 +149,7 @@ def read_unicon(target,                  # a network, or a JointAdapter on one
     (posts, other), loras = post_file(folder), {kind: lora_folder(folder, kind) for kind in KINDS}
     pairs, unmatched = {kind: found for kind, (found, _) in loras.items()}, other + [key for _, left in loras.values() for key in left]
     known, post = files_spec(pairs, posts)
-    if rank not in (None, known): raise InputError(f"{folder} holds LoRAs of rank {known}, rank {rank} is wanted; leave rank out, or give a checkpoint of that rank")
+    if rank not in (None, known): raise InputError(f"{folder} holds LoRAs of rank {known}, asked for is rank {rank}; leave rank out, or give a checkpoint of that rank")
     if config.get("post_joint", post) != post: raise InputError(f"the JSON says post_joint {config['post_joint']!r}, the tensors are {post}: files of two models mixed?")
     fresh = not isinstance(target, JointAdapter)
     adapter = JointAdapter(target, empty=True, **settings) if fresh else target
@@ -173,7 +173,7 @@ def fill(adapter,    # that is filled
     wanted |= {f"{layer}.lora_{side}.{kind}_lora.weight": (layer, t) for kind, found in pairs.items() for layer, p in found.items() for side, t in (("A", p.down), ("B", p.up))}
     made = name not in adapter.models
     joined = [b for b in adapter.blocks if b in posts or any(f"{b}.attn1n.{t}" in pairs["xy"] for t in TARGETS)]
-    if not joined: raise InputError(f"nothing in {folder} fits this model: {len(wanted)} tensors, first {next(iter(wanted))!r}; its blocks are named like {next(iter(adapter.blocks))!r}: of another network?")
+    if not joined: raise InputError(f"nothing in {folder} fits this model: {len(wanted)} tensors, first {next(iter(wanted))!r}; its blocks are named like {next(iter(adapter.blocks))!r}: is it of another network?")
     if made: check_widths(adapter, wanted, folder)
     elif (spec := adapter.models[name]).rank != rank or spec.post != post:
         raise InputError(f"{folder} is {post} of rank {rank}, the adapter's model {name!r} is {spec.post} of rank {spec.rank}; read it under another name")
@@ -201,7 +201,7 @@ def check_widths(adapter, wanted, folder):  # that is filled; {key: (layer, tens
         else: want = base.in_features if ".lora_A." in key else base.out_features
         have = tensor.shape[1] if ".lora_A." in key else tensor.shape[0]
         if want not in ((have, have / 2) if key.endswith("conv1n.weight") else (have,)):
-            raise InputError(f"{key} of {folder} is {tuple(tensor.shape)}, this model is {want} wide there: a checkpoint of another network")
+            raise InputError(f"{key} of {folder} is {tuple(tensor.shape)}, this model is {want} wide there; give a checkpoint of this network")
 
 
 def belongs(name: str, model: str) -> bool: # parameter, model

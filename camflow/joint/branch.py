@@ -28,10 +28,14 @@ class SharedLinear(nn.Linear):
         self.in_features, self.out_features = source.in_features, source.out_features
 
     @property
-    def weight(self): return self.source.weight
+    def weight(self):
+        "The frozen weight, shared with the layer beside it."
+        return self.source.weight
 
     @property
-    def bias(self): return self.source.bias
+    def bias(self):
+        "The frozen bias, shared likewise; None without one."
+        return self.source.bias
 
 
 class SharedAttention(nn.Module):
@@ -81,13 +85,13 @@ class JointBranch:
             raise InputError(f"{name}.attn1 adds its input or rescales its output by itself; the joint term is defined for plain self-attention")
         block.attn1n = SharedAttention(attn)
 
-    def post(self, model: str):
+    def post(self, model: str): # its name
         "The trained projection of a model, None where this block is not part of it."
         if not model: return getattr(self.block, "conv1n", None)
         posts = getattr(self.block, "post1n", None)
         return posts[model] if posts is not None and model in posts else None
 
-    def add_post(self, model: str, kind: str): # conv or conv_fuse
+    def add_post(self, model: str, kind: str): # its name; conv or conv_fuse
         "A zero projection: identity until trained."
         weight = base_of(self.block.attn1.to_out[0]).weight
         width = weight.shape[0] * (2 if kind == "conv_fuse" else 1)
@@ -98,7 +102,7 @@ class JointBranch:
             if not hasattr(self.block, "post1n"): self.block.post1n = nn.ModuleDict()
             self.block.post1n[model] = post
 
-    def keep(self, part, layer, inputs, out):
+    def keep(self, part, layer, inputs, out): # to_q, to_k or to_v; torch's; torch's; what the projection gave
         "The hook of a projection: leaves its result behind. (With `partial`, not a closure: a deep copy of the model then has hooks of its own.)"
         if self.state.layout is not None and self.state.joint: self.seen[part] = out
 
@@ -115,7 +119,9 @@ class JointBranch:
         parts = [part for run in state.layout.runs for part in self.run(attn, run, h, seen, rotary, k)]
         return assemble(out, parts, k) if parts else None
 
-    def run(self, attn, run, h, seen, rotary, k):
+    def run(self, attn, run, # attn1; of `Layout.runs`
+            h, seen,         # [rows,L,C] what attn1 read; {to_q, to_k, to_v: what they gave}
+            rotary, k):      # Wan's positions, or None; rows of the batch per row of the layout
         "[(first row, end, term)] of the two sides of a run."
         post = self.post(run.model)
         if post is None: return []
@@ -135,7 +141,9 @@ class JointBranch:
         weights = [state.layout.scale * w for w in (run.x_weight, run.y_weight)]
         return [(start, start + run.length, term if w == 1 else term * w) for (_, _, start), term, w in zip(sides, terms, weights)]
 
-    def project(self, attn, run, post, results, gates):
+    def project(self, attn, run, # attn1; of `Layout.runs`
+                post,            # the trained projection
+                results, gates): # [rows,L,C] of both sides; of both sides, None: 1
         "Output projection with its LoRAs, then the trained one; as one product where there are more tokens than channels."
         state, layer, C = self.state, attn.to_out[0], results[0].shape[-1]
         adapters = [adapter_name(run.model, kind) for kind in ("xy", "yx")] if state.lora else []
@@ -203,7 +211,7 @@ class RoleHook:
         if not spans: return None
         h, pieces, done = inputs[0], [], 0
         k, rest = divmod(len(h), state.layout.n)
-        if rest: raise InputError(f"a layer with {self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}")
+        if rest: raise InputError(f"a layer with {self.name} has {len(h)} rows, not a multiple of the layout's {state.layout.n}; batch whole pairs, or call use(layout) first")
         for start, end in spans:
             rows, gate = slice(start * k, end * k), None if state.gate is None else state.gate[start:end]
             pieces += [out[done:rows.start], *add_low_rank([out[rows]], [layer], [self.name], h[rows], gate)]

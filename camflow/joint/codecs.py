@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import InputError, read_json, write_json
+from ..files import InputError, read_json, whole_files, write_json
 from ..media.frames import Depth, Flow, Frames
 # Shapes: T frames, C channels, H rows, W columns
 
@@ -21,9 +21,17 @@ from ..media.frames import Depth, Flow, Frames
 @dataclass(frozen=True)
 class RGBCodec:
     "Pictures are pictures."
-    def encode(self, frames: Frames) -> Frames: return frames.signed()
-    def decode(self, frames: Frames) -> Frames: return Frames(frames.data.clamp(-1, 1), "signed", frames.fps)
-    def to_dict(self): return {"codec": "rgb"}
+    def encode(self, frames: Frames) -> Frames: # of any range
+        "Signed frames."
+        return frames.signed()
+
+    def decode(self, frames: Frames) -> Frames: # signed
+        "Signed frames, clamped."
+        return Frames(frames.data.clamp(-1, 1), "signed", frames.fps)
+
+    def to_dict(self):
+        "Settings for `codec_from_dict`."
+        return {"codec": "rgb"}
 
 # %% ../../nbs/joint/21_codecs.ipynb #153d7575
 def _inverse(depth: Depth): return depth.data.float() if depth.kind == "disparity" else 1 / depth.data.float()
@@ -39,27 +47,27 @@ class DepthCodec:
     unknown: str = "far"        # what NaN becomes: "far", or "refuse"
 
     def __post_init__(self):
-        if self.near not in ("bright", "dark"): raise InputError(f"near={self.near!r}; DepthCodec; bright or dark")
-        if self.unknown not in ("far", "refuse"): raise InputError(f"unknown={self.unknown!r}; DepthCodec; far or refuse")
+        if self.near not in ("bright", "dark"): raise InputError(f"near={self.near!r}; DepthCodec; 'bright' or 'dark'")
+        if self.unknown not in ("far", "refuse"): raise InputError(f"unknown={self.unknown!r}; DepthCodec; 'far' or 'refuse'")
         if (self.low is None) != (self.high is None) or self.low is not None and not 0 <= self.low <= self.high < math.inf:
             raise InputError(f"limits {self.low}..{self.high}; DepthCodec; give both, 0 <= low <= high, or neither")
 
-    def limits(self, depth: Depth) -> tuple: # inverse depth
-        "Black and white of a clip."
+    def limits(self, depth: Depth) -> tuple: # of the whole clip
+        "Inverse depths that are black and white."
         if self.low is not None: return self.low, self.high
         value = _inverse(depth)
         value = value[torch.isfinite(value)]
         if not len(value): raise InputError(f"no pixel of {depth} has a known depth; DepthCodec; leave the clip out")
         return float(value.min()), float(value.max())
 
-    def fit(self, depth: Depth) -> "DepthCodec":
+    def fit(self, depth: Depth) -> "DepthCodec": # of the whole clip
         "The same codec with the limits of this clip."
         low, high = self.limits(depth)
         return replace(self, low=low, high=high, kind=depth.kind)
 
-    def encode(self, depth: Depth) -> Frames:
+    def encode(self, depth: Depth) -> Frames: # NaN where unknown
         "Signed frames, three equal channels."
-        if not isinstance(depth, Depth): raise InputError(f"a {type(depth).__name__} is no Depth; DepthCodec.encode")
+        if not isinstance(depth, Depth): raise InputError(f"the depth is of type {type(depth).__name__}; DepthCodec.encode; give a Depth, which knows its kind")
         (low, high), value = self.limits(depth), _inverse(depth)
         holes = ~torch.isfinite(value)
         if self.unknown == "refuse" and holes.any(): raise InputError(f"{int(holes.sum())} pixels of {depth} are unknown; DepthCodec; fill them, or unknown='far'")
@@ -67,7 +75,7 @@ class DepthCodec:
         signed = torch.where(holes, -1.0, signed)
         return Frames((signed if self.near == "bright" else -signed).expand(-1, 3, -1, -1), "signed")
 
-    def decode(self, frames: Frames) -> Depth:
+    def decode(self, frames: Frames) -> Depth: # of any range; the channels are averaged
         "Depth; without limits as if they were 0 and 1, which is right up to scale and shift of the inverse."
         signed = frames.signed().data.float().mean(1, keepdim=True).clamp(-1, 1)
         low, high = (0.0, 1.0) if self.low is None else (self.low, self.high)
@@ -75,7 +83,9 @@ class DepthCodec:
         kind = "relative" if self.low is None else self.kind
         return Depth(value if kind == "disparity" else 1 / value.clamp_min(max(high, 1e-6) / 1000), kind)
 
-    def to_dict(self): return {"codec": "depth", **asdict(self)}
+    def to_dict(self):
+        "Settings for `codec_from_dict`."
+        return {"codec": "depth", **asdict(self)}
 
 # %% ../../nbs/joint/21_codecs.ipynb #573f9600
 FLOW_KINDS = ("uv0", "uvm", "polar")
@@ -92,18 +102,20 @@ class FlowCodec:
 
     def __post_init__(self):
         if self.kind not in FLOW_KINDS: raise InputError(f"kind={self.kind!r}; FlowCodec; one of {', '.join(FLOW_KINDS)}")
-        if not 0 < self.share < math.inf: raise InputError(f"share={self.share}; FlowCodec; a positive share of the diagonal")
-        if self.unknown not in ("refuse", "still"): raise InputError(f"unknown={self.unknown!r}; FlowCodec; refuse or still")
+        if not 0 < self.share < math.inf: raise InputError(f"share={self.share}; FlowCodec; give a positive share of the diagonal")
+        if self.unknown not in ("refuse", "still"): raise InputError(f"unknown={self.unknown!r}; FlowCodec; 'refuse' or 'still'")
 
-    def scale(self, size) -> float: return self.share * math.hypot(*size) # pixels that are full scale at (H, W)
+    def scale(self, size) -> float: # (H, W) of the picture
+        "Pixels of movement that are full scale."
+        return self.share * math.hypot(*size)
 
-    def clipped(self, flow: Flow) -> float:
+    def clipped(self, flow: Flow) -> float: # pixels
         "Share of the pixels that move too fast for the scale."
         return float((flow.data.float().abs().amax(1) > self.scale(flow.size)).float().mean())
 
-    def encode(self, flow: Flow) -> Frames:
+    def encode(self, flow: Flow) -> Frames: # pixels, in the codec's direction; NaN where unknown
         "Signed frames, three channels."
-        if not isinstance(flow, Flow): raise InputError(f"a {type(flow).__name__} is no Flow; FlowCodec.encode")
+        if not isinstance(flow, Flow): raise InputError(f"the flow is of type {type(flow).__name__}; FlowCodec.encode; give a Flow, which knows its size and direction")
         if flow.direction != self.direction: raise InputError(f"a {flow.direction} flow; FlowCodec.encode; this codec is for {self.direction} ones")
         uv, holes = flow.data.float() / self.scale(flow.size), ~torch.isfinite(flow.data)
         if holes.any() and self.unknown == "refuse": raise InputError(f"{int(holes.any(1).sum())} pixels of {flow} are unknown; FlowCodec; fill them, or unknown='still'")
@@ -113,14 +125,16 @@ class FlowCodec:
         else: picture = torch.cat([uv, torch.zeros_like(length) if self.kind == "uv0" else length * 2 - 1], 1)
         return Frames(torch.cat([picture, picture[-1:]]) if self.pad else picture, "signed")
 
-    def decode(self, frames: Frames) -> Flow:
+    def decode(self, frames: Frames) -> Flow: # of any range
         "Flow in pixels at the frames' size."
         picture = frames.signed().data.float().clamp(-1, 1)
         if self.pad and len(picture) < 2: raise InputError(f"{len(picture)} picture; FlowCodec.decode; a padded flow has at least two")
         uv = _unwheel(picture) if self.kind == "polar" else picture[:, :2]
         return Flow((uv[:-1] if self.pad else uv) * self.scale(frames.size), self.direction)
 
-    def to_dict(self): return {"codec": "flow", **asdict(self)}
+    def to_dict(self):
+        "Settings for `codec_from_dict`."
+        return {"codec": "flow", **asdict(self)}
 
 # %% ../../nbs/joint/21_codecs.ipynb #27e411c3
 def _wheel(uv_T2HW, length_T1HW): # in -1..1; 0..1
@@ -174,9 +188,9 @@ def save_coded(folder, codec, value): # written there; fitted codec; Depth or Fl
     "Writes 00000.png ... and codec.json (last)."
     import cv2
     folder, picture = Path(folder), codec.encode(value).data
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, frame in enumerate(((picture + 1) / 2 * 65535).round().permute(0, 2, 3, 1).numpy().astype("uint16")):
-        if not cv2.imwrite(str(folder/f"{i:05d}.png"), frame[..., ::-1]): raise InputError(f"{folder}/{i:05d}.png cannot be written; check space and rights")
+    with whole_files(folder) as place:
+        for i, frame in enumerate(((picture + 1) / 2 * 65535).round().permute(0, 2, 3, 1).numpy().astype("uint16")):
+            if not cv2.imwrite(str(place/f"{i:05d}.png"), frame[..., ::-1]): raise InputError(f"{folder}/{i:05d}.png cannot be written; check space and rights")
     write_json(folder/"codec.json", codec.to_dict() | {"frames": len(picture)})
 
 

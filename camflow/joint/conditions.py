@@ -41,7 +41,7 @@ def region(what: str,         # one of REGIONS, or a picture file: bright is mad
         mask[..., top:bottom, left:right] = 1
     elif Path(what).is_file():
         mask = (F.interpolate(read_picture(what).unit().data.mean(1, keepdim=True), size=tuple(size), mode="nearest-exact") > 0.5).float()
-        if not mask.any(): raise InputError(f"{what} is dark everywhere; region; bright pixels are the ones that are made anew")
+        if not mask.any(): raise InputError(f"{what} is dark everywhere; region; paint what is to be made anew bright")
     else: raise InputError(f"region {what!r}; region; one of {', '.join(REGIONS)}, or a picture file")
     return mask
 
@@ -91,7 +91,7 @@ def several_conditions(base,                       # folder of the base network,
     if "image" in models: raise InputError("a condition named image; several_conditions; that is what is made, choose another name")
     sides = {read_json(path/"joint.json")["lora_side"] for path in own.values() if path} or {"token"}
     if len(sides) > 1 or sides != {"token"} and not all(own.values()):
-        raise InputError(f"models with lora_side {sorted(sides)}, and UniCon's with token; several_conditions; all of one kind")
+        raise InputError(f"models with lora_side {sorted(sides)}{'' if all(own.values()) else ' and UniCon models, which have token'}; several_conditions; give models of one lora_side")
     with tempfile.TemporaryDirectory() as scratch:
         for name, path in own.items():
             if not path: continue
@@ -124,7 +124,7 @@ def open_conditions(config: dict,               # full configuration of `joint.t
     "Items with all modalities."
     checked(config)
     pictures, drawn = pictures or {}, config["data"] in ("shapes", "world")
-    if count < 1: raise InputError(f"samples={count}; open_conditions; at least 1")
+    if count < 1: raise InputError(f"samples={count}; open_conditions; give at least 1")
     if config["data"] == "voc": source = voc_json(config["table"], config["folder"], tuple(n for n in names if n not in pictures))
     else: source = open_items(config | {"held_out": count if drawn else 0}, drawn)
     for name, folder in pictures.items(): source = with_pictures(source, name, folder)
@@ -146,7 +146,7 @@ def open_pipeline(folder,                    # with joint.json, of `joint_finetu
 def plan_of(pipe, wishes: dict,                   # of `choose`
             steps: int = 16, clean_condition: str = "exact"): # "exact", or "unicon": noised to the last level, as the release does
     "The schedule that `sample_set` will follow."
-    if clean_condition not in ("exact", "unicon"): raise InputError(f"clean_condition {clean_condition!r}; plan_of; exact or unicon")
+    if clean_condition not in ("exact", "unicon"): raise InputError(f"clean_condition {clean_condition!r}; plan_of; 'exact' or 'unicon'")
     if clean_condition == "unicon" and pipe.family != "sd":
         raise InputError("clean_condition unicon of a video model; plan_of; the release has pictures only, use exact")
     options = dict(compat="unicon", grid=True) if clean_condition == "unicon" else {}

@@ -69,7 +69,9 @@ class ControlNetSpatioTemporal(UNetSpatioTemporalConditionModel):
         set_norm_groups(self, norm_groups)
 
     @property
-    def factor(self) -> int: return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)  # condition pixels per latent pixel
+    def factor(self) -> int:
+        "Pixels of the condition per latent pixel."
+        return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)
 
 # %% ../../nbs/joint/33_controlnet_svd.ipynb #fe4e5dde
 def _features(self, sample_BFCHW, timestep, encoder_hidden_states_BLD, added_time_ids_B3, condition_BFCHW):
@@ -179,7 +181,7 @@ class SVDControlNetPipeline(StableVideoDiffusionPipeline):
         self.register_modules(controlnet=controlnet)
 
     @classmethod
-    def from_pretrained(cls, folder, controlnet: ControlNetSpatioTemporal | None = None, **options): # None: the one in the folder
+    def from_pretrained(cls, folder, controlnet: ControlNetSpatioTemporal | None = None, **options): # of SVD; None: the one in the folder; of diffusers
         "The pipeline of a folder, or a base with a ControlNet; the library would look for the class among its own."
         base = StableVideoDiffusionPipeline.from_pretrained(folder, **options)
         return cls(**base.components, controlnet=controlnet or ControlNetSpatioTemporal.from_pretrained(Path(folder)/"controlnet").eval())

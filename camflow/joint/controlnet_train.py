@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..device import device, generator
-from ..files import InputError, read_json, write_json
+from ..files import InputError, read_json, whole_files, write_json
 from . import train as joint
 from .controlnet_sd import control_images, control_loss, control_pipeline, sd_controlnet
 from .controlnet_svd import ControlNetSpatioTemporal, controlled, steered
@@ -54,7 +54,7 @@ def joint_config(config: dict) -> dict: # full configuration of this trainer
 
 def checked(config: dict) -> dict: # full configuration
     "The configuration, or an error before anything is loaded."
-    if config["captions_missing"] not in ("empty", "error"): raise InputError(f"captions_missing={config['captions_missing']!r}; controlnet_train; empty or error")
+    if config["captions_missing"] not in ("empty", "error"): raise InputError(f"captions_missing={config['captions_missing']!r}; controlnet_train; 'empty' or 'error'")
     if steering(config) not in (("depth",) if config["family"] == "sd" else ("depth", "flow", "tracks")):
         raise InputError(f"control={config['control']!r} with family={config['family']!r}; controlnet_train; sd is steered by depth, svd by depth, flow or tracks")
     if steering(config) == "tracks" and (len(config["track_points"]) != 2 or min(config["track_points"]) < 0 or not sum(config["track_points"])):
@@ -83,6 +83,7 @@ def open_items(config: dict, held_out: bool = False): # full configuration -> so
 class ControlPairs(Clips):
     "Pairs whose missing captions can be an error."
     def item(self, i: int):
+        "As `Pairs.item`; InputError for one without caption where captions_missing is error."
         item = super().item(i)
         if self.config["family"] == "sd" and self.config.get("captions_missing") == "error" and not item["caption"]:
             raise InputError(f"{item['id']} has no caption; controlnet_train; add it, leave the item out, or captions_missing=empty")
@@ -180,6 +181,8 @@ def sheet(*rows_BF3HW) -> Frames: # signed
 def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of TrainConfig; folder of the run
     "Trains; writes validation/*.png and, with `export`, the ControlNet."
     config, run_dir = checked(configuration(config, DEFAULTS)), Path(run_dir)
+    joint.need_depth(joint_config(config))
+    config = config | dict(held_out=joint.spared(joint_config(config)))
     cfg, (controlnet, unet, frozen) = TrainConfig.pick(config), build(config)
     codecs = codecs_of(config)
     pairs = ControlPairs(open_items(config), config, codecs)
@@ -217,7 +220,7 @@ def trained_controlnet(run_dir, config=None): # folder of a run; None: its confi
 def export_controlnet(run_dir, out, config=None): # folder of the run; folder to write
     "Writes the ControlNet in the library's layout, and what its conditions are."
     controlnet, _, _, codecs, config = trained_controlnet(run_dir, config)
-    controlnet.save_pretrained(out)
+    with whole_files(out) as folder: controlnet.save_pretrained(folder)
     told = {"control": steering(config)} | ({k: config[k] for k in ("track_points", "track_sigma", "flow_share")} if steering(config) == "tracks" else {})
     write_json(Path(out)/"condition.json", list(codecs.values())[1].to_dict() | told)
 

@@ -24,8 +24,8 @@ def coupling(x, y,                 # first and second halves, sequences of B sam
             ) -> dict:             # paired, shuffled, gap, relative, samples, undefined
     "Agreement of pairs and of strangers."
     n = len(x)
-    if n != len(y): raise InputError(f"{n} first and {len(y)} second halves; coupling; give pairs")
-    if n < 2: raise InputError("coupling needs two samples, a stranger has to come from somewhere")
+    if n != len(y): raise InputError(f"{n} first and {len(y)} second halves; coupling; give pairs, as many of each")
+    if n < 2: raise InputError(f"{n} pairs; coupling; give at least two, each is compared with the halves of others")
     scores = [agreement(x, y if not k else y.roll(k, 0)).double() for k in range(min(n, 1 + (shifts or n - 1)))]
     known = [s[torch.isfinite(s)] for s in scores]
     mean = lambda parts: float(torch.cat(parts).mean()) if sum(map(len, parts)) else math.nan

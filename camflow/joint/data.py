@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'PICTURES', 'VIDEOS', 'modalities', 'check_item', 'Crop', 'draw_crop', 'apply_crop', 'draw_size',
            'PandaClip', 'read_panda', 'Source', 'captions', 'read_picture', 'read_depth', 'image_folder', 'voc_json',
-           'webvid_videos', 'panda_videos', 'video_folder', 'with_flow', 'with_depth', 'depth_estimator', 'shape_items',
-           'world_items']
+           'webvid_videos', 'panda_videos', 'video_folder', 'with_flow', 'with_depth', 'is_estimator',
+           'depth_estimator', 'shape_items', 'world_items']
 
 # %% ../../nbs/joint/22_data.ipynb #d3a833ff
-import csv
 import json
 import math
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..data.multicam import table_reader
 from ..data.webvid import read_webvid
 from ..device import generator
-from ..files import InputError, read_json
+from ..files import InputError, listed, read_json, read_json_lines
 from ..media.frames import Depth, Flow, Frames, from_pil
 from ..media.video import probe, read_video
 # Shapes: T frames, C channels, H rows, W columns
@@ -118,19 +118,15 @@ def _list(text: str): # the table writes python lists
 
 def read_panda(path) -> tuple: # CSV -> (PandaClips, {line: reason} of rows left out)
     "The clips of a Panda-70M table (videoID, url, timestamp, caption, matching_score)."
-    try: file = open(path, encoding="utf-8", newline="")
-    except FileNotFoundError: raise InputError(f"Panda table not found; {path}; check the path") from None
-    clips, bad = [], {}
-    with file:
-        reader = csv.DictReader(file)
-        if absent := [n for n in ("videoID", "timestamp") if n not in (reader.fieldnames or ())]: raise InputError(f"columns {absent} are missing; {path}, row 1; expected videoID, url, timestamp, caption, matching_score")
-        for row in reader:
-            try:
-                spans, texts, scores = _list(row["timestamp"]), _list(row.get("caption") or ""), _list(row.get("matching_score") or "")
-                for i, (start, end) in enumerate(spans):
-                    clips.append(PandaClip(f"{row['videoID']}_{i}", row["videoID"], _seconds(start), _seconds(end), (texts[i].strip() or None) if i < len(texts) else None,
-                                           float(scores[i]) if i < len(scores) else math.nan))
-            except (ValueError, SyntaxError, TypeError, AttributeError) as error: bad[reader.line_num] = f"{type(error).__name__}: {error}"
+    clips, bad, reader = [], {}, table_reader(path, "Panda table")
+    if absent := [n for n in ("videoID", "timestamp") if n not in (reader.fieldnames or ())]: raise InputError(f"columns {absent} are missing; {path}, row 1; expected videoID, url, timestamp, caption, matching_score")
+    for row in reader:
+        try:
+            spans, texts, scores = _list(row["timestamp"]), _list(row.get("caption") or ""), _list(row.get("matching_score") or "")
+            for i, (start, end) in enumerate(spans):
+                clips.append(PandaClip(f"{row['videoID']}_{i}", row["videoID"], _seconds(start), _seconds(end), (texts[i].strip() or None) if i < len(texts) else None,
+                                       float(scores[i]) if i < len(scores) else math.nan))
+        except (ValueError, SyntaxError, TypeError, AttributeError) as error: bad[reader.line_num] = f"{type(error).__name__}: {error}"
     return clips, bad
 
 # %% ../../nbs/joint/22_data.ipynb #9cd95b99
@@ -143,7 +139,7 @@ class Source:
     overlap: int = 0                              # neighbours before an entry that share frames with it
 
     def __post_init__(self):
-        if not self.entries: raise InputError(f"no item is left; {len(self.skipped)} skipped, first: {next(iter(self.skipped.items()), 'none')}; check folder and table")
+        if not self.entries: raise InputError(f"no item is left; {len(self.skipped)} skipped, first: {': '.join(next(iter(self.skipped.items()), ('none',)))}; check folder and table")
 
     def __len__(self): return len(self.entries)
     def __getitem__(self, i): return check_item(self.read(self.entries[i]))
@@ -151,13 +147,16 @@ class Source:
 
 def captions(source: Source,            # its items may lack captions
              missing: str = "keep",     # "keep": None; "drop": leave such items out; "refuse"
-             caption_of=None):          # entry -> caption or None, without reading the item
+             caption_of=None):          # entry -> caption or None, without reading the item; None: items are read
     "What to do about missing captions, decided once."
-    if missing not in ("keep", "drop", "refuse"): raise InputError(f"missing={missing!r}; captions; keep, drop or refuse")
-    without = [e for e in source.entries if caption_of(e) is None]
+    if missing not in ("keep", "drop", "refuse"): raise InputError(f"missing={missing!r}; captions; one of keep, drop, refuse")
+    if missing == "keep": return source
+    caption_of = caption_of or (lambda entry: source.read(entry)["caption"])
+    has = [caption_of(e) is not None for e in source.entries]
+    without = [e for e, told in zip(source.entries, has) if not told]
     if without and missing == "refuse": raise InputError(f"{len(without)} of {len(source)} items have no caption, first {without[0]}; add captions, or missing='drop'")
-    if missing != "drop": return source
-    return Source([e for e in source.entries if caption_of(e) is not None], source.read, source.skipped | {str(e): "no caption" for e in without})
+    if missing == "refuse": return source
+    return Source([e for e, told in zip(source.entries, has) if told], source.read, source.skipped | {str(e): "no caption" for e in without}, source.overlap)
 
 
 def read_picture(path) -> Frames: # any image file
@@ -175,6 +174,8 @@ def read_depth(path, unit: float = 0.001, # metres per step of a 16-bit file
     import cv2
     data = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if data is None: raise InputError(f"{path} is missing or no picture; read_depth; check the path")
+    if data.dtype not in ("uint8", "uint16"): raise InputError(f"{path} holds {data.dtype} numbers; read_depth; save depth as 16-bit PNG, in steps of {unit:g} m")
+    if data.ndim == 3 and (abs(data[..., :3].astype("int32") - data[..., :1]) > 3).any(): raise InputError(f"{path} is a coloured picture, whose colours cannot be read back; read_depth; save the depth itself: grey, 16 bits in steps of {unit:g} m, or 8 bits with near bright")
     value = torch.from_numpy((data if data.ndim == 2 else data[..., 0]).astype("float32"))[None, None]
     if data.dtype == "uint16": return Depth(torch.where(value > 0, value * unit, math.nan), "metric")
     return Depth(1 / (value / 255).clamp_min(1 / 255), "relative")
@@ -190,8 +191,9 @@ def _captions_of(folder, given) -> dict: # file name -> text
         if given: raise InputError(f"captions {table} not found; give a metadata.jsonl or .json")
         return {}
     if table.suffix == ".json": return {k: v[0] if isinstance(v, list) else v for k, v in read_json(table).items()} # Readout's {file: [caption]}
-    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {row["file_name"]: row.get("text") for row in rows}
+    rows = read_json_lines(table, "captions")
+    if wrong := next((number for number, row in rows if not isinstance(row, dict) or not isinstance(row.get("file_name"), str)), 0): raise InputError(f"no file_name; {table}, line {wrong}; write {{\"file_name\": .., \"text\": ..}} on each line")
+    return {row["file_name"]: row.get("text") for _, row in rows}
 
 
 def image_folder(folder, depth=None,      # folder of pictures, or one; of depth PNGs of the same stem, or the one of the one picture, or None
@@ -199,7 +201,7 @@ def image_folder(folder, depth=None,      # folder of pictures, or one; of depth
     "Pictures, with depth where a folder of it is given."
     folder = Path(folder)
     texts = _captions_of(folder.parent if folder.is_file() else folder, captions)
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else [folder] if folder.is_file() else []
+    files = listed(folder, PICTURES) if folder.is_dir() else [folder] if folder.is_file() else []
     if not files: raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)}); image_folder; check the path")
     maps = {} if not depth else {folder.stem: Path(depth)} if folder.is_file() and Path(depth).is_file() else {p.stem: p for p in Path(depth).glob("*.png")}
     keep = [p for p in files if not depth or p.stem in maps]
@@ -213,7 +215,7 @@ def voc_json(path, root=None,             # JSON rows {image, depth, hed, pose, 
              parts=("image", "depth")):   # columns to read
     "UniCon's table for PascalVOC."
     rows, root = read_json(path), Path(root or Path(path).parent)
-    if not isinstance(rows, list) or not rows: raise InputError(f"{path} is no list of rows; voc_json; expected [{{image, depth, caption}}, ...]")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows): raise InputError(f"{path} is no list of rows; voc_json; expected [{{image, depth, caption}}, ...]")
     bad = {str(i): f"no column {name}" for i, row in enumerate(rows) for name in parts if not row.get(name)}
     def read(row):
         item = {name: read_depth(root/row[name]) if name == "depth" else read_picture(root/row[name]) for name in parts}
@@ -222,19 +224,20 @@ def voc_json(path, root=None,             # JSON rows {image, depth, hed, pose, 
     return Source([row for i, row in enumerate(rows) if str(i) not in bad], read, bad)
 
 # %% ../../nbs/joint/22_data.ipynb #3884d311
-def _clip(path, frames: int, stride: int, start: float = 0.0):
+def _clip(path, frames: int, stride: int, start: float = 0.0, end: float = math.inf): # seconds
     seen = probe(path)
-    first = int(start * seen.fps) if start else 0
+    first = round(start * seen.fps) if start else 0
     last = first + (frames - 1) * stride
     if frames < 2: raise InputError(f"frames={frames}; a clip with flow has at least two; raise frames")
     if last >= seen.frames: raise InputError(f"{path} has {seen.frames} frames, {last + 1} are needed from frame {first} on; lower frames or stride, or leave the video out")
+    if end < math.inf and last >= round(end * seen.fps): raise InputError(f"{path} from {start:g} to {end:g} s has {round(end * seen.fps) - first} frames, {last + 1 - first} are needed, and what follows is another clip; lower frames or stride, or leave the clip out")
     return read_video(path, range(first, last + 1, stride))
 
 
-def _videos(entries, frames, stride): # [(path, start, caption, id)]
+def _videos(entries, frames, stride): # [(path, start, caption, id[, end])]
     def read(entry):
-        path, start, caption, name = entry
-        video = _clip(path, frames, stride, start)
+        path, start, caption, name, *end = entry
+        video = _clip(path, frames, stride, start, *end)
         return dict(video=video, fps=video.fps, caption=caption, id=name)
     there = [e for e in entries if Path(e[0]).exists()]
     return Source(there, read, {e[3]: f"{e[0]} is not there" for e in entries if e not in there})
@@ -251,7 +254,7 @@ def webvid_videos(table, folder, frames: int = 14, stride: int = 2): # CSV; vide
 def panda_videos(table, folder, frames: int = 14, stride: int = 2): # CSV; source videos named by videoID
     "Clips of a Panda-70M table whose source videos are on disk."
     clips, bad = read_panda(table)
-    source = _videos([(Path(folder)/f"{c.video}.mp4", c.start, c.caption, c.id) for c in clips], frames, stride)
+    source = _videos([(Path(folder)/f"{c.video}.mp4", c.start, c.caption, c.id, c.end) for c in clips], frames, stride)
     source.skipped |= {f"line {line}": reason for line, reason in bad.items()}
     return source
 
@@ -259,7 +262,7 @@ def panda_videos(table, folder, frames: int = 14, stride: int = 2): # CSV; sourc
 def video_folder(folder, frames: int = 14, stride: int = 1, captions=None): # videos, or pictures that are one clip's frames
     "Clips of a folder: each video file, or every window of a folder of frames."
     folder, texts = Path(folder), _captions_of(folder, captions)
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in VIDEOS + PICTURES) if folder.is_dir() else []
+    files = listed(folder, VIDEOS + PICTURES) if folder.is_dir() else []
     movies = [p for p in files if p.suffix.lower() in VIDEOS]
     if movies: return _videos([(p, 0.0, texts.get(p.name) or None, p.name) for p in movies], frames, stride)
     span = (frames - 1) * stride + 1
@@ -279,12 +282,17 @@ def with_flow(source, estimator) -> Source: # items with video; of camflow.flow.
     return Source(list(range(len(source))), read, getattr(source, "skipped", {}))
 
 
-def with_depth(source, estimator) -> Source: # items with video; Frames -> Depth of as many frames and the same size, e.g. `depth_estimator`
-    "The same clips with the depth that an estimator sees in them."
+def with_depth(source, estimator) -> Source: # items with video or image; Frames -> Depth of as many frames and the same size, e.g. `depth_estimator`
+    "The same items with the depth that an estimator sees in them."
     def read(i):
         item = source[i]
-        return item | {"depth": estimator(item["video"])}
+        return item | {"depth": estimator(item["video"] if "video" in item else item["image"])}
     return Source(list(range(len(source))), read, getattr(source, "skipped", {}))
+
+
+def is_estimator(folder) -> bool: # depth as it was asked for
+    "Whether it names a Depth Anything 3 and not a folder of depth PNGs."
+    return folder == "random" or bool(folder) and (Path(folder)/"config.json").is_file()
 
 
 def depth_estimator(folder,                    # of a Depth Anything 3 (config.json, model.safetensors); "random": untrained, toy size
@@ -297,7 +305,7 @@ def depth_estimator(folder,                    # of a Depth Anything 3 (config.j
     model = (random_da3() if folder == "random" else load_da3(folder)).to(device()).eval()
     def estimate(frames: Frames) -> Depth:
         seen = predict(model, frames, len(frames), process_res)
-        if seen.depth is None: raise InputError(f"{folder} sees no depth; depth_estimator; give one with a depth head")
+        if seen.depth is None: raise InputError(f"the Depth Anything 3 in {folder} has no depth head; depth_estimator; give one that has")
         depth = F.interpolate(seen.depth[:, None].float(), size=frames.size, mode="bilinear", align_corners=False)
         return Depth(depth * (seen.unit or 1), "relative" if seen.unit is None else "metric")
     return estimate

@@ -79,7 +79,7 @@ def lognormal(normal: torch.Tensor,  # standard normal
 
 
 def lognormal_sigmas(u: torch.Tensor, # uniform in [0,1]; 0 is low noise
-                     mean: float = 0.7, std: float = 1.6) -> torch.Tensor:  # of ln sigma; of ln sigma
+                     mean: float = 0.7, std: float = 1.6) -> torch.Tensor:  # of ln sigma
     "Sigmas of uniform draws; u is squeezed by 1e-7 so that both ends are finite."
     return lognormal(torch.erfinv(2 * (u * (1 - 2e-7) + 1e-7) - 1) * math.sqrt(2), mean, std)
 
@@ -92,8 +92,8 @@ def _cosine_logsnr(t, low, high):
 def cosine_sigmas(u: torch.Tensor,              # uniform in [0,1]; 0 is the highest noise here, as published
                   image_d: float = 64, noise_d_low: float = 32, noise_d_high: float = 64, # resolutions between which the schedule is shifted
                   sigma_data: float = 0.5,     # spread of the data
-                  minimum: float = SIGMA_MIN,  # sigma at u = 0
-                  maximum: float = SIGMA_MAX) -> torch.Tensor:  # sigma at u = 1
+                  minimum: float = SIGMA_MIN,  # sigma at u = 1
+                  maximum: float = SIGMA_MAX) -> torch.Tensor:  # sigma at u = 0
     "Sigmas of an interpolated shifted cosine schedule."
     low, high = -2 * math.log(minimum / sigma_data), -2 * math.log(maximum / sigma_data)
     def shifted(noise_d):
@@ -174,14 +174,14 @@ def svd_sample(unet,                     # UNetSpatioTemporalConditionModel
                callback=None):           # (step, latents) after every step
     "Video latents of one image."
     scheduler = scheduler or svd_scheduler()
-    scheduler.set_timesteps(steps, device=noise_BFCHW.device)
+    scheduler.set_timesteps(steps)   # its numbers stay on the host: on the device it would fetch each of them
     scale = None if guidance is None else frame_guidance(*guidance, noise_BFCHW.shape[1]).to(noise_BFCHW)
     pair = (lambda x: x) if scale is None else (lambda x: torch.cat([torch.zeros_like(x), x]))
     twice = (lambda x: x) if scale is None else (lambda x: torch.cat([x, x]))
     x = noise_BFCHW * scheduler.init_noise_sigma
     for step, t in enumerate(scheduler.timesteps):
         given = svd_channels(twice(scheduler.scale_model_input(x, t)), pair(image_latents_BCHW))
-        out = unet(given, t.expand(len(given)), pair(image_embeds_B1D), twice(ids_B3), return_dict=False)[0]
+        out = unet(given, t.to(given.device).expand(len(given)), pair(image_embeds_B1D), twice(ids_B3), return_dict=False)[0]
         if scale is not None:
             null, full = out.chunk(2)
             out = null + scale * (full - null)

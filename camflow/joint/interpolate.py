@@ -181,13 +181,13 @@ class SVDInterpolatePipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, folder,             # SVD in diffusers' layout
                         trained=None,            # folder of `interpolate_train.export_interpolator`: what was trained, and how it is used
-                        dtype=torch.float32, **changes): # arguments of the class
+                        dtype=torch.float32, **changes): # of the weights; arguments of the class
         "The pipeline of a folder; a plain SVD is used by fusion."
         parts = load_svd(folder, dtype)
         if trained is None: return cls(**parts, **changes)
         return cls(**parts | put_on(parts["unet"], trained) | changes)
 
-    def save_pretrained(self, folder, half: bool = False, **_): # weights in float16
+    def save_pretrained(self, folder, half: bool = False, **_): # to write to; weights in float16; diffusers' own, not read
         "The parts in diffusers' layout."
         save_parts(dict(self.components), folder, half)
 
@@ -196,8 +196,8 @@ class SVDInterpolatePipeline(DiffusionPipeline):
         "Sides of a picture are multiples of this."
         return side_multiple(self.vae, self.unet)
 
-    def checked_ends(self, first, last) -> tuple: # signed [1,3,H,W] each
-        "Both pictures, or why not."
+    def checked_ends(self, first, last) -> tuple: # Frames of one picture or a Pillow image; as first
+        "Both pictures, signed [1,3,H,W], or InputError."
         first, last = one_picture(first, "first"), one_picture(last, "last")
         if first.size != last.size: raise InputError(f"first is {first.size[0]} x {first.size[1]}, last {last.size[0]} x {last.size[1]}; SVDInterpolatePipeline; crop and resize both to one size")
         k = self.multiple

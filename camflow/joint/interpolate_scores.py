@@ -43,7 +43,7 @@ def between_scores(made_BF3HW, truth_BF3HW,  # signed
                    shapes: bool = False) -> dict: # the clips are drawn shapes: their object is compared, too
     "Mean over clips: psnr_middle, psnr_ends (dB), ssim_middle, overlap_middle; NaN where undefined."
     if made_BF3HW.shape != truth_BF3HW.shape: raise InputError(f"videos {tuple(made_BF3HW.shape)} and {tuple(truth_BF3HW.shape)}; between_scores; give one shape")
-    if made_BF3HW.shape[1] < 3: raise InputError(f"{made_BF3HW.shape[1]} frames; between_scores; there is no middle")
+    if made_BF3HW.shape[1] < 3: raise InputError(f"{made_BF3HW.shape[1]} frames have no middle; between_scores; give videos of at least 3")
     made, truth = made_BF3HW.clamp(-1, 1).cpu(), truth_BF3HW.cpu()
     middle = [(a[1:-1], b[1:-1]) for a, b in zip(made, truth)]
     mean = lambda values: float(torch.tensor(values, dtype=torch.float64).mean())

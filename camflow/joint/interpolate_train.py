@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'DEFAULTS', 'TINY', 'svd_config', 'checked', 'build', 'conditions_of', 'interpolation_loss', 'sample_ends',
-           'sheet', 'videos', 'main', 'interpolator', 'export_interpolator', 'start_base', 'finish_base']
+           'sheet', 'spared', 'videos', 'main', 'interpolator', 'export_interpolator', 'start_base', 'finish_base']
 
 # %% ../../nbs/joint/43_interpolate_train.ipynb #6c2979a2
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..device import device, generator
-from ..files import InputError, read_json, write_json
+from ..files import InputError, read_json, whole_files, write_json
 from . import svd_train, train as joint
 from .data import panda_videos, video_folder, webvid_videos
 from .edm import draw_sigmas, edm_loss, edm_noise, model_input, precondition, svd_channels
@@ -114,6 +114,11 @@ def sheet(*clips_BF3HW) -> Frames: # signed; the same clips by different means
     return Frames(torch.cat([torch.cat([torch.cat(list(clip), -1) for clip in group], -2) for group in zip(*[x[:4].cpu() for x in clips_BF3HW])], -2)[None].clamp(-1, 1), "signed")
 
 
+def spared(config: dict) -> int: # full
+    "How many clips are held out."
+    return joint.spared(svd_train.joint_config(svd_config(config)))
+
+
 def videos(config: dict, held_out: bool = False): # full -> joint.train.Pairs
     "Clips alone; of real ones no flow is estimated."
     full = svd_train.joint_config(svd_config(config))
@@ -128,6 +133,7 @@ def videos(config: dict, held_out: bool = False): # full -> joint.train.Pairs
 def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of TrainConfig; folder of the run
     "Trains; writes validation/*.png and, with `export`, the weights."
     config, run_dir = checked(configuration(config, DEFAULTS)), Path(run_dir)
+    config = config | dict(held_out=spared(config))
     cfg, (model, base, frozen) = TrainConfig.pick(config), build(config)
     pairs, held = videos(config), videos(config, True) if config["held_out"] else None
 
@@ -166,7 +172,8 @@ def export_interpolator(run_dir, out, config=None): # folder of the run; folder 
     out = Path(out)
     if base is not None: save_twin(model, out)
     elif config["trained"] == "lora": save_svd_lora(model, out)
-    else: model.save_pretrained(out/"unet")
+    else:
+        with whole_files(out/"unet") as folder: model.save_pretrained(folder)
     write_json(out/"interpolate.json", {k: config[k] for k in ("mode", "trained", "between", "rotate", "rank", "frames", "size", "fps", "motion_bucket")})
 
 # %% ../../nbs/joint/43_interpolate_train.ipynb #11dcaac7

@@ -162,7 +162,7 @@ class VideoEditPipeline(DiffusionPipeline):
     def from_pretrained(cls, folder,             # Stable Diffusion in diffusers' layout
                         svd=None, trained=None,  # folders of SVDInterpolatePipeline.from_pretrained
                         appearance=None,         # folder of a UniCon checkpoint for pairs of frames
-                        dtype=torch.float32):
+                        dtype=torch.float32):    # of the weights
         "The pipeline of folders."
         parts, adapter = load_sd(folder, dtype), None
         if appearance is not None:

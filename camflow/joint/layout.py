@@ -78,10 +78,14 @@ class Layout:
         return tuple(pair._replace(x=pair.x + start, y=pair.y + start) for start in copies for pair in self.pairs)
 
     @property
-    def x_ids(self): return [p.x for p in self.all_pairs]
+    def x_ids(self):
+        "First rows of all pairs."
+        return [p.x for p in self.all_pairs]
 
     @property
-    def y_ids(self): return [p.y for p in self.all_pairs]
+    def y_ids(self):
+        "Second rows of all pairs."
+        return [p.y for p in self.all_pairs]
 
     @property
     def models(self) -> tuple:
@@ -98,14 +102,16 @@ class Layout:
         return min((plain, tuple(sides)), key=lambda order: len(runs_of(self.all_pairs, self.inverse(order))))
 
     @staticmethod
-    def inverse(order) -> list:
+    def inverse(order) -> list: # rows, each once
         "Place of every row."
         place = [0] * len(order)
         for where, row in enumerate(order): place[row] = where
         return place
 
     @cached_property
-    def runs(self) -> tuple: return tuple(runs_of(self.all_pairs, self.inverse(self.order)))
+    def runs(self) -> tuple:
+        "The pairs as slices of rows in `order`."
+        return tuple(runs_of(self.all_pairs, self.inverse(self.order)))
 
     @cached_property
     def y_slices(self) -> dict:
@@ -132,7 +138,7 @@ def grouped(batch: int,           # samples
             scale: float = 1.0) -> Layout:  # of the joint term
     "Every sample's modalities look at each other."
     pairs = [(i, j) for i in range(roles) for j in range(i + 1, roles)] if pairs is None else pairs
-    if wrong := [p for p in pairs if not (0 <= p[0] < roles and 0 <= p[1] < roles)]: raise InputError(f"pair {wrong[0]} is not of roles 0 to {roles - 1}")
+    if wrong := [p for p in pairs if not (0 <= p[0] < roles and 0 <= p[1] < roles)]: raise InputError(f"pair {wrong[0]} names a role that is not there; roles go from 0 to {roles - 1}")
     return Layout(tuple(Pair(p[0] * batch + s, p[1] * batch + s, *p[2:]) for p in pairs for s in range(batch)), batch * roles, cfg, scale)
 
 # %% ../../nbs/joint/00_layout.ipynb #06fc6499

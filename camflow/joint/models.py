@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import InputError, read_json, write_json
+from ..files import InputError, read_json, whole_files, write_json
 from ..training.checkpoint import from_folder
 # Shapes: B batch, F frames, C channels, H rows, W columns, L tokens, D width
 
@@ -165,9 +165,9 @@ def save_parts(parts: dict, # of `tiny_sd`, `tiny_svd`, `load_sd`, `load_svd`
     index = {"_class_name": "StableVideoDiffusionPipeline" if video else "StableDiffusionPipeline"}
     for name, part in parts.items():
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
-        if name == "vae" and part.config.scaling_factor == 1: write_json(folder/"vae"/"identity.json", {"video": video})
-        elif isinstance(part, torch.nn.Module): _write_weights(part, folder/name, half)
-        else: part.save_pretrained(folder/name)
+        if name == "vae" and getattr(part, "identity", False): write_json(folder/"vae"/"identity.json", {"video": video})
+        else:
+            with whole_files(folder/name) as place: _write_weights(part, place, half) if isinstance(part, torch.nn.Module) else part.save_pretrained(place)
     write_json(folder/"model_index.json", index)
 
 

@@ -99,7 +99,7 @@ def checked_tracks(tracks: list, frames: int, size) -> list: # one Tracks per cl
     "The tracks at the video's size, or an error that names the clip."
     out = []
     for i, one in enumerate(tracks):
-        if not isinstance(one, Tracks): raise InputError(f"clip {i}: a {type(one).__name__} is no Tracks; motion control; read_tracks(path), or Tracks(points, visible, size)")
+        if not isinstance(one, Tracks): raise InputError(f"clip {i}: its tracks are of type {type(one).__name__}; motion control; give read_tracks(path), or Tracks(points, visible, size)")
         try: out.append(one.fit(frames, size))
         except InputError as error: raise InputError(f"clip {i}: {error}") from None
     return out

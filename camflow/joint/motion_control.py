@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'SHARED', 'DONE', 'moving_pixels', 'object_path', 'own_tracks', 'other_tracks', 'lenders',
-           'object_centres', 'path_errors', 'track_errors', 'judged', 'compare', 'conclusion', 'checked', 'stages',
-           'parts', 'main', 'load_rig', 'held_clips']
+           'object_centres', 'path_errors', 'track_errors', 'judged', 'compare', 'conclusion', 'checked',
+           'joint_config', 'asked_count', 'stages', 'parts', 'main', 'load_rig', 'held_clips']
 
 # %% ../../nbs/joint/47_motion_control.ipynb #9306d64e
 from pathlib import Path
@@ -87,11 +87,12 @@ def path_errors(video_BF3HW, first_B3HW, paths_BF2) -> torch.Tensor: # -> [B] pi
     return (object_centres(video_BF3HW, first_B3HW) - start - paths_BF2)[:, 1:].norm(dim=-1).mean(1)
 
 # %% ../../nbs/joint/47_motion_control.ipynb #23d1eff8
-def track_errors(videos_BF3HW, tracks: list, estimator) -> torch.Tensor: # signed; one Tracks each; FlowEstimator -> [B] pixels, NaN where no point is seen after the first frame
+def track_errors(videos_BF3HW, tracks: list, estimator) -> torch.Tensor: # signed; one Tracks each; FlowEstimator -> [B] pixels, NaN where no point is seen in the first frame and after it
     "Mean distance of points that go with the video's measured flow from the tracks."
     out = []
     for clip, asked in zip(videos_BF3HW, tracks, strict=True):
         seen = asked.visible[:, 0]
+        if not seen.any(): out.append(torch.tensor(torch.nan)); continue   # all of them come later: nothing can be followed from the first frame
         gone = follow(estimate_flow(estimator, Frames(clip.clamp(-1, 1), "signed").byte()), asked.points[seen, 0])
         both = (asked.visible[seen] & torch.isfinite(gone.points).all(-1))[:, 1:]
         out.append((gone.points - asked.points[seen])[:, 1:].norm(dim=-1)[both].mean())
@@ -147,13 +148,24 @@ def checked(config: dict): # full configuration
         if told.get("condition", "first") != "first": raise InputError(f"{config['joint']} does not see a first frame; motion_control; tracks drag what is in a picture: train with condition=first")
         wrong = {k: (told[k], config[k]) for k in ("size", "frames") if list(told[k] if k == "size" else [told[k]]) != list(config[k] if k == "size" else [config[k]])}
         if wrong: raise InputError(f"{config['joint']} was trained with other values: {', '.join(f'{k} {a}, asked {b}' for k, (a, b) in wrong.items())}; motion_control; use its own")
-    joint.checked(stages(config)["joint"] | {k: v for k, v in joint.DEFAULTS.items() if k not in stages(config)["joint"]})
+    joint.checked(joint.DEFAULTS | stages(config)["joint"])
+    if (count := asked_count(config)) < 2: raise InputError(f"{count} clips can be held out; motion_control; two at least are asked to follow tracks, and no more than a quarter of a set of files are taken for it: give more videos")
     return config
+
+
+def joint_config(config: dict) -> dict: # full configuration
+    "The same for the functions of `joint.train`."
+    return joint.DEFAULTS | {k: v for k, v in config.items() if k in joint.DEFAULTS} | dict(family="svd")
+
+
+def asked_count(config: dict) -> int: # full configuration
+    "How many clips are asked, which nobody trains on: fewer than held_out where there are few files."
+    return joint.spared(joint_config(config))
 
 
 def stages(config: dict, run_dir="") -> dict: # {stage: configuration of its trainer}
     "Configurations of the three trainings."
-    shared, run_dir = {k: config[k] for k in SHARED} | dict(held_out=0, prefetch=False), Path(run_dir)
+    shared, run_dir = {k: config[k] for k in SHARED} | dict(held_out=0, spare=asked_count(config), prefetch=False), Path(run_dir)
     base = config["base"] or str(run_dir/"base"/"out")
     pair = dict(family="svd", prompt_dropout=0.0, crop=[1.0, 1.0], flow_bucket=config["flow_bucket"])
     return dict(base=shared | pair | dict(mode="base", unet=config["unet"], steps=config["base_steps"], export=str(run_dir/"base"/"out")),
@@ -200,8 +212,8 @@ def load_rig(config: dict, run_dir) -> Rig: # full configuration; where `main` t
 
 def held_clips(config: dict, codecs: dict): # full configuration; of the rig -> (videos [B,F,3,H,W] signed, flows [B,F-1,2,H,W] px)
     "Clips that were not trained on."
-    full = joint.DEFAULTS | {k: v for k, v in config.items() if k in joint.DEFAULTS} | dict(family="svd")
-    pixels = joint.Pairs(joint.open_items(full, True), full, codecs).batch(list(range(config["held_out"])))[0]
+    full = joint_config(config) | dict(held_out=asked_count(config))
+    pixels = joint.Pairs(joint.open_items(full, True), full, codecs).batch(list(range(full["held_out"])))[0]
     video, flow = pixels.chunk(2)
     return video, torch.stack([codecs["flow"].decode(Frames(p, "signed")).data for p in flow]), flow
 

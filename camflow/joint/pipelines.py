@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from fastcore.basics import patch
 
 from ..device import device, generator as named_generator
 from ..files import InputError, read_json, write_json
@@ -44,7 +45,7 @@ def coded(value, codec, name: str, size) -> torch.Tensor: # signed [T,3,H,W]
     if picture.size != tuple(size): raise InputError(f"{name} is {picture.size[0]} x {picture.size[1]}, the others {size[0]} x {size[1]}; a joint pipeline; crop and resize all modalities together")
     return picture.data.float().expand(-1, 3, -1, -1)
 
-
+# %% ../../nbs/joint/14_pipelines.ipynb #b35e9fa5
 class _Joint(DiffusionPipeline):
     "What the picture and the video pipeline share."
     def _joint(self, adapter, names, codecs, defaults):
@@ -57,42 +58,7 @@ class _Joint(DiffusionPipeline):
         "Sides of a picture are multiples of this."
         return side_multiple(self.vae, self.unet)
 
-    def pairs(self) -> list: # (modality, modality, 1, 1, model)
-        "Who looks at whom, by the adapter's models."
-        if self.adapter is None: return []
-        models, n = self.adapter.models, len(self.names)
-        if len(models) == 1 and n == 2: return [(0, 1, 1.0, 1.0, name) for name in models]
-        if all(name in self.names[1:] for name in models): return [(0, self.names.index(name), 1.0, 1.0, name) for name in models]
-        if len(self.adapter.roles) == n: return [(*(self.adapter.roles.index(r) for r in spec.roles), 1.0, 1.0, name) for name, spec in models.items()]
-        raise InputError(f"models {', '.join(models)} of the adapter and modalities {', '.join(self.names)}; {type(self).__name__}; say who looks at whom: pairs=[(modality, modality, weight, weight, model)]")
-
-    def plan(self, given, strength, masks, steps, mode, **options):
-        "The schedule of a call: what is given stands clean, hints start part of the way, the rest starts from noise."
-        for what, asked in (("conditions", given), ("strength", strength), ("masks", masks)):
-            if unknown := [name for name in asked if name not in self.names]: raise InputError(f"{what} of {', '.join(unknown)}; {type(self).__name__}; its modalities are {', '.join(self.names)}")
-        for name in (*strength, *masks):
-            if name not in given: raise InputError(f"{name} has a strength or a mask but no value; {type(self).__name__}; give conditions[{name!r}]")
-        for name, s in strength.items():
-            if not 0 <= s <= 1: raise InputError(f"strength {s} of {name}; {type(self).__name__}; 0 (exact) to 1 (forgotten)")
-        start = {name: 1 - strength[name] if name in strength else 0.0 if name in masks or name not in given else 1.0 for name in self.names}
-        found = "coarse" if strength else "given" if any(v == 1 for v in start.values()) else "joint"
-        if mode not in (None, found): raise InputError(f"mode {mode!r}, but the arguments say {found!r}; {type(self).__name__}; joint has no conditions, given has some, coarse has strengths")
-        return schedule([[(start[name], 1) for name in self.names]], steps, self.names, **options)
-
-    def check_size(self, size):
-        k = self.multiple
-        if min(size) < k or any(n % k for n in size): raise InputError(f"{size[0]} x {size[1]} pixels; {type(self).__name__}; this model takes multiples of {k}, such as {max(k, size[0] // k * k)} x {max(k, size[1] // k * k)}")
-
-    def _size(self, conditions, height, width):
-        "(H, W) that everything has."
-        first = next(iter(conditions.values()), None)
-        own = self.unet.config.sample_size * latent_factor(self.vae)
-        found = first.size if isinstance(first, (Frames, Depth, Flow)) else (own, own) if first is None else from_pil(first).size if not isinstance(first, torch.Tensor) else tuple(first.shape[-2:])
-        size = height or found[0], width or found[1]
-        self.check_size(size)
-        return size
-
-    def save_pretrained(self, folder, half: bool = False, **_): # weights in float16
+    def save_pretrained(self, folder, half: bool = False, **_): # to write to; weights in float16; diffusers' own, not read
         "Base in diffusers' layout, adapter and codecs beside it. The adapter is put on again from what was written."
         folder = Path(folder)
         if self.adapter is not None:
@@ -116,25 +82,74 @@ class _Joint(DiffusionPipeline):
 
     def _told(self): return {key: getattr(self, key) for key in self.told}
 
-    def _sample(self, model, shape, plan, clean, masks, generator, sampler, steps, scale, signal):
-        "Noise, levels, loop."
-        if sampler not in ("levels", "scheduler"): raise InputError(f"sampler {sampler!r}; {type(self).__name__}; levels (deterministic, any position) or scheduler (the pipeline's own)")
-        noise = {name: torch.randn(shape, generator=generator, device=generator.device).to(device()) for name in self.names}
-        levels = Levels.of(self.scheduler, steps) if sampler == "levels" else self.scheduler
-        fit = lambda m: F.interpolate(m.float(), size=shape[-2:], mode="nearest").to(device())
-        masks = {name: fit(m) if len(shape) == 4 else fit(m)[None] for name, m in masks.items()} # video: [1,F or 1,1,h,w]
-        return sample_joint(model, noise, plan, levels, clean, masks, scale, signal, generator)
+# %% ../../nbs/joint/14_pipelines.ipynb #45edca25
+@patch
+def pairs(self: _Joint) -> list: # (modality, modality, 1, 1, model)
+    "Who looks at whom, by the adapter's models."
+    if self.adapter is None: return []
+    models, n = self.adapter.models, len(self.names)
+    if len(models) == 1 and n == 2: return [(0, 1, 1.0, 1.0, name) for name in models]
+    if all(name in self.names[1:] for name in models): return [(0, self.names.index(name), 1.0, 1.0, name) for name in models]
+    if len(self.adapter.roles) == n: return [(*(self.adapter.roles.index(r) for r in spec.roles), 1.0, 1.0, name) for name, spec in models.items()]
+    raise InputError(f"models {', '.join(models)} of the adapter and modalities {', '.join(self.names)}; {type(self).__name__}; say who looks at whom: pairs=[(modality, modality, weight, weight, model)]")
 
-    def _answer(self, latents, plan, given, output_type, decode):
-        "Latents as what is asked for; an exact condition comes back as it was given."
-        if output_type == "latent": return JointOutput(latents, plan)
-        out = {}
-        for name in self.names:
-            if output_type == "typed" and plan.positions[0][self.names.index(name)] == plan.steps and isinstance(given[name], (Frames, Depth, Flow)): out[name] = given[name]
-            else:
-                picture = Frames(decode(latents[name]), "signed")
-                out[name] = {"typed": self.codecs[name].decode, "frames": lambda p: p, "pil": lambda p: [to_pil(p, i) for i in range(len(p))]}[output_type](picture)
-        return JointOutput(out, plan)
+# %% ../../nbs/joint/14_pipelines.ipynb #b7cbba05
+@patch
+def plan(self: _Joint, given, strength, masks, # conditions, by modality; {modality: 0..1}; by modality
+         steps, mode, **options):              # calls of the network; joint, given or coarse, None: what the rest says; of `schedule`
+    "The schedule of a call: what is given stands clean, hints start part of the way, the rest starts from noise."
+    for what, asked in (("conditions", given), ("strength", strength), ("masks", masks)):
+        if unknown := [name for name in asked if name not in self.names]: raise InputError(f"{what} of {', '.join(unknown)}; {type(self).__name__}; its modalities are {', '.join(self.names)}")
+    for name in (*strength, *masks):
+        if name not in given: raise InputError(f"{name} has a strength or a mask but no value; {type(self).__name__}; give conditions[{name!r}]")
+    for name, s in strength.items():
+        if not 0 <= s <= 1: raise InputError(f"strength {s} of {name}; {type(self).__name__}; 0 (exact) to 1 (forgotten)")
+    start = {name: 1 - strength[name] if name in strength else 0.0 if name in masks or name not in given else 1.0 for name in self.names}
+    found = "coarse" if strength else "given" if any(v == 1 for v in start.values()) else "joint"
+    if mode not in (None, found): raise InputError(f"mode {mode!r}, but the arguments say {found!r}; {type(self).__name__}; joint has no conditions, given has some, coarse has strengths")
+    return schedule([[(start[name], 1) for name in self.names]], steps, self.names, **options)
+
+
+@patch
+def check_size(self: _Joint, size): # (H, W) pixels
+    "InputError unless the network takes that size."
+    k = self.multiple
+    if min(size) < k or any(n % k for n in size): raise InputError(f"{size[0]} x {size[1]} pixels; {type(self).__name__}; this model takes multiples of {k}, such as {max(k, size[0] // k * k)} x {max(k, size[1] // k * k)}")
+
+
+@patch
+def _size(self: _Joint, conditions, height, width):
+    "(H, W) that everything has."
+    first = next(iter(conditions.values()), None)
+    own = self.unet.config.sample_size * latent_factor(self.vae)
+    found = first.size if isinstance(first, (Frames, Depth, Flow)) else (own, own) if first is None else from_pil(first).size if not isinstance(first, torch.Tensor) else tuple(first.shape[-2:])
+    size = height or found[0], width or found[1]
+    self.check_size(size)
+    return size
+
+# %% ../../nbs/joint/14_pipelines.ipynb #f1a9a1a3
+@patch
+def _sample(self: _Joint, model, shape, plan, clean, masks, generator, sampler, steps, scale, signal):
+    "Noise, levels, loop."
+    if sampler not in ("levels", "scheduler"): raise InputError(f"sampler {sampler!r}; {type(self).__name__}; levels (deterministic, any position) or scheduler (the pipeline's own)")
+    noise = {name: torch.randn(shape, generator=generator, device=generator.device).to(device()) for name in self.names}
+    levels = Levels.of(self.scheduler, steps) if sampler == "levels" else self.scheduler
+    fit = lambda m: F.interpolate(m.float(), size=shape[-2:], mode="nearest").to(device())
+    masks = {name: fit(m) if len(shape) == 4 else fit(m)[None] for name, m in masks.items()} # video: [1,F or 1,1,h,w]
+    return sample_joint(model, noise, plan, levels, clean, masks, scale, signal, generator)
+
+
+@patch
+def _answer(self: _Joint, latents, plan, given, output_type, decode):
+    "Latents as what is asked for; an exact condition comes back as it was given."
+    if output_type == "latent": return JointOutput(latents, plan)
+    out = {}
+    for name in self.names:
+        if output_type == "typed" and plan.positions[0][self.names.index(name)] == plan.steps and isinstance(given[name], (Frames, Depth, Flow)): out[name] = given[name]
+        else:
+            picture = Frames(decode(latents[name]), "signed")
+            out[name] = {"typed": self.codecs[name].decode, "frames": lambda p: p, "pil": lambda p: [to_pil(p, i) for i in range(len(p))]}[output_type](picture)
+    return JointOutput(out, plan)
 
 # %% ../../nbs/joint/14_pipelines.ipynb #0284aa3a
 TYPES = ("typed", "frames", "pil", "latent")

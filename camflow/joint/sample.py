@@ -102,15 +102,25 @@ class SchedulerCopy:
         if len(self.scheduler.timesteps) != steps: raise InputError(f"{type(scheduler).__name__} makes {len(self.scheduler.timesteps)} calls for {steps} steps; SchedulerCopy; positions need one call per step, use DDIM, Euler or DPM")
 
     def _t(self, position): return self.scheduler.timesteps[int(position)]
-    def timestep(self, position): return 0.0 if position == self.steps else float(self._t(position))
-    def start(self, noise): return noise * self.scheduler.init_noise_sigma
 
-    def noised(self, clean, noise, position):
+    def timestep(self, position): # whole, 0..steps
+        "What the network is told; 0 for clean."
+        return 0.0 if position == self.steps else float(self._t(position))
+
+    def start(self, noise): # N(0, 1), shape of the latents
+        "Unit noise at the scale of position 0."
+        return noise * self.scheduler.init_noise_sigma
+
+    def noised(self, clean, noise, position): # latents; N(0, 1); whole, 0..steps
+        "The given latents part of the way, clean at the last position."
         return clean if position == self.steps else self.scheduler.add_noise(clean, noise, self._t(position)[None].repeat(len(clean)))
 
-    def scaled(self, x, position): return x if position == self.steps else self.scheduler.scale_model_input(x, self._t(position))
+    def scaled(self, x, position): # latents; whole, 0..steps
+        "x as the network wants to see it."
+        return x if position == self.steps else self.scheduler.scale_model_input(x, self._t(position))
 
-    def step(self, prediction, x, position, after, generator=None):
+    def step(self, prediction, x, position, after, generator=None): # of the network; latents; whole, 0..steps - 1; position + 1; for schedulers that draw
+        "x at `after`, which must be the next position."
         if after != position + 1: raise InputError(f"from position {position:g} to {after:g}; SchedulerCopy; a diffusers scheduler goes one whole step: use schedule(..., grid=True), or Levels")
         import inspect
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}

@@ -23,7 +23,9 @@ class Schedule:
     compat: str | None = None            # None, or whose defect is kept
 
     @property
-    def calls(self) -> int: return len(self.positions) - 1
+    def calls(self) -> int:
+        "Forward passes of the network."
+        return len(self.positions) - 1
 
     @property
     def inits(self) -> tuple:
@@ -156,13 +158,13 @@ class Levels:
         self.vp, self.prediction_type, self._log_sigmas = variance_preserving, prediction_type, training_log_sigmas
 
     @classmethod
-    def of(cls, scheduler, steps: int):
+    def of(cls, scheduler, steps: int): # of diffusers; calls of the network
         "SD (has alphas and discrete steps) or SVD (continuous sigmas)."
         return (cls.edm if scheduler.config.get("timestep_type") == "continuous" else cls.of_sd)(scheduler, steps)
 
     @classmethod
     def of_sd(cls, scheduler, # a diffusers scheduler with alphas_cumprod (DDIM, DDPM, PNDM, ...), in its own spacing
-              steps: int):
+              steps: int): # calls of the network
         "Levels of SD."
         import copy
         scheduler = copy.deepcopy(scheduler)
@@ -178,7 +180,7 @@ class Levels:
 
     @classmethod
     def edm(cls, scheduler, # EulerDiscreteScheduler of SVD
-            steps: int):
+            steps: int): # calls of the network
         "Levels of SVD."
         import copy
         scheduler = copy.deepcopy(scheduler)
@@ -190,7 +192,7 @@ class Levels:
         k = min(int(t), len(self._log_sigmas) - 2)
         return math.exp(self._log_sigmas[k] + (t - k) * (self._log_sigmas[k + 1] - self._log_sigmas[k]))
 
-    def sigma(self, position: float) -> float:
+    def sigma(self, position: float) -> float: # 0..steps
         "Noise per unit of signal."
         k = int(position)
         if k == position: return self.sigmas[k]
@@ -198,28 +200,28 @@ class Levels:
         a, b = self.sigmas[k] ** (1 / 7), self.sigmas[k + 1] ** (1 / 7)
         return (a + (position - k) * (b - a)) ** 7
 
-    def timestep(self, position: float) -> float:
+    def timestep(self, position: float) -> float: # 0..steps
         "What the network is told. Clean: 0 for SD, the smallest level of SVD."
         k = int(position)
         if k == position: return self.times[k]
         return self.times[k] + (position - k) * (self.times[k + 1] - self.times[k]) if self.vp else 0.25 * math.log(self.sigma(position))
 
-    def start(self, noise):
+    def start(self, noise): # N(0, 1), shape of the latents
         "Pure noise as the first latents."
         return noise if self.vp else noise * math.sqrt(1 + self.sigmas[0] ** 2)
 
-    def noised(self, clean, noise, position: float):
+    def noised(self, clean, noise, position: float): # latents; N(0, 1); 0..steps
         "Given latents at a position; at the last they are exactly clean."
         if position == self.steps: return clean
         sigma = self.sigma(position)
         x = clean + sigma * noise
         return x / math.sqrt(1 + sigma**2) if self.vp else x
 
-    def scaled(self, x, position: float):
+    def scaled(self, x, position: float): # latents; 0..steps
         "What the network is shown."
         return x if self.vp or position == self.steps else x / math.sqrt(1 + self.sigma(position) ** 2)
 
-    def step(self, prediction, x, position: float, after: float, generator=None):
+    def step(self, prediction, x, position: float, after: float, generator=None): # of the network; latents; 0..steps; position..steps; not read
         "From one position to a cleaner one."
         sigma, sigma_after = self.sigma(position), self.sigma(after)
         scale = 1 / math.sqrt(1 + sigma**2)

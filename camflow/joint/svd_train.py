@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..device import device, generator
-from ..files import InputError, read_json, write_json
+from ..files import InputError, read_json, whole_files, write_json
 from ..flow.motion_bucket import FixedBucket, fit_map, load_map, motion_speed, save_map
 from . import train as joint
 from .codecs import codec_from_dict
@@ -114,12 +114,13 @@ class Clips(joint.Pairs):
         self.known = {}
 
     def item(self, i: int):
+        "As `Pairs.item`; notes the frame rate."
         item = super().item(i)
         self.known[i] = item["fps"]
         return item
 
-    def rates(self, where: list, size=None) -> torch.Tensor: # as in `batch`, after it -> [B] frames per second
-        "What SVD is told: the configured rate, or each clip's own."
+    def rates(self, where: list, size=None) -> torch.Tensor: # as in `batch`
+        "What SVD is told, frames per second [B]: the configured rate, or each clip's own."
         if self.config["fps"] is not None: return torch.full((len(where),), float(self.config["fps"]))
         out = []
         for position in where:
@@ -214,6 +215,7 @@ def make_step(frozen, mapping, codecs: dict, config: dict):  # of `Encoders`; of
 def main(config: dict, run_dir): # overrides of DEFAULTS and the fields of TrainConfig; folder of the run
     "Trains; writes validation/*.png, motion_map.json and, with `export`, the weights."
     config, run_dir = checked(configuration(config, DEFAULTS)), Path(run_dir)
+    config = config | dict(held_out=joint.spared(joint_config(config)))
     cfg, (model, frozen, codecs), full = TrainConfig.pick(config), build(config), joint_config(config)
     pairs = Clips(joint.open_items(full), full, codecs)
     held = Clips(joint.open_items(full, True), full, codecs) if config["held_out"] else None
@@ -252,7 +254,8 @@ def export_finetuned(run_dir, out, config=None): # folder of the run; folder to 
     model, _, codecs, mapping, config = finetuned(run_dir, config)
     out = Path(out)
     if config["trained"] == "lora": save_svd_lora(model, out)
-    else: model.save_pretrained(out/"unet")
+    else:
+        with whole_files(out/"unet") as folder: model.save_pretrained(folder)
     save_map(mapping, out/"motion_map.json")
     write_json(out/"finetune.json", {k: config[k] for k in ("trained", "target", "rank", "frames", "size", "fps")} | {"codec": codecs[config["target"]].to_dict()})
 

@@ -25,8 +25,8 @@ class Draw:
     u: torch.Tensor      # [N,B] float32 in [0,1): 0 clean, 1 pure noise
     clean: torch.Tensor  # [N,B] bool: no noise at all, a condition
 
-    def timesteps(self, train_steps: int = 1000) -> torch.Tensor: # [N,B] int64, 0 where clean
-        "Steps of a discrete schedule."
+    def timesteps(self, train_steps: int = 1000) -> torch.Tensor: # of the schedule
+        "Steps of a discrete schedule, [N,B] int64, 0 where clean."
         return torch.where(self.clean, 0, (self.u * train_steps).long().clamp(max=train_steps - 1))
 
 
@@ -126,7 +126,7 @@ def instructpix2pix_drops(r: torch.Tensor, # [B] uniform draws
                           p: float         # probability of each of the three patterns
                          ) -> torch.Tensor: # bool [2,B]
     "Which prompts a pair loses, by one draw."
-    if not 0 <= p <= 1 / 3: raise InputError(f"p {p}; instructpix2pix_drops; three patterns of probability p each need p <= 1/3")
+    if not 0 <= p <= 1 / 3: raise InputError(f"p={p}; instructpix2pix_drops; three patterns of probability p each need p <= 1/3")
     return torch.stack([r < 2 * p, (r >= p) & (r < 3 * p)])
 
 
@@ -138,7 +138,7 @@ def drop_prompts(batch: int, p: float, generator: torch.Generator, modalities: i
         if modalities != 2: raise InputError(f"layout instructpix2pix with {modalities} modalities; drop_prompts; it is defined for two, use independent")
         return instructpix2pix_drops(torch.rand(batch, generator=generator, device=generator.device), p)
     if layout != "independent": raise InputError(f"layout {layout!r}; drop_prompts; use independent or instructpix2pix")
-    if not 0 <= p <= 1: raise InputError(f"p {p}; drop_prompts; a probability is 0..1")
+    if not 0 <= p <= 1: raise InputError(f"p={p}; drop_prompts; give a probability, 0..1")
     return torch.rand(modalities, batch, generator=generator, device=generator.device) < p
 
 
@@ -154,7 +154,7 @@ def null_prompts(embeds_RLD: torch.Tensor, # prompts of all rows
 
 def drop_joint(p: float, generator: torch.Generator) -> bool:  # probability; of the draw
     "Whether this step is trained without the joint branch (signal guidance needs a network that has seen that)."
-    if not 0 <= p < 1: raise InputError(f"p {p}; drop_joint; give 0 <= p < 1, at 1 the branch would never be trained")
+    if not 0 <= p < 1: raise InputError(f"p={p}; drop_joint; give 0 <= p < 1: at 1 the branch would never be trained")
     return bool(torch.rand((), generator=generator, device=generator.device) < p)
 
 # %% ../../nbs/joint/10_timesteps.ipynb #326d3ae6
@@ -173,7 +173,7 @@ class LossGrid:
             clean_NB: torch.Tensor | None = None):    # conditions have no loss
         "Counts a batch."
         if u_NB.shape != loss_NB.shape or len(u_NB) != self.modalities: raise InputError(f"levels {tuple(u_NB.shape)}, losses {tuple(loss_NB.shape)}; LossGrid.add; both [{self.modalities},B]")
-        u, loss = u_NB.detach().cpu(), loss_NB.detach().double().cpu()
+        u, loss = u_NB.detach().cpu(), loss_NB.detach().cpu().double()
         cell = (u * self.bins).long().clamp(0, self.bins - 1)
         for m in range(self.modalities):
             keep = torch.ones_like(u[m], dtype=torch.bool) if clean_NB is None else ~clean_NB[m].cpu()
@@ -183,21 +183,24 @@ class LossGrid:
             self.level_sums[m].index_put_((cell[m][keep],), loss[m][keep], accumulate=True)
             self.level_counts[m].index_put_((cell[m][keep],), one, accumulate=True)
 
-    def mean(self, modality: int) -> torch.Tensor: # [bins of u_0, bins of u_1]
-        "Mean loss per cell, NaN where nothing was drawn."
+    def mean(self, modality: int) -> torch.Tensor: # its number
+        "Mean loss per cell [bins of u_0, bins of u_1], NaN where nothing was drawn."
         return self.sums[modality] / self.counts[modality] # 0/0 is NaN
 
-    def by_level(self, modality: int) -> torch.Tensor: # [bins] of the modality's own level
-        "Mean loss per level of the modality itself."
+    def by_level(self, modality: int) -> torch.Tensor: # its number
+        "Mean loss per level of the modality itself, [bins]."
         return self.level_sums[modality] / self.level_counts[modality]
 
-    def state_dict(self) -> dict: return {key: getattr(self, key).clone() for key in ("sums", "counts", "level_sums", "level_counts")}
+    def state_dict(self) -> dict:
+        "Sums and counts so far, for a checkpoint."
+        return {key: getattr(self, key).clone() for key in ("sums", "counts", "level_sums", "level_counts")}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict): # of `state_dict`
+        "InputError for another number of modalities or bins."
         if state["sums"].shape != self.sums.shape: raise InputError(f"a grid {tuple(state['sums'].shape)} for {tuple(self.sums.shape)}; LossGrid; modalities and bins have to agree")
         for key, value in state.items(): setattr(self, key, value.clone())
 
-    def merge(self, other: "LossGrid") -> "LossGrid":
+    def merge(self, other: "LossGrid") -> "LossGrid": # as many modalities and bins
         "Both together, e.g. of two ranks."
         out = LossGrid(self.modalities, self.bins)
         out.load_state_dict({key: value + other.state_dict()[key] for key, value in self.state_dict().items()})

@@ -43,7 +43,7 @@ class Tracks:
         if outside.any(): raise _bad(outside, f"lies outside the {self.size[0]} x {self.size[1]} picture", "mark it as not visible there (`Tracks.clipped`), or correct the size")
 
     @classmethod
-    def clipped(cls, points_NT2, visible_NT, size) -> "Tracks":
+    def clipped(cls, points_NT2, visible_NT, size) -> "Tracks": # pixels; bool; (H, W) of the pictures
         "The same, with points outside the picture marked as not visible."
         inside = ((points_NT2 >= 0) & (points_NT2 < torch.tensor([size[1], size[0]], dtype=points_NT2.dtype))).all(-1)
         return cls(points_NT2, visible_NT & inside, tuple(size))
@@ -51,7 +51,9 @@ class Tracks:
     def __len__(self): return len(self.points)
     def __repr__(self): return f"Tracks({len(self)} points, {self.frames} frames of {self.size[0]} x {self.size[1]}, {self.visible.float().mean():.0%} visible)"
     @property
-    def frames(self) -> int: return self.points.shape[1]
+    def frames(self) -> int:
+        "Frames that the points are followed over."
+        return self.points.shape[1]
 
 # %% ../../nbs/joint/45_tracks.ipynb #91223777
 def _resized(self: Tracks, size) -> Tracks: # (H, W)
@@ -103,8 +105,8 @@ def read_tracks(path) -> Tracks: # .json or .npz
     elif path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as stored: found = {name: stored[name] for name in stored.files}
-        except (ValueError, OSError) as error: raise InputError(f"{path} is no readable .npz of plain arrays ({error}); read_tracks") from None
-    else: raise InputError(f"{path}; read_tracks; .json or .npz")
+        except (ValueError, OSError) as error: raise InputError(f"{path} is no readable .npz of plain arrays ({error}); read_tracks; write it again with write_tracks") from None
+    else: raise InputError(f"{path} is neither .json nor .npz; read_tracks; tracks are kept in these two")
     if absent := [name for name in ("points", "size") if name not in found]: raise InputError(f"{path} has no {' and no '.join(absent)}; read_tracks; expected size, points and, if some are hidden, visible")
     try: points = _plain_points(found["points"]) if path.suffix == ".json" else found["points"]
     except TypeError as error: raise InputError(f"{path} holds no tracks ({error}); read_tracks; points are [N][T][x, y]") from None
@@ -119,7 +121,7 @@ def write_tracks(tracks: Tracks, path): # .json or .npz
         write_json(path, {"size": list(tracks.size), "points": points, "visible": tracks.visible.tolist()})
     elif path.suffix == ".npz":
         with atomic_write(path) as file: np.savez(file, points=tracks.points.numpy(), visible=tracks.visible.numpy(), size=np.array(tracks.size))
-    else: raise InputError(f"{path}; write_tracks; .json or .npz")
+    else: raise InputError(f"{path} is neither .json nor .npz; write_tracks; choose one of these endings")
 
 # %% ../../nbs/joint/45_tracks.ipynb #7ccecb45
 def _distances(tracks: Tracks): # squared, from pixel centres to every point before its step -> [N,T-1,H,W]
@@ -149,7 +151,7 @@ def track_maps(tracks: Tracks,        # of the points
                share: float = 0.15    # displacement at full scale, share of the diagonal
               ) -> Frames:            # signed [T,3,H,W]
     "Displacement and presence, spread by a Gaussian."
-    if not sigma > 0 or not share > 0: raise InputError(f"sigma={sigma}, share={share}; track_maps; both are positive")
+    if not sigma > 0 or not share > 0: raise InputError(f"sigma={sigma}, share={share}; track_maps; give positive numbers")
     move, known = tracks.steps()
     g = torch.exp(-_distances(tracks) / (2 * sigma**2)) * known[..., None, None]    # [N,T-1,H,W]
     total = g.sum(0)[:, None]
@@ -163,7 +165,7 @@ def follow(flow: Flow,                  # forward, T-1 entries
            nearest: bool = False        # the vector of the pixel that a point is in: for flows with sharp edges, such as drawn shapes; False: linear between pixel centres
           ) -> Tracks:                  # T frames
     "Tracks of points that go with the flow."
-    if flow.direction != "forward": raise InputError(f"a {flow.direction} flow; follow; points go forward")
+    if flow.direction != "forward": raise InputError(f"a {flow.direction} flow; follow; points go forward in time: give the forward flow")
     (h, w), at = flow.size, [starts_N2.float()]
     for step in flow.data.float():
         grid = at[-1] / torch.tensor([w, h]) * 2 - 1
@@ -184,6 +186,6 @@ def draw_starts(flow: Flow, g: torch.Generator,  # of the clip; of the draws
     weight = length if float(length.sum()) > 0 else torch.ones(h * w)
     pick = [torch.multinomial(weight, moving, replacement=True, generator=g)] if moving else []
     pick += [torch.randint(h * w, (anywhere,), generator=g)] if anywhere else []
-    if not pick: raise InputError("no point asked for; draw_starts; moving or anywhere is at least 1")
+    if not pick: raise InputError("no point asked for; draw_starts; set moving or anywhere to at least 1")
     where = torch.cat(pick)
     return torch.stack([where % w, where // w], 1) + 0.5

@@ -46,10 +46,11 @@ class Examples:
     def __post_init__(self):
         if not self.clips: raise InputError("no example; Examples; give at least one {label: Frames}")
         if wrong := [label for label, clip in self.clips.items() if not isinstance(clip, Frames)]:
-            raise InputError(f"{wrong[0]!r} is no Frames; Examples; wrap it: Frames(data, range)")
+            raise InputError(f"example {wrong[0]!r} is of type {type(self.clips[wrong[0]]).__name__}; Examples; wrap it: Frames(data, range)")
 
     @property
     def shape(self) -> tuple: # (frames, (H, W))
+        "Frames and (H, W) that an upload is brought to."
         first = next(iter(self.clips.values()))
         return len(first), self.size or first.size
 
@@ -103,7 +104,7 @@ class ChooseFrames(W.VBox):
         return uploaded(file["content"], file["name"], frames, size)
 
     @value.setter
-    def value(self, label):
+    def value(self, label): # of an example
         if label not in self.examples.clips: raise InputError(f"no example {label!r}; there are {', '.join(self.examples.clips)}")
         self.upload.value = ()
         self.menu.value = label
@@ -134,7 +135,7 @@ def knob(name: str, annotation, default=inspect.Parameter.empty, help: str | Non
         return (W.IntSlider if kind is int else W.FloatSlider)(min=rule.low, max=rule.high, step=step, continuous_update=False, **given, **told)
     boxes = {bool: W.Checkbox, int: W.IntText, float: W.FloatText, str: W.Text}
     if kind not in boxes:
-        raise InputError(f"parameter {name} is a {annotation}; Panel; "
+        raise InputError(f"parameter {name} has the type {annotation}, for which there is no knob; Panel; "
                          "use str, int, float, bool, Literal, Annotated[number, Within], Annotated[Frames, Examples]")
     return boxes[kind](**given, **told)
 
@@ -171,7 +172,9 @@ class Panel(W.VBox):
         super().__init__([head, *self.knobs.values(), self.button, self.line, self.shown])
 
     @property
-    def values(self) -> dict: return {name: widget.value for name, widget in self.knobs.items()}
+    def values(self) -> dict:
+        "{parameter: what its knob says}."
+        return {name: widget.value for name, widget in self.knobs.items()}
 
     def set(self, **values):  # of knobs; of pictures the label of an example
         "Turns knobs from code; what does not fit is refused and nothing is turned."

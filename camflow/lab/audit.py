@@ -54,6 +54,7 @@ class Audit(TorchDispatchMode):
 
     @contextmanager
     def region(self, name: str): # what is being done
+        "Operations inside `with` are counted under this name."
         before, self.place = self.place, name
         try: yield self
         finally: self.place = before

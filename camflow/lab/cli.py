@@ -158,7 +158,8 @@ def _compare(args) -> int:
 def _weights(args) -> int:
     "camflow weights"
     from camflow.lab.choices import asked, choice_table, embedded, users
-    from camflow.lab.published import bad, describe, fields, state_of, weights_folder
+    from camflow.assets import weights_folder
+    from camflow.lab.published import bad, describe, fields, state_of
     entries = asked(args.names)
     rows = [(entry, state_of(entry, args.folder, args.check)) for entry in entries]
     shown = [pair for pair in rows if not (args.missing and pair[1]["present"])]
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--report", action="store_true", help="write report.html anew")
     for command in (resume, rerun, show): command.add_argument("run", nargs="?", default="last", help="NAME/ID, part of an id, NAME (its newest), a folder; default: the newest run")
     for command in (run, resume, rerun):
-        command.add_argument("--timeout", type=float, metavar="SECONDS", help="time limit of the whole run")
+        command.add_argument("--timeout", type=float, metavar="SECONDS", help="time limit of the whole run; 0: none (a resumed run has its own where none is given)")
         command.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     many = add("list", _list, "list runs, newest first, and rebuild reports/index.html")
     many.add_argument("name", nargs="?", help="only runs of this notebook")
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--json", action="store_true", help="print rows as JSON")
     published = add("weights", _weights, "published weights: what for, where they go, licence, digest, conversion, and their state here")
     published.add_argument("names", nargs="*", metavar="NAME", help="names, run notebooks, or words of what they are needed for (default: all, and what is embedded)")
-    published.add_argument("--folder", default="", help="where they lie (default $CAMFLOW_WEIGHTS, else weights/)")
+    published.add_argument("--folder", default="", help="where they lie (default: where profiles look, $CAMFLOW_WEIGHTS, else weights/)")
     published.add_argument("--check", action="store_true", help="hash the files and load the networks strictly")
     published.add_argument("--missing", action="store_true", help="only those that are not there")
     published.add_argument("--json", action="store_true", help="print entries as JSON")

@@ -72,7 +72,9 @@ def _digest(path: Path, stamp: tuple) -> str: return sha256_file(path) # the sta
 def _hash(path: Path) -> str: return _digest(path, (path.stat().st_size, path.stat().st_mtime_ns))
 
 
-def code_of(notebook: dict) -> list: return [cell_source(c) for c in notebook["cells"] if c["cell_type"] == "code"]
+def code_of(notebook: dict) -> list:  # as read from its file
+    "Text of each code cell."
+    return [cell_source(c) for c in notebook["cells"] if c["cell_type"] == "code"]
 
 
 def output_key(notebook: dict,         # nbformat 4
@@ -106,7 +108,7 @@ def _child(path: Path, target: Path, seconds: float):
     wanted = {c.id for c in nb_test_cells(path, config.tst_flags)}
     notebook, shell = read_nb(path), CaptureShell(path)
     try:
-        shell.run_all(notebook, exc_stop=True, preproc=lambda c: c.cell_type != "code" or c.id not in wanted, cell_timeout=seconds)
+        shell.run_all(notebook, exc_stop=True, preproc=lambda c: c.cell_type != "code" or c.id not in wanted, cell_timeout=1.5 * seconds) # the whole has ended by then, unless nobody watches any more
         used = sum(u.ru_utime + u.ru_stime for u in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)))
         write_json(target, {"cpu_seconds": round(used, 2), "outputs": {c.id: c.outputs for c in notebook.cells if c.cell_type == "code" and c.id in wanted and c.outputs}})
     except BaseException as error: # becomes the status failed, with the error's text as the reason
@@ -127,8 +129,7 @@ def execute_one(path: Path,            # notebook
 def _stop(process):
     "Ends a child and everything in its session."
     try: os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError: pass # it and its children have ended
-    except PermissionError: process.kill() # not yet a session of its own
+    except (ProcessLookupError, PermissionError): process.kill() # ended, or not yet a session of its own
     process.join()
 
 # %% ../../nbs/lab/19_doc_outputs.ipynb #d0d60041
@@ -140,7 +141,9 @@ class Executed:
     cpu: dict = field(default_factory=dict)        # source -> processor seconds, of those executed now
     files: set = field(default_factory=set)        # where the outputs lie
 
-    def count(self, status: str) -> int: return sum(s == status for s, _ in self.status.values())
+    def count(self, status: str) -> int:  # "ok", "kept", "run", "failed" or "timeout"
+        "Notebooks of this status."
+        return sum(s == status for s, _ in self.status.values())
 
     def problems(self) -> list:
         "A line for each notebook that should have outputs and has none."

@@ -12,10 +12,13 @@ import html
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import posixpath
 import re
-from dataclasses import dataclass, field
+import textwrap
+import tokenize
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -50,6 +53,7 @@ def sources(root: Path,            # the checkout
             only=()) -> dict:      # parts of notebook paths; when given, other notebooks are left out
     "Every source with its page name, sorted; two sources of one page are refused."
     found = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    if lost := [part for part in only if not any(part in p.as_posix() for p in found)]: raise InputError(f"no notebook has {', '.join(map(repr, lost))} in its path; only; camflow list --notebooks and the folders of nbs say what there is")
     found = [p for p in found if not only or p.name == "index.ipynb" or any(part in p.as_posix() for part in only)]
     found += sorted((root / "docs").rglob("*.md")) + [p for pattern in (*LOOSE, "CHANGELOG.md", "CONTRIBUTING.md") for p in sorted(root.glob(pattern))]
     pages = {}
@@ -93,7 +97,7 @@ class Symbols:
     modules: dict = field(default_factory=dict)  # module -> page
     headed: dict = field(default_factory=dict)   # module -> qualified names with a heading, in order
 
-    def add(self, notebook: dict, page: str) -> str | None:
+    def add(self, notebook: dict, page: str) -> str | None:  # as read from its file; its page
         "Module of the notebook, None when it exports nothing."
         exp = next((d["default_exp"] for c in notebook["cells"] if "default_exp" in (d := directives(c))), None)
         if exp is None: return None
@@ -112,7 +116,7 @@ class Symbols:
                 self.short.setdefault(name, []).append(f"{module}.{name}")
         return module
 
-    def find(self, name: str, module: str | None = None) -> str | None:
+    def find(self, name: str, module: str | None = None) -> str | None:  # as written, also with (); where it stands, whose names come first
         "Label of a name as it is written in prose, None when there is none or more than one."
         name = name.removesuffix("()")
         for full in (f"{module}.{name}", name, f"camflow.{name}"):
@@ -138,14 +142,34 @@ def _default(value) -> str:
     return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else "..."
 
 
+def _lines(obj):  # function or class
+    "(names, note, whether `-> type` is there too) of each line of the source that holds parameters and a comment."
+    source = textwrap.dedent(inspect.getsource(obj.__init__ if inspect.isclass(obj) and not is_dataclass(obj) else inspect.unwrap(obj)))
+    node, names = ast.parse(source).body[0], {}
+    if isinstance(node, ast.ClassDef): places = [(n.lineno, n.target.id) for n in node.body if isinstance(n, ast.AnnAssign)]
+    else:
+        a = node.args
+        places = [(p.lineno, p.arg) for p in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if p and p.arg not in ("self", "cls")]
+    for line, name in places: names.setdefault(line, []).append(name)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    last = getattr(getattr(node, "returns", None), "lineno", None)
+    return [(names[line], comments[line], line == last) for line in names if line in comments]
+
+
 def _notes(obj) -> dict:
-    "Comment behind each parameter; fastcore's own reader stops at a default that is an array, then only names whose comment is on their line have one."
-    try: return dict(docments(obj))
+    "Comment of each parameter, and `return`."
+    try:
+        try: notes = dict(docments(obj))
+        except ValueError: notes = {}  # fastcore stops at a default that is an array
+        lines = _lines(obj)
     except (OSError, TypeError, SyntaxError): return {}  # made at run time, no source
-    except ValueError:
-        lines = inspect.getsource(obj).splitlines()
-        found = {name: next((m[1] for line in lines if (m := re.match(rf"(?:.*[(\s]){name}\b.*?#\s*(.*)$", line))), None) for name in inspect.signature(obj).parameters}
-        return {name: note for name, note in found.items() if note}
+    for names, note, ends in lines:
+        parts = [part.strip() for part in note.split(";")]
+        if len(names) == 1: parts = [note]
+        elif len(parts) != len(names): parts = [f"{', '.join(f'`{name}`' for name in names)}: {note}"] * len(names)
+        notes.update(zip(names, parts))
+        if ends: notes.pop("return", None)
+    return notes
 
 
 def reference(obj,                    # function, class or property
@@ -159,10 +183,9 @@ def reference(obj,                    # function, class or property
     try: signature = inspect.signature(obj) if call else None
     except (ValueError, TypeError): signature = None
     if signature is None: return text
-    parameters = [p for p in signature.parameters.values() if p.name != "self"]
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
     notes = _notes(obj)
     returns = notes.pop("return", None)
-    if returns and parameters and not notes.get(parameters[-1].name): notes[parameters[-1].name], returns = returns, None
     star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     shown, rows, keyword_only = [], [], False
     for p in parameters:
@@ -205,6 +228,7 @@ class Site:
         return self.files.setdefault(source, inside)
 
     def target(self, link: str, source: str) -> tuple[str, str]: # (kind: page, file, nothing or missing; path)
+        "Where a link from `source` leads."
         path = link.split("#")[0]
         near = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         for full in (near, posixpath.normpath(path)):  # the home page is also the README: its links start at the root
@@ -220,7 +244,7 @@ class Site:
     def prose(self, text: str,                # Markdown of the repository
               source: str,                    # its file, relative to the root
               page: str,                      # its page
-              module: str | None = None) -> str:
+              module: str | None = None) -> str:  # whose names come first; None: the page exports nothing
         "The same text for the site: names in back-ticks are linked, links follow their targets."
         up = "../" * page.count("/")
 
@@ -239,7 +263,7 @@ class Site:
         parts = re.split(r"(^ *```.*?^ *```[^\n]*$)", text, flags=re.S | re.M)
         return "".join(part if i % 2 else PIECES.sub(piece, part) for i, part in enumerate(parts))
 
-    def named(self, shown: str, name: str, source: str, module: str | None) -> str:
+    def named(self, shown: str, name: str, source: str, module: str | None) -> str:  # with its back-ticks; without; its file, relative to the root; of the page, None: it exports nothing
         "A name in back-ticks, linked when it is ours; a full name that does not exist is a problem."
         if label := self.symbols.find(name, module): return f"[{shown}](#{label})"
         if not re.fullmatch(r"camflow(\.\w+)+(\(\))?", name): return shown
@@ -254,7 +278,7 @@ class Site:
         page = self.symbols.modules.get(home)
         return f"[{shown}](/{page}.ipynb)" if page else shown
 
-    def suffix(self, page: str) -> str:
+    def suffix(self, page: str) -> str:  # without its ending
         "Of the page's file in the Sphinx source."
         return next((".ipynb" if s.endswith(".ipynb") else ".md" for s, p in self.pages.items() if p == page), ".md")
 
@@ -271,7 +295,8 @@ def lookup(module: str, name: str):  # to import; qualified, such as Class.metho
     obj = importlib.import_module(module)
     for part in name.split("."):
         obj = inspect.getattr_static(obj, part) if inspect.isclass(obj) else getattr(obj, part)
-    return obj.__func__ if isinstance(obj, (staticmethod, classmethod)) else obj
+    if isinstance(obj, (staticmethod, classmethod)): return obj.__func__
+    return obj if callable(obj) or not hasattr(obj, "f") else obj.f  # what @patch(cls_method=True) leaves
 
 
 def convert(notebook: dict,        # nbformat 4

@@ -31,7 +31,7 @@ def _head(path: Path) -> tuple[str, str]: # (first heading, the quoted line unde
     return title[1] if title else path.stem, line[1] if line else ""
 
 
-def toctree(entries, caption: str = "", hidden: bool = True) -> str:
+def toctree(entries, caption: str = "", hidden: bool = True) -> str:  # page names; heading in the side bar; not on the page itself
     "A table of contents of page names, absolute; `title </page>` is taken as it is."
     return "\n".join(["", "```{toctree}", *([":hidden:"] if hidden else []), *([f":caption: {caption}"] if caption else []), ":maxdepth: 1", "", *(e if e.endswith(">") else f"/{e}" for e in entries), "```", ""])
 
@@ -46,7 +46,7 @@ def listing(out: Path, title: str, entries, words: str = "") -> str: # entries: 
     return "\n".join([f"# {title}", "", words, "", *rows, toctree(entries)])
 
 
-def contents(site: Site, out: Path):
+def contents(site: Site, out: Path):  # its pages; folder of the Sphinx source
     "Writes the index pages and ends the home page with the table of contents."
     start = (site.root / "docs/index.md").read_text("utf-8") if (site.root / "docs/index.md").exists() else ""
     named = {page: at for source, page in site.pages.items() if source.startswith("docs/") and (at := start.find(f"({source.removeprefix('docs/')})")) >= 0} # pages as the home page names them
@@ -84,7 +84,7 @@ def contents(site: Site, out: Path):
         home.write_text(json.dumps(notebook), encoding="utf-8")
 
 
-def gallery(site: Site) -> str:
+def gallery(site: Site) -> str:  # of a checkout; files to be copied are noted in it
     "The page of finished reports, with their numbers and commands; the reports are copied beside it."
     folder, cards = site.root / "reports/gallery", []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".md") and p.name != "index.html"): site.place(path.relative_to(site.root).as_posix())
@@ -98,7 +98,7 @@ def gallery(site: Site) -> str:
     return "\n".join(["# Gallery", "", "Finished reports of runs, one file each; they open without a network. The line below each makes it again.", "", f'<div class="reports">{"".join(cards)}</div>', ""])
 
 
-def names_index(site: Site) -> dict:
+def names_index(site: Site) -> dict:  # with the names of all pages
     "All public names by chapter and module, each with the first line of its docstring: chapter -> page."
     pages = {}
     for module, names in sorted(site.symbols.headed.items()):
@@ -112,7 +112,7 @@ def names_index(site: Site) -> dict:
     return {chapter: "\n".join(pages[chapter]) + "\n" for chapter in [*(c for c in CHAPTERS if c in pages), *(c for c in pages if c not in CHAPTERS)]}
 
 # %% ../../nbs/lab/14_docs.ipynb #d0c60071
-def mathml(latex: str, display: bool = False) -> str:
+def mathml(latex: str, display: bool = False) -> str:  # without its dollars; on a line of its own, not within the text
     "MathML of a formula; InputError when a command is not understood."
     from latex2mathml.converter import convert as to_mathml
     latex = re.sub(r"\\(arg)(?![A-Za-z])", r"\\operatorname{\1}", latex)  # the one operator of ours that the converter lacks
@@ -123,7 +123,7 @@ def mathml(latex: str, display: bool = False) -> str:
     return text
 
 
-def setup(app):
+def setup(app):  # sphinx.application.Sphinx
     "Sphinx extension: formulas as MathML."
     from docutils import nodes
     from sphinx.util import logging
@@ -159,6 +159,8 @@ html[data-theme=dark] .bd-article .cell_output img,html[data-theme=dark] .bd-art
 .reports{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr));gap:1rem}
 .report{border:1px solid var(--pst-color-border);border-radius:6px;padding:.7rem;overflow:hidden}.report img{display:block;width:100%;margin-bottom:.4rem}.report table{margin:.4rem 0;width:100%;font-size:.8rem}
 .report td{padding:.1rem .3rem;border:0}.report td:last-child{min-width:0}.report code{display:block;font-size:.75rem;overflow-wrap:anywhere}
+@media(min-width:960px){.bd-sidebar-primary{flex:0 0 15rem;width:15rem}.bd-main .bd-content .bd-article-container{max-width:72rem}.bd-page-width{max-width:104rem}}
+@media(min-width:1200px){.bd-sidebar-secondary{flex:0 0 13rem;width:13rem}}
 #search-results ul.search{padding:0}#search-results ul.search li{padding:.45rem 0;margin:0}#search-results ul.search li a{font-size:1rem}
 #search-results ul.search li>a::after{content:attr(href);margin-left:.8rem;font-weight:400;font-size:.8rem;color:var(--pst-color-text-muted);display:inline-block}
 """
@@ -180,7 +182,7 @@ def breakable(page: str) -> str: # HTML
     return re.sub(r'(<span class="pre">)([^<]{16,})(</span>)', lambda m: m[1] + re.sub(r"(?<=[\w\]])([./_=,])(?=\w)", r"\1<wbr>", m[2]) + m[3], page)
 
 
-def external(folder: Path) -> list:
+def external(folder: Path) -> list:  # of the finished site
     "What the pages below a folder would fetch from a network: (page, address)."
     fetch = re.compile(r"""<(?:script|img|iframe|video|audio|source)\b[^>]*?\bsrc=["']?(https?:)?(//[^"'\s>]+)|<link\b[^>]*?\bhref=["']?(https?:)?(//[^"'\s>]+)|@import\s+(?:url\()?["']?(https?:)?(//[^"')\s]+)|url\(["']?(https?:)?(//[^"')]+)""")
     return [(path.relative_to(folder).as_posix(), next(g for g in reversed(m.groups()) if g)) for path in sorted(p for p in folder.rglob("*") if p.suffix in (".html", ".css"))
@@ -223,7 +225,7 @@ def build(root: Path,                  # the checkout
         (pages / "_look/camflow.css").write_text(STYLE, encoding="utf-8")
         (pages / "_look/scorer.js").write_text(SCORER, encoding="utf-8")
         bare = {p.stem: [] for p in pages.iterdir() if p.is_file()}  # pages outside sections have nothing to list at the side
-        app = Sphinx(str(pages), None, str(html_folder), str(Path(scratch, "doctrees")), "html", parallel=workers, confoverrides={**CONFIG, "html_sidebars": bare, "html_static_path": [str(pages / "_look")], "html_search_scorer": str(pages / "_look/scorer.js")}, warningiserror=True, keep_going=True, status=None)
+        app = Sphinx(str(pages), None, str(html_folder), str(Path(scratch, "doctrees")), "html", parallel=workers, confoverrides={**CONFIG, "html_sidebars": bare, "html_static_path": [str(pages / "_look")], "html_search_scorer": str(pages / "_look/scorer.js")}, warningiserror=True, keep_going=True, status=None, warning=sys.stderr)
         app.build()
         for source, place in site.files.items():
             (html_folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +244,8 @@ def build(root: Path,                  # the checkout
     return count
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> int:  # words of the command line; None: this process's
+    "Builds the site; 1 when it has problems."
     parser = argparse.ArgumentParser(prog="python -m camflow.lab.docs", description="Build the site from notebooks and docs/.")
     parser.add_argument("--out", type=Path, default=None, help="folder of the site, replaced (default: _docs)")
     parser.add_argument("--only", nargs="*", default=[], help="only notebooks whose path contains one of these")
@@ -250,8 +253,9 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="notebooks that run at a time")
     parser.add_argument("--kept", type=Path, default=None, help="folder with the outputs of executed notebooks, by content (default: build/notebooks)")
     given, root = parser.parse_args(argv), repo_root()
-    if root is None: raise InputError("the site is built from a checkout; docs; run it there, not from an installed wheel")
-    return 1 if build(root, given.out or root / "_docs", given.only, given.execute, given.workers, given.kept) else 0
+    if root is None: parser.error("the site is built from a checkout; run it there, not from an installed wheel")
+    try: return 1 if build(root, given.out or root / "_docs", given.only, given.execute, given.workers, given.kept) else 0
+    except InputError as error: parser.error(str(error))
 
 # %% ../../nbs/lab/14_docs.ipynb #d0c60082
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def assets():
     "Rows of the shipped notebooks, of embedded weights, and of each system's published weights."
     from camflow.assets import list_runs
     from camflow.lab.choices import embedded, system_rows
-    from camflow.lab.published import weights_folder
+    from camflow.assets import weights_folder
     here = {row["name"]: row["bytes"] for row in embedded()}
     yield "tiny weights", "ok" if here else "optional", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in here.items()) or "none; the runs tiny_* make them"
     for system, there, count, missing, own in system_rows():

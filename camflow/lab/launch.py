@@ -159,7 +159,9 @@ class Launch:
     lines: list[str] = field(default_factory=list) # a dry run's lines for 1, 8 and 4x8 devices
 
     @property
-    def metrics(self) -> list[dict]: return read_records(self.run_dir/"metrics.jsonl")
+    def metrics(self) -> list[dict]:
+        "Records of metrics.jsonl so far; [] before the first."
+        return read_records(self.run_dir/"metrics.jsonl")
 
 
 def _config_path(run_dir: Path, module: str) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import InputError
+from ..assets import weights_folder
 
 # %% ../../nbs/lab/02_parameters.ipynb #d47dad2e
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def fit(value,        # anything that JSON or YAML can hold
     parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     if outer == "Optional": return None if value is None else fit(value, inner)
     if outer == "Literal":
-        if not any(value == p.value and type(value) is type(p.value) for p in parts): raise TypeError
+        if not any(value == p and type(value) is type(p) for p in map(ast.literal_eval, parts)): raise TypeError
         return value
     _name(node.value, value)
     if outer == "dict": return {fit(k, parts[0]): fit(v, parts[1]) for k, v in value.items()}
@@ -142,13 +143,21 @@ def _unique_loader():
     return Loader
 
 
+def _placed(value):
+    "A profile's weights/... in the folder that `camflow weights` names."
+    if isinstance(value, dict): return {k: _placed(v) for k, v in value.items()}
+    if isinstance(value, list): return [_placed(v) for v in value]
+    if not isinstance(value, str) or value.partition("/")[0] != "weights": return value
+    return str(weights_folder()/value.removeprefix("weights").lstrip("/"))
+
+
 def read_profile(path) -> dict: # YAML file of parameter: value
-    "A profile's values; broken YAML is an `InputError` with the line."
+    "A profile's values, weights/... in $CAMFLOW_WEIGHTS where that is set; broken YAML is an `InputError` with the line."
     import yaml
-    try: values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_loader())
+    try: values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_unique_loader())
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values or {}, dict): raise InputError(f"{path} must hold `parameter: value` lines, not a {type(values).__name__}")
-    return values or {}
+    return _placed(values or {})
 
 
 def find_profile(notebook,       # path of the run notebook
@@ -174,6 +183,7 @@ def parse_assignment(text: str,                      # "key=value" from the comm
     if kind == "str": return name, raw
     try: value = yaml.safe_load(raw)
     except yaml.YAMLError: value = raw
+    if isinstance(value, str) and raw.strip()[:1] not in ("'", '"'): value = raw.strip() # YAML would end a text at " #"
     try: return name, fit(value, kind)
     except TypeError: pass
     try: return name, fit(raw, kind)

@@ -22,6 +22,7 @@ class Memory:
     def __init__(self): self.current, self.peak, self.users = 0, 0, {}
 
     def hold(self, raw: torch.Tensor): # a host tensor that stands for a device tensor
+        "Counts its bytes for as long as the answer lives; several tensors of one storage count once."
         storage = raw.untyped_storage()
         return _Share(self, storage._cdata, storage.nbytes())
 
@@ -65,10 +66,12 @@ class Pretended(torch.Tensor):
     def data_ptr(self): return self.raw.data_ptr()
 
     @property
-    def data(self): return torch.Tensor.data.__get__(self)
+    def data(self):
+        "The values without a history; setting them, as in `p.data = p.data.float()`, also replaces the host tensor behind."
+        return torch.Tensor.data.__get__(self)
 
     @data.setter
-    def data(self, value): # `p.data = p.data.float()` replaces the values too
+    def data(self, value):  # another `Pretended`
         torch.Tensor.data.__set__(self, value)
         self.raw, self.share = value.raw, value.share
 

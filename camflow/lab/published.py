@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['HF', 'OWN_PAGE', 'METRICS', 'CONVERT', 'OMNICAM', 'MODELS', 'PUBLISHED', 'Weights', 'load_script', 'load_dit',
-           'load_vae', 'load_umt5', 'load_i2v', 'load_i2v_file', 'load_omnicam_file', 'load_depth_anything',
-           'load_tokenizer', 'load_vlm', 'weights_folder', 'state_of', 'chosen', 'bad', 'describe', 'fields']
+           'load_vae', 'load_umt5', 'load_i2v', 'load_i2v_file', 'load_clip_file', 'load_omnicam_file',
+           'load_depth_anything', 'load_tokenizer', 'load_vlm', 'state_of', 'chosen', 'bad', 'describe', 'fields']
 
 # %% ../../nbs/lab/11_published.ipynb #a40344f2
 import importlib
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..assets import weights_folder
 from ..files import InputError, sha256_file
 
 # %% ../../nbs/lab/11_published.ipynb #06112135
@@ -30,7 +30,9 @@ class Weights:
     parts: tuple = ()     # further files that the loader takes, in order
     size: str = ""        # number of weights; "": not known here
 
-    def path(self, folder) -> Path: return Path(folder)/self.file # folder of all weights
+    def path(self, folder) -> Path: # folder of all weights
+        "Where the file or folder belongs, there or not."
+        return Path(folder)/self.file
 
 # %% ../../nbs/lab/11_published.ipynb #0fa0a659
 HF = "https://huggingface.co/"
@@ -92,14 +94,21 @@ MODELS = [
     Weights("unifiedreward-qwen3vl", "UnifiedReward-2.0-qwen3vl-8b", "the video judge (CameraFlow's)", HF + "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b", OWN_PAGE, "camflow.lab.published:load_vlm"),
     Weights("unifiedreward-qwen", "UnifiedReward-2.0-qwen-7b", "the video judge, Qwen2.5-VL variant", HF + "CodeGoat24/UnifiedReward-2.0-qwen-7b", OWN_PAGE, "camflow.lab.published:load_vlm"),
     Weights("qwen3-vl", "qwen3-vl-8b-instruct", "multicam_caption -f npu8, the video judge with another prompt", HF + "Qwen/Qwen3-VL-8B-Instruct", "Apache-2.0", "camflow.lab.published:load_vlm"),
-    Weights("stereo-sf", "dynamic_stereo_sf.pth", "stereo_evaluate -f sintel, -f table5", "https://dl.fbaipublicfiles.com/dynamic_replica_v1/dynamic_stereo_sf.pth", "CC BY-NC 4.0",
+    Weights("stereo-sf", "dynamic_stereo_sf.pth", "stereo_depth -f custom, stereo_evaluate -f sintel, -f table5", "https://dl.fbaipublicfiles.com/dynamic_replica_v1/dynamic_stereo_sf.pth", "CC BY-NC 4.0",
             "camflow.stereo.network:load_stereo", size="21.5 M"),
     Weights("stereo-dr-sf", "dynamic_stereo_dr_sf.pth", "stereo_depth, stereo_evaluate", "https://dl.fbaipublicfiles.com/dynamic_replica_v1/dynamic_stereo_dr_sf.pth", "CC BY-NC 4.0",
             "camflow.stereo.network:load_stereo", size="21.5 M"),
+    *(Weights(f"raft-stereo-{name}", f"{file}.pth", f"stereo_evaluate, method raft_stereo; stereo_depth ({what})", "models.zip of https://github.com/princeton-vl/RAFT-Stereo (https://www.dropbox.com/s/q4312z8g5znhhkp/models.zip)", "MIT",
+              "camflow.stereo.raft_stereo:load_raft_stereo", size=size)
+      for name, file, what, size in (("sf", "raftstereo-sceneflow", "trained on SceneFlow", "11.1 M"), ("middlebury", "raftstereo-middlebury", "tuned on Middlebury; its authors' choice for other pictures", "11.1 M"),
+                                     ("eth3d", "raftstereo-eth3d", "tuned for ETH3D", "11.1 M"), ("realtime", "raftstereo-realtime", "fast: raft_iters=7", "9.87 M"), ("rvc", "iraftstereo_rvc", "Robust Vision Challenge 2022", "11.1 M"))),
     Weights("wan-i2v", "wan2.1-i2v-14b", "omnicam_finetune, omnicam_cache -f npu8: the base of OmniCam, with its VAE, text and image encoder", HF + "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Apache-2.0",
             "camflow.lab.published:load_i2v", conversion="used as it is: transformer/, vae/, text_encoder/, tokenizer/, image_encoder/ of diffusers' layout", size="16.4 B in the transformer"),
     Weights("wan-i2v-dit", "omnicam/wan2.1_i2v_480p_14B_bf16.safetensors", "omnicam_finetune from the file that musubi-tuner takes", HF + "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Apache-2.0",
             "camflow.lab.published:load_i2v_file", conversion=OMNICAM + "omnicam_from_reference(read_weights(FILE)).save_pretrained('weights/omnicam-wan2.1-i2v-14b-480p/transformer')", size="16.4 B"),
+    Weights("wan-clip", "omnicam/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "omnicam_generate, omnicam_cache: the image encoder from the file that musubi-tuner takes", HF + "Wan-AI/Wan2.1-I2V-14B-720P", "Apache-2.0",
+            "camflow.lab.published:load_clip_file", conversion="from camflow.wan.convert import read_weights; from camflow.wan.i2v_condition import clip_from_reference; "
+            "clip_from_reference(read_weights(FILE)).save_pretrained('weights/omnicam-wan2.1-i2v-14b-480p/image_encoder')", size="0.63 B in the picture's tower"),
     Weights("omnicam-total", "omnicam/total-3.safetensors", "omnicam_generate -f wan: a whole OmniCam checkpoint (total-N.safetensors)", "no public page is known here; OmniCam-Wan's training writes it", "not known here",
             "camflow.lab.published:load_omnicam_file", conversion=OMNICAM + "published_from_reference(read_weights(FILE)).save_pretrained('weights/omnicam-wan2.1-i2v-14b-480p/transformer')", size="16.9 B"),
     Weights("omnicam", "omnicam-wan2.1-i2v-14b-480p", "omnicam_generate -f wan", "made from wan-i2v-dit or omnicam-total by their conversions; beside transformer/ the other folders of wan-i2v", "that of its parts", "camflow.wan.omnicam_generate:load_generator"),
@@ -154,6 +163,13 @@ def load_i2v_file(path): # one file, Wan's names
     return omnicam_from_reference(read_weights(path))
 
 
+def load_clip_file(path): # models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth
+    "The picture's tower."
+    from camflow.wan.convert import read_weights
+    from camflow.wan.i2v_condition import clip_from_reference
+    return clip_from_reference(read_weights(path))
+
+
 def load_omnicam_file(path): # total-N.safetensors
     "A whole OmniCam checkpoint."
     from camflow.wan.convert import read_weights
@@ -180,11 +196,6 @@ def load_vlm(folder): # Qwen-VL or UnifiedReward
     return load_folder(folder, torch.bfloat16, "sdpa")
 
 # %% ../../nbs/lab/11_published.ipynb #23bfd919
-def weights_folder(folder="") -> Path: # "": $CAMFLOW_WEIGHTS, or weights/ of the current folder
-    "Where the weights lie."
-    return Path(folder or os.environ.get("CAMFLOW_WEIGHTS") or "weights").expanduser()
-
-
 def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 

@@ -94,10 +94,10 @@ def write_result(run_dir,      # the run's folder
                  result: dict, # numbers by name; nested dicts are allowed
                  headline: list[str] | None = None) -> dict: # the names shown in the index, most important first
     "Writes result.json, atomically, and closes a run that was opened by hand."
-    if headline and (missing := [k for k in headline if k not in result]):
-        raise InputError(f"headline names {missing} that result.json does not have; it has {sorted(result)}")
-    result = {**result, **({"headline": headline} if headline else {})}
-    write_json(Path(run_dir)/"result.json", result)
+    missing = [k for k in headline or [] if k not in result]
+    result = {**result, **({"headline": [k for k in headline if k not in missing]} if headline else {})}
+    write_json(Path(run_dir)/"result.json", result) # first: hours of work are not lost for a wrong name
+    if missing: raise InputError(f"headline names {missing} that result.json does not have; it has {sorted(result)}")
     path = Path(run_dir)/"run.json"
     if path.exists() and read_json(path).get("interactive"): close_run(run_dir, "ok")
     return result
@@ -134,21 +134,37 @@ class Run:
     path: Path # the folder
 
     @property
-    def info(self) -> dict: return read_json(self.path/"run.json")
+    def info(self) -> dict:
+        "run.json as it stands; its status may be out of date, see `status`."
+        return read_json(self.path/"run.json")
     @property
-    def name(self) -> str: return self.info.get("name", self.path.parent.name)
+    def name(self) -> str:
+        "Of the run notebook."
+        return self.info.get("name", self.path.parent.name)
     @property
-    def id(self) -> str: return self.path.name
+    def id(self) -> str:
+        "Name of its folder: time and hash."
+        return self.path.name
     @property
-    def config(self) -> dict: return read_json(self.path/"config.json") if (self.path/"config.json").exists() else {}
+    def config(self) -> dict:
+        "config.json; {} when there is none."
+        return read_json(self.path/"config.json") if (self.path/"config.json").exists() else {}
     @property
-    def result(self) -> dict: return read_json(self.path/"result.json") if (self.path/"result.json").exists() else {}
+    def result(self) -> dict:
+        "result.json; {} when there is none."
+        return read_json(self.path/"result.json") if (self.path/"result.json").exists() else {}
     @property
-    def metrics(self) -> list[dict]: return read_records(self.path/"metrics.jsonl")
+    def metrics(self) -> list[dict]:
+        "Records of metrics.jsonl, one per step."
+        return read_records(self.path/"metrics.jsonl")
     @property
-    def status(self) -> str: return settle(self.path)["status"]
+    def status(self) -> str:
+        "Corrected where the process died without saying so."
+        return settle(self.path)["status"]
     @property
-    def ok(self) -> bool: return self.status == "ok"
+    def ok(self) -> bool:
+        "Whether it ran to its end."
+        return self.status == "ok"
     def __str__(self): return f"{self.name}/{self.id}"
     def _repr_html_(self): return f"<b>{html.escape(str(self))}</b>: {self.status}"
 

@@ -7,21 +7,22 @@ __all__ = ['VOLATILE', 'find_notebook', 'metrics_line', 'Progress', 'Stop', 'chi
            'flatten', 'evidence', 'compare', 'rerun']
 
 # %% ../../nbs/lab/03_run.ipynb #dd7b89fd
+import gc
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..files import InputError, read_json, sha256_file, write_json
 from .launch import GRACE, adopt_orphans, children, die_with_parent, end_descendants
 from .live import live, write_live
 from .parameters import find_profile, notebook_parameters, read_profile, resolve
+from ..processes import end_quickly, started
 from .registry import Run, build_index, close_run, find_run, new_run, process_mark, read_records, settle, show_number, show_seconds, update
 
 # %% ../../nbs/lab/03_run.ipynb #45f33ea0
@@ -49,10 +50,12 @@ class Progress(threading.Thread):
         self.cell, self.begin, self.last, self.printed, self.ended = "", time.monotonic(), "", 0.0, threading.Event()
 
     def text(self) -> str:
+        "Cell, and the numbers of the last record."
         records = read_records(self.run_dir/"metrics.jsonl")
         return self.cell + (f" | {metrics_line(records[-1])}" if records else "")
 
     def show(self):
+        "One line: in place on a terminal, else when it changed and three seconds have passed."
         text, now, tty = self.text(), time.monotonic(), self.stream.isatty()
         if tty: print(f"\r\x1b[K[{show_seconds(now - self.begin)}] {text}"[:240], end="", file=self.stream, flush=True)
         elif text != self.last and now - self.printed > 3: print(f"[{show_seconds(now - self.begin)}] {text}", file=self.stream, flush=True)
@@ -63,6 +66,7 @@ class Progress(threading.Thread):
         while not self.ended.wait(self.every): self.show()
 
     def stop(self):
+        "Ends the thread after a last line."
         self.ended.set()
         self.printed = 0
         self.show()
@@ -78,17 +82,24 @@ class Stop:
         self.reason = reason
         self.kill()
 
-    def started(self, pid: int):
+    def started(self, pid: int):  # of the kernel
+        "The kernel is there; it ends at once when the run must."
         self.pid = pid
         if self.reason: self.kill()
 
     def kill(self):
+        "The kernel's whole process group; nothing before it has started."
         if self.pid is None: return
         try: os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError: return
 
 
-def _client(stop: Stop, env: dict, sockets: str):
+def _kernel_words(run_dir: Path) -> list[str]:
+    "Starts the notebook's process."
+    return [sys.executable, "-c", "import sys; from camflow.lab.run import _kernel; _kernel(sys.argv.pop(1))", str(run_dir/"env.json")]
+
+
+def _client(run_dir: Path, stop: Stop, env: dict, sockets: str):
     "The notebook client of one run."
     from jupyter_client.kernelspec import KernelSpec
     from papermill.clientwrap import PapermillNotebookClient
@@ -96,7 +107,7 @@ def _client(stop: Stop, env: dict, sockets: str):
         def create_kernel_manager(self):
             super().create_kernel_manager()
             self.km.transport, self.km.connection_file = "ipc", f"{sockets}/kernel.json"  # private sockets, no open port
-            self.km._kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"], display_name="python3", language="python")
+            self.km._kernel_spec = KernelSpec(argv=[*_kernel_words(run_dir), "-f", "{connection_file}", "--log-level=CRITICAL"], display_name="python3", language="python")
             self.on_notebook_start = lambda notebook: stop.started(self.km.provisioner.pid)
             return self.km
         def execute(self, **kwargs): return super().execute(preexec_fn=lambda: die_with_parent(signal.SIGKILL), env=env, **kwargs)
@@ -134,7 +145,7 @@ def _papermill(notebook: Path, run_dir: Path, parameters: dict, env: dict, stop:
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             _watch(nb_man, on_cell)
             with tempfile.TemporaryDirectory(prefix="camflow-", ignore_cleanup_errors=True) as sockets:
-                client = _client(stop, env, sockets)(nb_man, kernel_name="python3", startup_timeout=120, timeout=None, log=logging.getLogger("camflow.run"))
+                client = _client(run_dir, stop, env, sockets)(nb_man, kernel_name="python3", startup_timeout=120, timeout=None, log=logging.getLogger("camflow.run"))
                 client.execute()
     papermill_engines.register("camflow", CamflowEngine)
     logging.getLogger("camflow.run").setLevel(logging.CRITICAL)   # the verdict says it in our words
@@ -175,28 +186,43 @@ def _verdict(stop: Stop, error: BaseException | None, timeout) -> dict:
     return {"status": "failed", "error": f"{kind}: {error}{died}"}
 
 # %% ../../nbs/lab/03_run.ipynb #e8b8ae49
-def _record_environment(run_dir: Path, env: dict):
-    "Starts the process that writes env.json."
-    code = ("import sys; from camflow.device import env_info; from camflow.files import write_json; "
-            "write_json(sys.argv[1], env_info())")
-    return subprocess.Popen([sys.executable, "-c", code, str(run_dir/"env.json")], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def _kernel(path):
+    "The notebook's process. A fork of it writes env.json to `path`, so that torch's seconds are paid once."
+    if not sys.path[0]: del sys.path[0]   # as ipykernel_launcher does
+    gc.disable()   # an import makes next to no garbage, and torch so many objects that searching them is a tenth of its time
+    with suppress(ImportError): import camflow.device   # without torch the fork's record says so, and the notebook where it needs it
+    gc.freeze()
+    gc.enable()
+    end_quickly()
+    if os.fork() == 0:
+        os.setsid()   # a kernel that shuts down ends its process group
+        for stream in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        try: write_json(path, _environment())
+        finally: os._exit(0)
+    from ipykernel.kernelapp import launch_new_instance
+    launch_new_instance()
 
 
-def _finish_environment(process, run_dir: Path, wait: float = 60):
-    "Waits for env.json; what went wrong stands in the file."
-    try: _, errors = process.communicate(timeout=wait)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, errors = process.communicate()
-    if not (run_dir/"env.json").exists():
-        last = (errors.strip().splitlines() or [f"no answer within {wait} s"])[-1]
-        write_json(run_dir/"env.json", {"status": "failed", "error": last, "python": sys.version.split()[0]})
+def _environment() -> dict:
+    "What env.json holds; what went wrong stands in it."
+    try:
+        from camflow.device import env_info
+        return env_info()
+    except Exception as error: # of a driver or a broken installation: worth a record, not a failed run
+        return {"status": "failed", "error": f"{type(error).__name__}: {error}", "python": sys.version.split()[0]}
+
+
+def _finish_environment(run_dir: Path, others=(), wait: float = 60): # children that have nothing to do with it
+    "Waits for env.json as long as somebody is there to write it; its writer is our child once the kernel has ended."
+    path, deadline = run_dir/"env.json", time.monotonic() + wait
+    while not path.exists() and time.monotonic() < deadline and any(started(pid) for pid in children() if pid not in others): time.sleep(0.05)
+    if not path.exists(): write_json(path, {"status": "failed", "error": f"no answer within {wait} s, or the kernel did not start", "python": sys.version.split()[0]})
 
 
 def child_environment(**extra: str) -> dict:  # more variables
     "Environment of the kernel: this camflow importable, plots without a display, the number of threads fixed."
     root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    path = os.pathsep.join([root, *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)])   # the kernel's folder is another
     base = {k: v for k, v in os.environ.items() if k != "CAMFLOW_RESUME"}
     return {**base, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"), "PYDEVD_DISABLE_FILE_VALIDATION": "1", **extra}
@@ -210,12 +236,12 @@ def _execute(run_dir: Path, notebook: Path, injected: dict, timeout, progress: b
         bar.cell = f"cell {number}/{total} {heading}".rstrip()
         update(run_dir, cell=number, cells=total, heading=heading)
     with live(run_dir, env), _stoppable(stop, timeout):
-        surroundings = _record_environment(run_dir, env)
+        others = children()
         if progress: bar.start()
         try: _papermill(notebook, run_dir, injected, env, stop, on_cell)
         except Exception as error: failure = error
         except KeyboardInterrupt as error: failure = error
-        if stop.reason is None: _finish_environment(surroundings, run_dir)
+        if stop.reason is None: _finish_environment(run_dir, others)
     if progress: bar.stop()
     close_run(run_dir, **_verdict(stop, failure, timeout))
     return _publish(run_dir)
@@ -264,7 +290,7 @@ def run(name: str,                    # name of a run notebook, or a path ending
 # %% ../../nbs/lab/03_run.ipynb #c9543007
 def resume(text: str,                # names a run, see `find_run`
            root=None,                     # folder of the reports; None: reports/ here
-           timeout: float | None = None,  # seconds; None: none
+           timeout: float | None = None,  # seconds; None: the run's own, 0: none
            progress: bool = False) -> Run:  # a line on stderr while it runs
     "Continues a run that failed, was killed or ran out of time, in its own folder."
     past = find_run(text, root)
@@ -276,7 +302,7 @@ def resume(text: str,                # names a run, see `find_run`
     attempts = [*info.get("attempts", []), {k: info.get(k) for k in ("started", "ended", "status", "error", "seconds")}]
     update(past.path, status="running", process=process_mark(), started_at=time.time(), attempts=attempts, error=None, traceback=None, report_error=None,
            notebook_changed=sha256_file(notebook) != config["notebook_sha256"])
-    return _execute(past.path, notebook, changed, timeout or info.get("timeout"), progress, resume=True)
+    return _execute(past.path, notebook, changed, info.get("timeout") if timeout is None else timeout, progress, resume=True)
 
 
 def _known_notebook(config: dict) -> str:
@@ -296,12 +322,12 @@ def flatten(obj, prefix: str = "") -> dict:  # of dicts, lists, numbers; of the 
 
 
 def evidence(run: Run) -> dict:  # of the registry
-    "Everything of a run that must repeat: numbers by name and hashes of weights."
+    "Everything of a run that must repeat: numbers by name, hashes of weights and of videos."
     skip = run.result.get("volatile", [])
     numbers = flatten({"result": {k: v for k, v in run.result.items() if k not in (*skip, "volatile")}, "metrics": run.metrics})
-    weights = {f"weights.{p.relative_to(run.path)}": sha256_file(p) for p in sorted(run.path.rglob("*.safetensors"))}
+    files = {f"{kind}.{p.relative_to(run.path)}": sha256_file(p) for kind, end in (("weights", "safetensors"), ("videos", "mp4")) for p in sorted(run.path.rglob(f"*.{end}"))}
     here = lambda v: v.replace(str(run.path), "RUN") if isinstance(v, str) else v
-    return {k: here(v) for k, v in numbers.items() if not VOLATILE.search(k)} | weights
+    return {k: here(v) for k, v in numbers.items() if not VOLATILE.search(k)} | files
 
 # %% ../../nbs/lab/03_run.ipynb #a784dad6
 def _close(a, b, rtol: float, atol: float) -> bool:
@@ -311,13 +337,24 @@ def _close(a, b, rtol: float, atol: float) -> bool:
     return numbers and abs(a - b) <= atol + rtol*max(abs(a), abs(b))
 
 
+def _same_picture(first, second, levels: float = 2) -> bool:  # video files
+    "As many frames of one size, on average within some levels of 255: what another processor's rounding leaves after the codec."
+    from ..media.video import read_video
+    a, b = (read_video(path).data.float() for path in (first, second))
+    return a.shape == b.shape and float((a - b).abs().mean()) <= levels
+
+
 def compare(first: Run, second: Run,  # a run; another
-            rtol: float = 1e-3, atol: float = 1e-6) -> dict:  # of two numbers that count as equal; of two numbers that count as equal
+            rtol: float = 1e-3, atol: float = 1e-6) -> dict:  # relative and absolute difference of numbers that count as equal
     "Whether two runs are `bit-equal`, `within tolerance` or `different`, and where they differ most."
     a, b = evidence(first), evidence(second)
     missing = sorted(a.keys() ^ b.keys())
     unequal = [k for k in a.keys() & b.keys() if a[k] != b[k]]
-    far = [k for k in unequal if not k.startswith("weights.") and not _close(a[k], b[k], rtol, atol)]
+    def equal(name):
+        kind, _, file = name.partition(".")
+        if kind == "videos": return _same_picture(first.path/file, second.path/file)
+        return kind == "weights" or _close(a[name], b[name], rtol, atol)
+    far = [k for k in unequal if not equal(k)]
     verdict = "nothing to compare" if not (a or b) else "different" if missing or far else "within tolerance" if unequal else "bit-equal"
     if not (first.ok and second.ok): verdict = "not comparable"
     listed = {k: [a.get(k), b.get(k)] for k in [*missing, *sorted(far or unequal)][:10]}
@@ -329,7 +366,7 @@ def rerun(text: str,                 # names a run, see `find_run`
           root=None,                     # folder of the reports; None: reports/ here
           timeout: float | None = None,  # seconds; None: none
           progress: bool = False,        # a line on stderr while it runs
-          rtol: float = 1e-3, atol: float = 1e-6) -> tuple[Run, dict]:  # of two numbers that count as equal; of two numbers that count as equal
+          rtol: float = 1e-3, atol: float = 1e-6) -> tuple[Run, dict]:  # relative and absolute difference of numbers that count as equal
     "Repeats a run from its config.json; returns the new run and the comparison (also in its comparison.json)."
     past = find_run(text, root)
     if "notebook" not in past.config: raise InputError(f"{past} was opened by hand and has no config.json of `camflow run`; start a new run")

@@ -31,7 +31,7 @@ def side_by_side(*parts, gap: int = 16) -> Html: # pieces of markup; px between 
 
 def grid(rows,         # rows of cells; a cell is markup (Html) or plain text
          heads=(),     # column headings
-         align: str = "left") -> Html:
+         align: str = "left") -> Html:  # left, center or right
     "A table; plain text is escaped."
     cell = lambda c: str(c) if isinstance(c, Html) else html.escape(show_number(c))
     style = f'style="padding:.25rem .6rem;text-align:{align};vertical-align:top"'
@@ -59,7 +59,7 @@ def clip_bytes(clip): # Frames, or uint8 tensor or array [T,3,H,W]
 
 def webp_uri(clip,            # Frames or uint8 [T,3,H,W]
              fps: float = 8,  # frames per second
-             lossless: bool = True) -> str:
+             lossless: bool = True) -> str:  # False: quality 80 of 100
     "The clip as an animated WebP data URI."
     from PIL import Image
     data_THWC, _ = clip_bytes(clip)
@@ -87,7 +87,7 @@ def video(clip,                    # Frames or uint8 [T,3,H,W]
 
 
 def video_grid(clips,        # {label: clip}, or a list of such dicts, one per row
-               fps: float | None = None, width: int | None = None, kind: str = "auto") -> Html:
+               fps: float | None = None, width: int | None = None, kind: str = "auto") -> Html:  # as in `video`
     "Clips side by side, one row per dict; clips of a row have one length and play together."
     rows = [clips] if isinstance(clips, dict) else list(clips)
     cells = [[video(clip, label, fps, width, kind) for label, clip in row.items()] for row in rows]
@@ -134,7 +134,7 @@ def _frame(box, x_range, y_range, log: bool) -> str:
 
 # %% ../../nbs/lab/06_views.ipynb #d00fa802
 def curves(series: dict,          # {name: values} or {name: (xs, values)}; None and NaN leave a gap
-           title: str = "", xlabel: str = "step",
+           title: str = "", xlabel: str = "step",  # default: the name of the only series; under the horizontal axis
            log: bool = False,     # logarithmic values; those <= 0 are missing
            bands: dict | None = None, # {name: (lows, highs)} drawn around a series
            width: int = 460, height: int = 240) -> Html: # px
@@ -175,7 +175,7 @@ def _polyline(line, X, Y, colour: str) -> str:
 def metric_plots(records: list[dict],  # what `camflow.lab.registry.read_records` returns
                  names=None,           # those wanted, where there are such; default: all numbers but step and time
                  log=("loss",),        # names with a logarithmic axis
-                 limit: int = 6) -> Html:
+                 limit: int = 6) -> Html:  # curves at most
     "One curve per metric."
     found = list(dict.fromkeys(k for r in records for k, v in r.items() if _finite(v) and not isinstance(v, bool) and k not in ("step", "time", "world")))
     chosen = [n for n in names or found if n in found][:limit]   # what a run never writes has no panel
@@ -198,7 +198,7 @@ class LivePlot:
 # %% ../../nbs/lab/06_views.ipynb #e4c71d55
 def before_after(metrics: dict,       # {name: (before, after)}: one number per clip, NaN = failed
                  lower_is_better=(),  # names of errors
-                 seed: int = 0) -> Html:
+                 seed: int = 0) -> Html:  # of the bootstrap
     "Means before and after, paired difference with 95 % interval, clips that failed, verdict."
     from camflow.metrics.statistics import bootstrap_ci, paired_bootstrap
     rows = []
@@ -253,7 +253,7 @@ def camera_plot(paths: dict,        # {name: Cameras or c2w [T,4,4]}, in one coo
     "Camera paths seen from above, from the side and from behind; a dot and a pale frustum mark the start."
     poses = {name: _poses(path) for name, path in paths.items()}
     spans = [max(float(p[:, k, 3].max()) for p in poses.values()) - min(float(p[:, k, 3].min()) for p in poses.values()) for k in range(3)]
-    common = (size, max(*spans, 1e-3)*0.65)   # one scale for the three views
+    common = (size, max(*spans, 0.1)*0.65)   # one scale for the three views; of cameras that only turn it is not that of their rounding
     views = [_panel(poses, 0, 2, -1, "from above (x, z)", *common), _panel(poses, 2, 1, 1, "from the side (z, y)", *common), _panel(poses, 0, 1, 1, "from behind (x, y)", *common)]
     return side_by_side(*views, gap=8) + f"<div>{_legend(poses)}</div>"
 

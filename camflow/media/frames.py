@@ -184,12 +184,27 @@ def to_pil(frames: Frames, # the clip
 
 
 def from_pil(images,          # one Pillow image or a list of them, of one size
-             fps: float | None = None # frames per second
+             fps: float | None = None, # frames per second
+             background=(255, 255, 255) # under transparent pixels
             ) -> Frames:
-    "Byte frames of Pillow images (or files opened with Pillow)."
-    import numpy as np
+    "Byte frames of Pillow images (or files opened with Pillow) of any mode, as a viewer shows them."
     images = images if isinstance(images, (list, tuple)) else [images]
-    return Frames(torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]), "byte", fps)
+    return Frames(torch.stack([_viewed(image, background) for image in images]), "byte", fps)
+
+
+def _viewed(image, background) -> torch.Tensor: # [3,H,W] uint8
+    "Turned as a camera's flag says, 16 bits brought to 8, transparent pixels over a background."
+    import numpy as np
+    from PIL import Image, ImageOps
+    name, image = getattr(image, "filename", ""), ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode[0] == "I" and np.asarray(image).max() > 65535:
+        raise InputError(f"{name or 'a picture'} holds {'32-bit' if image.mode != 'F' else 'floating point'} numbers, whose black and white nobody knows; save it with 8 or 16 bits per channel")
+    if image.mode == "I" and np.asarray(image).max() < 256: image = image.convert("L") # 8 bits in numbers of 32
+    if image.mode[0] == "I": image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8)) # Pillow's own conversion clips at 255
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _contact_sheet(self, n: int = 8,            # frames, equally spaced, first and last included

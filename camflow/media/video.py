@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIZE_TAG', 'CONTAINERS', 'VideoError', 'VideoInfo', 'probe', 'frame_times', 'decodable_frames', 'has_decord',
-           'read_video', 'video_chunks', 'write_video', 'sample_indices', 'resample_indices', 'to_data_uri',
-           'video_html']
+           'read_video', 'video_chunks', 'x264_options', 'write_video', 'sample_indices', 'resample_indices',
+           'to_data_uri', 'video_html']
 
 # %% ../../nbs/media/01_video.ipynb #20590e51
 # Shapes: T frames, C channels, H rows, W columns
 import base64
 import os
-import statistics
 import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ import torch
 
 from ..files import InputError
 from .frames import Frames, strided_fps
+from .video_facts import list_packets, promised, readers_differ, reason, shown, spacing, squaring
 
 # %% ../../nbs/media/01_video.ipynb #a1880880
 class VideoError(InputError):
@@ -35,20 +35,22 @@ class VideoInfo:
     path: str                                               # of the file
     frames: int           # that the packets hold
     fps: float            # frames per second; the mean when the rate varies; NaN when unknown
-    size: tuple           # (H, W) as shown, after rotation and without padding
+    size: tuple           # (H, W) as shown, after rotation, with square pixels and without padding
     duration: float       # seconds; NaN when unknown
-    variable_rate: bool   # frames are not equally spaced in time: use `frame_times`
+    variable_rate: bool   # some frame is shown more than half a frame from its place at an even rate: use `frame_times`
     rotation: int = 0     # degrees counter-clockwise that the file asks for; frames are returned rotated
     codec: str = ""                                         # name, as FFmpeg has it
     container: str = ""                                     # likewise
     damage: str = ""      # what is wrong with the file, "" when nothing was found
     open_gop: bool = False # pictures shown before a key frame are stored after it
+    stretch: tuple = (1.0, 1.0) # of rows and columns as stored, to make the pixels square
+    apart: str = ""       # why decord's frames would be others, "" where they are the same
 
     @property
     def decord_agrees(self) -> bool:
         "True for the classes of files where decord returns the same frames as PyAV."
         width = self.size[0 if self.rotation % 180 else 1]  # decord refuses rows of 24, 48 and 72 pixels
-        return _seeks(self.container) and min(self.size) > 16 and width > 72 and not (self.damage or self.open_gop or self.variable_rate)
+        return _seeks(self.container) and min(self.size) > 16 and width > 72 and not (self.damage or self.open_gop or self.variable_rate or self.apart)
 
 
 def _seeks(container: str) -> bool:
@@ -66,78 +68,37 @@ class _Index:
 
 
 def _open(path: Path):
-    "The container and its first video stream; errors name the file."
+    "The container and its best video stream (a cover picture is none); errors name the file."
     import av
     if not path.exists(): raise VideoError(f"{path} does not exist; check the path")
     if not path.is_file(): raise VideoError(f"{path} is a folder, not a video file; give one file")
     if path.stat().st_size == 0: raise VideoError(f"{path} is empty (0 bytes), 0 frames can be decoded; copy or download it again")
-    try: container = av.open(str(path))
+    try: container = av.open(str(path.absolute())) # FFmpeg takes the relative 10:20.mp4 for a protocol
+    except PermissionError: raise VideoError(f"{path} cannot be read (no permission); change its permissions, or copy it") from None
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path} cannot be opened as a video ({_reason(error)}), 0 frames can be decoded; it is not a video, or it was cut off before its index: copy or download it again") from None
+        raise VideoError(f"{path} cannot be opened as a video ({reason(error)}), 0 frames can be decoded; it is not a video, or it was cut off before its index: copy or download it again") from None
     kind = container.format.name
     if kind.startswith("image2") or kind.endswith("_pipe") or kind in ("tty", "bin", "xbin"): problem = f"is not a video (it looks like {kind}); open images with Pillow"
-    elif not container.streams.video: problem = "has no video stream, 0 frames can be decoded; give a file with pictures"
-    else: return container, container.streams.video[0]
+    elif (stream := container.streams.best("video")) is None or stream.disposition & av.stream.Disposition.attached_pic: # the cover of a song
+        problem = "has no video stream, 0 frames can be decoded; give a file with pictures"
+    else: return container, stream
     container.close()
     raise VideoError(f"{path} {problem}")
 
-
-def _reason(error): return getattr(error, "strerror", None) or type(error).__name__
-
-# %% ../../nbs/media/01_video.ipynb #abe97a4c
-def _packets(container, stream):
-    "(times or None, key times, open_gop, problem) of all packets, without decoding."
-    import av
-    times, keys, open_gop, problem, usable = [], [], False, "", True
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0 or packet.is_discard: continue # the end of the stream; frames that an edit list hides
-            if packet.is_corrupt: problem = problem or f"the packet of frame {len(times)} is incomplete"
-            time = packet.pts if packet.pts is not None else packet.dts
-            usable = usable and time is not None
-            if packet.is_keyframe: keys.append(time)
-            elif keys and usable and time < keys[-1]: open_gop = True
-            times.append(time)
-    except av.FFmpegError as error: problem = f"reading stops after {len(times)} packets ({_reason(error)})"
-    usable = usable and len(set(times)) == len(times)
-    return (sorted(times) if usable else None), len(times), (sorted(keys) if usable else []), open_gop, problem
-
-
-def _promised(container, stream, count: int, seconds: float) -> str:
-    "What the header promises beyond the packets found, or nothing."
-    if "mov" in container.format.name and stream.frames > count: return f"the header promises {stream.frames} frames, the file holds {count}"
-    if "matroska" in container.format.name and (tag := stream.metadata.get("DURATION")) and count > 1:
-        hours, minutes, rest = tag.split(":")
-        promised = int(hours) * 3600 + int(minutes) * 60 + float(rest)
-        if promised > seconds + 1.5 * seconds / count + 0.01: return f"the header promises {promised:.2f} s, the file holds {seconds:.2f} s"
-    return ""
-
 # %% ../../nbs/media/01_video.ipynb #3e81f7e9
-def _spacing(times: list, tick: float, average) -> tuple: # fps, duration, variable
-    "Frame rate, duration and whether the spacing varies by more than the rounding of the time stamps."
-    if len(times) < 2:
-        fps = float(average) if average else float("nan")
-        return fps, len(times) / fps, False
-    gaps = [b - a for a, b in zip(times, times[1:])]
-    middle = statistics.median(gaps)
-    mean = (len(times) - 1) / ((times[-1] - times[0]) * tick)
-    fps = float(average) if average and abs(float(average) / mean - 1) < 0.01 else mean
-    return fps, (times[-1] - times[0] + middle) * tick, max(gaps) - min(gaps) > max(1.5, 0.02 * middle)
-
-
 @lru_cache(maxsize=512)
 def _scan(path: Path, stamp: tuple) -> _Index: # stamp: size and time of change, so that a rewritten file is indexed again
     container, stream = _open(path)
     with container:
         first = _first_frame(path)
-        turned, (h, w) = first.rotation % 360, (first.height, first.width)
-        if turned % 180: h, w = w, h
-        times, count, keys, open_gop, problem = _packets(container, stream)
+        turned, stretch = first.rotation % 360, squaring(stream)
+        h, w = shown(first, stretch)[::-1 if turned % 180 else 1]
+        times, count, hidden, keys, open_gop, problem = list_packets(container, stream)
         tick = float(stream.time_base)
-        fps, duration, variable = _spacing(times, tick, stream.average_rate) if times else (float(stream.average_rate or "nan"), float("nan"), False)
-        problem = problem or _promised(container, stream, count, duration)
-        info = VideoInfo(str(path), count, fps, _true_size(container.metadata, (h, w)), duration, variable, turned, stream.codec_context.name,
-                         container.format.name, problem, open_gop)
+        fps, duration, variation = spacing(times, tick, stream.average_rate) if times else (float(stream.average_rate or "nan"), float("nan"), 0)
+        problem = problem or promised(container, stream, count + hidden, duration, times[0] * tick if times else 0.0)
+        info = VideoInfo(str(path), count, fps, _true_size(container.metadata, (h, w)), duration, variation > 1, turned, stream.codec_context.name,
+                         container.format.name, problem, open_gop, stretch, readers_differ(container, stream, first, variation, stretch))
         return _Index(info, times or [], keys if _seeks(info.container) else [], tick, (h, w))
 
 
@@ -146,7 +107,7 @@ def _first_frame(path):
     container, stream = _open(path)
     with container:
         try: frame = next(container.decode(stream), None)
-        except av.FFmpegError as error: raise VideoError(f"{path}: not even the first frame can be decoded ({_reason(error)}), 0 frames are left; copy or download it again") from None
+        except av.FFmpegError as error: raise VideoError(f"{path}: not even the first frame can be decoded ({reason(error)}), 0 frames are left; copy or download it again") from None
     if frame is None: raise VideoError(f"{path} holds no frame, 0 frames can be decoded; write or download it again")
     return frame
 
@@ -210,9 +171,10 @@ class _Missed(VideoError):
 
 
 def _upright(frame, info: VideoInfo):
-    "[H,W,3] bytes as shown: the frame's own colour matrix, the file's rotation."
+    "[H,W,3] bytes as shown: the frame's own colour matrix, square pixels, the file's rotation."
     import numpy as np
-    return np.rot90(frame.to_ndarray(format="rgb24"), info.rotation // 90)
+    h, w = shown(frame, info.stretch)
+    return np.rot90(frame.to_ndarray(format="rgb24", width=w, height=h), info.rotation // 90)
 
 # %% ../../nbs/media/01_video.ipynb #0142fae1
 def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,W] bytes
@@ -230,26 +192,31 @@ def _read_pyav(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,
         except _Missed:
             if not index.keys: raise
             return _read_pyav(replace(index, keys=[]), wanted) # from the start, without seeking
-        except av.FFmpegError as error: raise _damaged(index, _reason(error)) from None
+        except av.FFmpegError as error: raise _damaged(index, reason(error)) from None
     if found < len(wanted): raise _damaged(index, f"it ends before frame {wanted[found]}")
     return out
 
 
-def _read_decord(index: _Index, wanted: list) -> torch.Tensor: # [len(wanted),3,H,W] bytes
+def _read_decord(index: _Index, wanted: list,
+                 judge: bool = True # of a failure say whether the file is damaged, for which all of it is decoded
+                ) -> torch.Tensor:  # [len(wanted),3,H,W] bytes
     "The same frames by decord, sorted so that it seeks little."
     import cv2 # before decord: with decord's own zlib loaded first, OpenCV can read no PNG any more ("bad parameters to zlib")
     import decord
     decord.logging.set_level(decord.logging.FATAL)
     if not index.info.decord_agrees: raise VideoError(f"{index.info.path}: decord does not give reliable frames for this class of file ({_why(index.info)}); use backend='auto' or 'pyav'")
     try:
-        reader = decord.VideoReader(index.info.path, num_threads=1)
-        if len(reader) != index.info.frames: raise VideoError(f"{index.info.path}: decord counts {len(reader)} frames, the packets are {index.info.frames}; use backend='pyav'")
+        reader = decord.VideoReader(str(Path(index.info.path).absolute()), num_threads=1)
+        if len(reader) != index.info.frames: raise VideoError(f"{index.info.path}: decord counts {len(reader)} frames, the file holds {index.info.frames}; use backend='pyav'")
         frames_THWC = torch.from_numpy(reader.get_batch(wanted).asnumpy())
-    except decord.DECORDError as error: raise _damaged(index, str(error).strip().splitlines()[0][-120:]) from None
+    except decord.DECORDError as error:
+        reason = str(error).strip().splitlines()[0][-120:]
+        if judge and decodable_frames(index.info.path) < index.info.frames: raise _damaged(index, reason) from None
+        raise VideoError(f"{index.info.path}: decord cannot read it ({reason}); use backend='auto' or 'pyav'") from None # AV1, for one
     return frames_THWC.permute(0, 3, 1, 2).contiguous()
 
 
-def _why(info): return info.damage or ("open groups of pictures" if info.open_gop else "variable rate" if info.variable_rate else f"container {info.container}" if not _seeks(info.container) else "very small frames")
+def _why(info): return info.damage or info.apart or ("open groups of pictures" if info.open_gop else "variable rate" if info.variable_rate else f"container {info.container}" if not _seeks(info.container) else "very small frames")
 
 # %% ../../nbs/media/01_video.ipynb #339b52f2
 def decodable_frames(path # video file
@@ -299,12 +266,20 @@ def read_video(path,                   # video file
     elif index.info.damage: raise _damaged(index, index.info.damage)
     numbers = _frame_numbers(range(index.info.frames) if indices is None else indices, index.info)
     wanted = sorted(set(numbers))
-    if backend == "auto": backend = "decord" if has_decord() and index.info.decord_agrees and not partial else "pyav"
-    data = (_read_decord if backend == "decord" else _read_pyav)(index, wanted)
+    if backend == "auto": data = _read_auto(index, wanted, partial)
+    else: data = (_read_decord if backend == "decord" else _read_pyav)(index, wanted)
     if numbers != wanted: data = data[[bisect_right(wanted, i) - 1 for i in numbers]]
     h, w = index.info.size
     fps = index.info.fps if index.info.fps == index.info.fps and not index.info.variable_rate else None
     return Frames(data[..., :h, :w].contiguous(), "byte", strided_fps(fps, numbers))
+
+
+def _read_auto(index: _Index, wanted: list, partial: bool) -> torch.Tensor: # [len(wanted),3,H,W] bytes
+    "By decord where it gives the same frames, which is faster, else by PyAV."
+    if has_decord() and index.info.decord_agrees and not partial:
+        try: return _read_decord(index, wanted, judge=False)
+        except VideoError: pass # a codec that decord lacks; of a damaged file PyAV says what is left
+    return _read_pyav(index, wanted)
 
 
 def _what_is_left(index: _Index) -> _Index:
@@ -338,7 +313,7 @@ def video_chunks(path,                  # video file
                 if seen - done < len(piece): continue
                 yield piece
                 done, piece = seen, None
-        except av.FFmpegError as error: raise _damaged(index, _reason(error)) from None
+        except av.FFmpegError as error: raise _damaged(index, reason(error)) from None
     if seen < total: raise _damaged(index, f"it ends before frame {seen}")
 
 
@@ -357,17 +332,23 @@ def _rate(fps, frames: Frames) -> Fraction:
     return ntsc if abs(float(ntsc) - float(fps)) < 2e-3 and float(fps) != round(float(fps)) else Fraction(fps).limit_denominator(10_000)
 
 
+def x264_options(crf: int = 18, lossless: bool = False) -> dict: # as `write_video`
+    "Options of libx264 under which the same frames give the same bytes."
+    still = {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
+    return {"preset": "medium", "g": "24", "threads": "4", **({"qp": "0"} if lossless else {"crf": str(crf)}), **still}
+
+
 def _encode(path, bytes_TCHW, rate: Fraction, crf: int, lossless: bool, comment: str):
     "Encodes to a file by name (the index is moved to the front, which needs a second pass over it)."
     import av
     kind = CONTAINERS[Path(path).suffix.lower()]
-    with av.open(str(path), "w", format=kind, options={"movflags": "faststart"} if kind != "matroska" else {}) as container:
+    with av.open(str(Path(path).absolute()), "w", format=kind, options={"movflags": "faststart"} if kind != "matroska" else {}) as container:
         if comment: container.metadata["comment"] = comment
         stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=rate)
         stream.height, stream.width = bytes_TCHW.shape[-2:]
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         stream.codec_context.time_base = 1 / rate
-        stream.options = {"preset": "medium", "g": "24", "threads": "4", **({"qp": "0"} if lossless else {"crf": str(crf)})}
+        stream.options = x264_options(crf, lossless)
         if not lossless: _tag_bt709(stream.codec_context)
         for i, picture in enumerate(bytes_TCHW):
             frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
@@ -397,7 +378,7 @@ def write_video(path,                      # .mp4, .mov or .mkv
     if odd: data = torch.cat([data, data[..., -1:, :]], -2) if h % 2 else data
     if odd and w % 2: data = torch.cat([data, data[..., -1:]], -1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:40]}.") as folder:
         whole = Path(folder) / path.name
         _encode(whole, data, rate, crf, lossless, f"{SIZE_TAG}{h}x{w}" if odd else "")
         with open(whole, "rb+") as file: os.fsync(file.fileno())

@@ -54,7 +54,7 @@ class BottleneckBlock(nn.Module):
         self.conv1, self.conv2, self.conv3 = nn.Conv2d(inside, quarter, 1), nn.Conv2d(quarter, quarter, 3, stride, 1), nn.Conv2d(quarter, outside, 1)
         self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride), nn.InstanceNorm2d(outside)) if stride > 1 else None
 
-    def forward(self, x):
+    def forward(self, x):  # [B,inside,h,w] -> [B,outside,h/stride,w/stride]
         y = x
         for conv in (self.conv1, self.conv2, self.conv3): y = F.relu(F.instance_norm(conv(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
@@ -69,7 +69,7 @@ class SideBlock(nn.Module):
         self.conv2, self.conv4 = conv_prelu(side, side), conv_prelu(side, side)
         self.conv5, self.prelu = nn.Conv2d(channels, channels, 3, 1, 1), nn.PReLU(channels)
 
-    def forward(self, x):
+    def forward(self, x):  # [B,channels,h,w], as what comes out
         y = self.conv1(x)
         y = self.conv3(torch.cat([y[:, :-self.side], self.conv2(y[:, -self.side:])], 1))
         y = self.conv5(torch.cat([y[:, :-self.side], self.conv4(y[:, -self.side:])], 1))
@@ -83,7 +83,7 @@ class Pyramid(nn.Module):
         for i, (a, b) in enumerate(zip((3, *channels), channels)):
             setattr(self, f"pyramid{i + 1}", nn.Sequential(conv_prelu(a, b, 2), conv_prelu(b, b)))
 
-    def forward(self, x):
+    def forward(self, x):  # [B,3,H,W] -> four maps
         out = []
         for i in range(4): out.append(x := getattr(self, f"pyramid{i + 1}")(x))
         return out
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.convblock = nn.Sequential(conv_prelu(inside, middle), SideBlock(middle, side), nn.ConvTranspose2d(middle, outside, 4, 2, 1))
 
-    def forward(self, *parts): return self.convblock(torch.cat(parts, 1))
+    def forward(self, *parts): return self.convblock(torch.cat(parts, 1))  # maps [B,C,h,w] of one size, `inside` channels together -> [B,outside,2h,2w]
 
 # %% ../../nbs/metrics/11_amt.ipynb #a7a42e6d
 class Update(nn.Module):
@@ -112,7 +112,7 @@ class Update(nn.Module):
         self.gru = nn.Sequential(conv(72 + features, hidden), nn.LeakyReLU(0.1), conv(hidden, hidden))
         self.feat_head, self.flow_head = head(features), head(4)
 
-    def forward(self, features, flow, corr):
+    def forward(self, features, flow, corr):  # [B,features,factor h,factor w]; to both frames, [B,4,h,w] in cells; [B,corr_channels,h,w]
         act = lambda x: F.leaky_relu(x, 0.1)
         if self.factor > 1: features = resize(features, 1 / self.factor)
         motion = torch.cat([act(self.convc1(corr)), act(self.convf2(act(self.convf1(flow))))], 1)
@@ -171,7 +171,13 @@ class AMT(nn.Module):
 
 # %% ../../nbs/metrics/11_amt.ipynb #114a11e3
 @patch
-def step(self: AMT, decode, ends, features, flow, t: float, last=False):
+def step(self: AMT,
+         decode,    # network of this scale
+         ends,      # of both frames [B,C,h,w]
+         features,  # [B,C,h,w], None at the coarsest
+         flow,      # [B,4,h,w], None likewise
+         t: float,  # 0..1
+         last=False):  # the finest scale
     "Features and flows [B,4,..] (to frame 0, to frame 1) at the next finer scale; the last one gives the decoder's parts."
     if features is None:
         out = decode(*ends, torch.full_like(ends[0][:, :1], t))
@@ -185,7 +191,7 @@ def step(self: AMT, decode, ends, features, flow, t: float, last=False):
 
 
 @patch
-def blend(self: AMT, image0, image1, mean, parts):
+def blend(self: AMT, image0, image1, mean, parts):  # [B,3,H,W] less the mean; likewise; of both [B,1,1,1]; of the last `step`: flows, masks and residues of n pairs
     "The middle frame from n warped pairs: their mean, and a small network's correction. Also the flows [B,n,2,H,W]."
     (B, _, H, W), n = image0.shape, self.flows
     flow0, flow1, mask, residue = (p.reshape(B * n, -1, H, W) for p in parts)

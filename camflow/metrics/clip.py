@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
 
 from ..files import InputError, read_json
 from .interface import Result
@@ -66,8 +65,9 @@ HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # vision width -> channels of a he
 
 def clip_config(state: dict,                    # transformers' names
                 activation: str = "quick_gelu"  # "quick_gelu" (OpenAI) or "gelu" (LAION)
-               ) -> CLIPConfig:
+               ): # CLIPConfig of transformers
     "The configuration that a state dict's shapes show."
+    from transformers import CLIPConfig # takes seconds to import: only who needs it waits
     shape = lambda name: tuple(state[name].shape)
     depth = lambda side: 1 + max(int(k.split(".")[3]) for k in state if k.startswith(f"{side}_model.encoder.layers."))
     try:
@@ -86,12 +86,15 @@ def clip_config(state: dict,                    # transformers' names
 # %% ../../nbs/metrics/25_clip.ipynb #b5eb0197
 class Clip(nn.Module):
     "CLIP as two functions: `image` and `text`, both to D features (not normalised)."
-    def __init__(self, config: CLIPConfig):  # of transformers
+    def __init__(self, config):  # CLIPConfig of transformers
+        from transformers import CLIPModel
         super().__init__()
         self.model = CLIPModel(config)
 
     @property
-    def side(self) -> int: return self.model.config.vision_config.image_size
+    def side(self) -> int:
+        "Pixels of the square that `image` takes."
+        return self.model.config.vision_config.image_size
 
     def image(self, x_TCHW: Tensor) -> Tensor: # standardised [T,3,side,side] -> [T,D]
         "Image features."
@@ -106,6 +109,7 @@ def load_clip(path,                           # OpenAI's .pt, open_clip's file, 
               activation: str = "quick_gelu"  # of a file: "quick_gelu" (OpenAI) or "gelu" (LAION); a folder's config.json knows
              ) -> Clip:
     "CLIP with published weights."
+    from transformers import CLIPConfig
     folder = path is not None and Path(path).is_dir()
     file = path
     if folder: file = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := Path(path) / n).exists()), Path(path) / "model.safetensors")
@@ -122,6 +126,7 @@ def load_clip(path,                           # OpenAI's .pt, open_clip's file, 
 
 def random_clip(seed: int = 0) -> Clip:  # of the draw
     "An untrained CLIP of toy size (32 x 32 pixels, 16 features), for tests of the plumbing; what it measures is marked `random_weights`."
+    from transformers import CLIPConfig
     side = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
     net = Clip(CLIPConfig(vision_config=side | dict(image_size=32, patch_size=8), text_config=side | dict(vocab_size=64, max_position_embeddings=77), projection_dim=16))
     return random_weights(net, seed)
@@ -166,7 +171,7 @@ def clip_f(features_TD,        # image features, any scale
     f = _unit(features_TD)
     if len(f) < 2:
         if compat == "camflow_seed": return 0.0
-        raise InputError(f"{len(f)} frame; clip_f; at least 2 are needed")
+        raise InputError(f"{len(f)} frames; clip_f; give at least 2")
     return float((f[1:] * f[:-1]).sum(-1).mean())
 
 
@@ -185,7 +190,7 @@ class AestheticHead(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(1, dim)), nn.Parameter(torch.zeros(1))
 
-    def forward(self, features_TD): return F.linear(features_TD, self.weight.to(features_TD), self.bias.to(features_TD))
+    def forward(self, features_TD): return F.linear(features_TD, self.weight.to(features_TD), self.bias.to(features_TD))  # of length 1 -> [T,1]
 
 
 def load_aesthetic(path # sa_0_4_vit_l_14_linear.pth or the same as safetensors

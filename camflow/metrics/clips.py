@@ -46,7 +46,7 @@ class Clip:
         return out | {"cameras": c and {"c2w": c.c2w.tolist(), "K": c.K.tolist(), "size": list(c.size), "frames": c.frames.tolist()}}
 
     @classmethod
-    def of(cls, record: dict):
+    def of(cls, record: dict):  # {field: value}
         "The clip of a record."
         unknown = record.keys() - {f.name for f in fields(cls)}
         if unknown: raise InputError(f"unknown fields {', '.join(sorted(unknown))}; clip {record.get('id')}; known: {', '.join(f.name for f in fields(cls))}")

@@ -151,9 +151,14 @@ class Consistency:
                  longest: int = 832):       # working longer side, pixels, for those who decode
         self.depth, self.span, self.points, self.within, self.longest = depth, span, points, within, longest
 
-    def indices(self, total: int, fps: float = None): return None
+    def indices(self, total: int, fps: float = None):  # frames of the file; its rate
+        "None: all frames."
+        return None
 
-    def errors(self, uv, cameras, first, depth) -> dict:
+    def errors(self, uv,  # tracks of the window [L,N,2], pixels
+               cameras,   # of the clip, None: no path was asked for
+               first,     # number of the window's first frame
+               depth) -> dict:  # ([T,H,W], scale), None: triangulated
         "Errors of the tracks of one window, pixels [N]."
         last = first + len(uv) - 1
         matrix, _ = fundamental(uv[0], uv[-1], 1.0)
@@ -174,7 +179,7 @@ class Consistency:
         details = {"windows": spans, "corners": list(started), "tracks": [uv.shape[1] for uv in tracks], "size": list(video.shape[-2:]), "within": self.within}
         return [self.result(number, found, cameras, details) for number in NUMBERS]
 
-    def scaled(self, depth, tracks, spans, cameras) -> tuple:
+    def scaled(self, depth, tracks, spans, cameras) -> tuple:  # Depth of the clip; [L,N,2] of each window; first and last frame of each; of the clip
         "([T,H,W] depth, its scale): 1 for metric depth, else the median over all tracks of the clip."
         maps = depth.data[:, 0].cpu().numpy()
         if depth.kind == "metric": return maps, 1.0
@@ -184,7 +189,7 @@ class Consistency:
             raise InputError(f"{len(ratios)} tracks show their depth; consistency; a relative depth needs 8 to find its scale: give metric depth")
         return maps, float(np.median(ratios))
 
-    def result(self, number, found, cameras, details) -> Result:
+    def result(self, number, found, cameras, details) -> Result:  # one of NUMBERS; `errors` of each window; None: no path was asked for; of all results
         "One of NUMBERS over the clip."
         name, kind, unit = f"{self.name}.{number}", *number.split("_")
         if kind != "best" and cameras is None: return Result(name, status="skipped", reason="no camera path was asked for")

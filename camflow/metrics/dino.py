@@ -103,13 +103,13 @@ class Dino(nn.Module):
         "All tokens after the last norm."
         p = self.config.patch
         if images_NCHW.ndim != 4 or min(images_NCHW.shape[-2:]) < p:
-            raise InputError(f"images of shape {tuple(images_NCHW.shape)}; DINO; [N,3,H,W] of at least {p}x{p}")
+            raise InputError(f"images of shape {tuple(images_NCHW.shape)}; DINO; give [N,3,H,W] of at least {p}x{p} pixels")
         x = self.patch_embed.proj(images_NCHW)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(*images_NCHW.shape[-2:])
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
-    def forward(self, images_NCHW): return self.tokens(images_NCHW)[:, 0]
+    def forward(self, images_NCHW): return self.tokens(images_NCHW)[:, 0]  # standardised -> [N,D], the class token
 
 # %% ../../nbs/metrics/24_dino.ipynb #53218bd0
 def load_dino(path # dino_vitbase16_pretrain.pth or the same as safetensors

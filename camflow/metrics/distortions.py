@@ -69,9 +69,9 @@ def noise(clip_T3HW: Tensor,     # bytes
 def jpeg(clip_T3HW: Tensor, quality: int) -> Tensor: # bytes; 1 (worst) to 100
     "Every frame through JPEG."
     import cv2
+    if not 1 <= quality <= 100: raise InputError(f"quality {quality}; jpeg; give 1 to 100")
     def once(frame):
-        ok, coded = cv2.imencode(".jpg", np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
-        if not ok: raise InputError(f"JPEG of quality {quality} failed; jpeg; give 1 to 100")
+        _, coded = cv2.imencode(".jpg", np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
         return torch.from_numpy(cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1].copy()).permute(2, 0, 1)
     return torch.stack([once(frame) for frame in _bytes(clip_T3HW, "jpeg")])
 

@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
         changes = stride > 1 or inside != 4 * width
         self.downsample = nn.Sequential(nn.Conv2d(inside, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)) if changes else None
 
-    def forward(self, x):
+    def forward(self, x):  # [B,inside,h,w] -> [B,4 width,h/stride,w/stride]
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
@@ -78,7 +78,7 @@ class GaussianProcess(nn.Module):
         super().__init__()
         self.pos_conv, self.noise = nn.Conv2d(2, dim, 1), noise
 
-    def forward(self, f1, f2):
+    def forward(self, f1, f2):  # [B,C,h,w]; of the other image [B,C,h2,w2]
         (B, _, h, w), (h2, w2) = f1.shape, f2.shape[-2:]
         embedding = torch.cos(8 * math.pi * self.pos_conv(pixel_centres(B, h2, w2, f2)))
         x, y, e = (a.flatten(2).mT.float() for a in (f1, f2, embedding))
@@ -95,7 +95,7 @@ class ResidualRefinement(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(inside, outside, 1), nn.Conv2d(outside, outside, 3, 1, 1)
         self.bn, self.conv3 = nn.BatchNorm2d(outside), nn.Conv2d(outside, outside, 3, 1, 1)
 
-    def forward(self, x):
+    def forward(self, x):  # [B,inside,h,w] -> [B,outside,h,w]
         x = self.conv1(x)
         return F.relu(x + self.conv3(F.relu(self.bn(self.conv2(x)))))
 
@@ -106,7 +106,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(2 * channels, channels, 1), nn.Conv2d(channels, channels, 1)
 
-    def forward(self, coarse, fine):
+    def forward(self, coarse, fine):  # [B,channels,h,w] of the coarser level, at this size; likewise, of this level
         mean = torch.cat([coarse, fine], 1).mean((2, 3), keepdim=True)
         return self.conv2(F.relu(self.conv1(mean))).sigmoid() * fine + coarse
 
@@ -121,7 +121,7 @@ class CoarseDecoder(nn.Module):
         self.cab, self.rrb_u = per_stride(lambda: ChannelAttention(dim)), per_stride(lambda: ResidualRefinement(dim, dim))
         self.terminal_module, self.dim = per_stride(lambda: nn.Conv2d(dim, 3, 1)), dim
 
-    def forward(self, expected, features, context, stride: str):
+    def forward(self, expected, features, context, stride: str):  # of `GaussianProcess` [B,embedding,h,w]; of the first image [B,features,h,w]; [B,dim,h,w], zeros at first; "32" or "16"
         x = self.rrb_d[stride](torch.cat([self.feat_input_modules[stride](features), expected], 1))
         context = self.rrb_u[stride](self.cab[stride](context, x))
         out = self.terminal_module[stride](context)
@@ -168,7 +168,7 @@ class Refiner(nn.Module):
         self.block1, self.hidden_blocks = _refiner_block(inside, hidden), nn.Sequential(*[_refiner_block(hidden, hidden) for _ in range(blocks)])
         self.out_conv, self.disp_emb = nn.Conv2d(hidden, 3, 1), nn.Conv2d(2, embedding, 1)
 
-    def forward(self, f1, f2, warp):
+    def forward(self, f1, f2, warp):  # [B,features,h,w]; likewise, of the other image; [B,2,h,w] as (x, y) in -1..1
         B, _, h, w = f1.shape
         seen = F.grid_sample(f2, warp.permute(0, 2, 3, 1), align_corners=False)
         parts = [f1, seen, self.disp_emb(warp - pixel_centres(B, h, w, warp))]
@@ -224,7 +224,7 @@ class DKM(nn.Module):
         self.size, self.upsample_size = tuple(size), tuple(upsample_size)
         self.encoder, self.decoder = nn.ModuleDict({"net": ResNet50()}), Decoder()
 
-    def features(self, image0, image1, size: tuple, deepest=32):
+    def features(self, image0, image1, size: tuple, deepest=32):  # [B,3,H,W] in 0..1; likewise, of any size; (H, W) that both get, pixels; stride at which to stop
         "Pyramids of both images at a size, and the same with the images exchanged."
         f, B = self.encoder["net"](torch.cat([scale_to(image0, size), scale_to(image1, size)]), deepest), len(image0)
         return f, {s: torch.cat([x[B:], x[:B]]) for s, x in f.items()}

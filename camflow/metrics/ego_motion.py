@@ -160,7 +160,10 @@ class EgoMotion:
         scores, shares, kinds = (list(column) for column in zip(*rows))
         return self.judge(names, scores, shares, dict(model=kinds, all_flow=raw, threshold=limit, size=list(size), failed=failed, believed=seen))
 
-    def judge(self, names, scores, shares, details) -> list:
+    def judge(self, names,  # of the three results
+              scores,       # fastest motion of each pair of frames, pixels; NaN where it failed
+              shares,       # of fast pixels, 0..1, likewise
+              details) -> list:  # of all results: all_flow, threshold, size, failed and more
         "Three results from the curves."
         if np.isnan(scores).all():
             reason = next(iter(details["failed"].values()), "no flow can be believed; ego motion; is the clip noise?")

@@ -28,7 +28,7 @@ from .feature_cache import FeatureCache
 from .interface import Result
 from .streaming import as_metric, as_record, measure_clip, score_set, signature
 from .table import Table, make_row
-from ..processes import die_with_parent
+from ..processes import die_with_parent, end_quickly
 
 # %% ../../nbs/metrics/34_engine.ipynb #a791a103
 def _child(conn, note, parent, number, data, cache, seed, size):
@@ -36,6 +36,7 @@ def _child(conn, note, parent, number, data, cache, seed, size):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     if os.getppid() != parent: return
+    end_quickly()
     os.environ["LOCAL_RANK"] = str(number) # spreads workers over accelerators
     metrics, count = pickle.loads(data), 0 # of this program, from its own memory
     for net in networks_of(metrics): net.to(device())
@@ -48,7 +49,7 @@ def _child(conn, note, parent, number, data, cache, seed, size):
     while True:
         try: task = json.loads(conn.recv_bytes())
         except EOFError: return
-        for i, results, info in measure_clip(Clip.of(task["clip"]), {i: metrics[i] for i in task["metrics"]}, cache, seed, size, tell):
+        for i, results, info in measure_clip(Clip.of(task["clip"]), {i: metrics[i] for i in task["metrics"]}, cache, seed, size, tell, task["anew"]):
             send(metric=i, results=[as_record(r) for r in results], video=[info.frames, info.fps] if info else [0, math.nan])
         send(done=True)
 
@@ -96,7 +97,7 @@ def blamed(step: str, task: dict, metrics) -> set: # what the worker was doing; 
     return guilty & set(task["metrics"]) or set(task["metrics"])
 
 # %% ../../nbs/metrics/34_engine.ipynb #c3155662
-def in_workers(tasks: list,        # of {"clip": record, "metrics": numbers}
+def in_workers(tasks: list,        # of {"clip": record, "metrics": numbers, "anew": numbers whose stored results do not count}
                metrics: list,      # of the engine
                cache: Path, seed: int, size: int,  # folder of what was measured; of the draw; frames per chunk
                processes: int,     # at once
@@ -150,12 +151,23 @@ def in_workers(tasks: list,        # of {"clip": record, "metrics": numbers}
         for w in workers: w.kill()
 
 # %% ../../nbs/metrics/34_engine.ipynb #8e3870e2
+def _relabel(table: Table, clips, done: set): # jobs whose rows stay
+    "Rows that stay get the labels and paths that their clips have now: a clip is known by its bytes, and may have moved to another group or source."
+    rows, now = table.read(), {c.id: (str(c.video), c.cluster, c.group) for c in clips}
+    labels = ["video", "cluster", "group"]
+    rows = rows[rows.job.isin(done) & rows["clip"].isin(now)]
+    if not len(rows): return
+    new = pd.DataFrame([now[c] for c in rows["clip"]], columns=labels, index=rows.index)
+    moved = (rows[labels] != new).any(axis=1)
+    table.append(rows.assign(**new)[moved].to_dict("records"))
+
+
 def evaluate(clips,                  # of Clip
              metrics,                # engine metrics, plain metrics, set metrics
              out,                    # folder of the table (table.parquet) and the clips (clips.json)
              processes: int = 1,     # that may be killed; 0: in this process, for notebooks and debugging
              cache=None,             # folder of features; default: features in `out`
-             resume: bool = True,    # False: measure everything again
+             resume: bool = True,    # False: measure everything again, from the features that still hold
              seed: int = 0,          # of metrics that draw
              redo: tuple = (),       # statuses that are measured again, for instance ("failed", "timeout")
              patience: float = 3600, # seconds without progress after which a step is given up; not with processes=0
@@ -170,20 +182,21 @@ def evaluate(clips,                  # of Clip
     versions = [f"{__version__}+{s[:12]}" for s in signs]
     content = {c.id: clip_hash(c) for c in clips}
     job = {(c.id, i): content_hash([content[c.id], signs[i], seed]) for c in clips for i, m in enumerate(metrics) if not m.of_set}
-    every = [[content[c.id], c.cluster, c.id] for c in clips]
-    job |= {("", i): content_hash([every, signs[i], seed]) for i, m in enumerate(metrics) if m.of_set}
-    done = table.jobs(redo) if resume else set()
+    every = lambda m: [[content[c.id], c.cluster, c.id, *[c.group] * m.by_group] for c in clips]
+    job |= {("", i): content_hash([every(m), signs[i], seed]) for i, m in enumerate(metrics) if m.of_set}
+    done, known = table.jobs(redo) if resume else set(), table.jobs()
+    _relabel(table, clips, done)
     write_clips(out / "clips.json", clips)
     sets = [i for i, m in enumerate(metrics) if m.of_set and job["", i] not in done]
     lost, tasks, of = {i: {} for i in sets}, [], []
     for clip in clips:
         todo = [i for i, m in enumerate(metrics) if not m.of_set and job[clip.id, i] not in done] + [i for i in sets if not metrics[i].missing]
-        if todo: tasks.append({"clip": clip.record(), "metrics": todo}); of.append(clip)
+        if todo: tasks.append({"clip": clip.record(), "metrics": todo, "anew": [i for i in todo if not resume or job.get((clip.id, i)) in known]}); of.append(clip)
     if processes: finished = in_workers(tasks, metrics, folder, seed, size, processes, patience)
     else:
         for net in networks_of(metrics): net.to(device())
         here, one = FeatureCache(folder), lambda i, r, info: (i, (r, info.frames if info else 0, info.fps if info else math.nan))
-        finished = ((n, dict(one(*x) for x in measure_clip(of[n], {i: metrics[i] for i in t["metrics"]}, here, seed, size))) for n, t in enumerate(tasks))
+        finished = ((n, dict(one(*x) for x in measure_clip(of[n], {i: metrics[i] for i in t["metrics"]}, here, seed, size, anew=t["anew"]))) for n, t in enumerate(tasks))
     for count, (n, answers) in enumerate(finished, 1):
         clip, rows = of[n], []
         for i, (results, frames, fps) in sorted(answers.items()):

@@ -104,7 +104,7 @@ def main(config: dict,  # keys of DEFAULTS
     if unknown := set(config) - set(DEFAULTS) - {"module"}: raise InputError(f"evaluate: unknown settings {sorted(unknown)}; there are: {', '.join(DEFAULTS)}")
     c, run_dir = {**DEFAULTS, **config}, Path(run_dir)
     if not c["folder"]: raise InputError("no folder; evaluate; give the folder of the results or videos")
-    if c["weights"] and c["random_weights"]: raise InputError("weights and random_weights; evaluate; drawn weights are for tests of the plumbing: give one of them")
+    if c["weights"] and c["random_weights"]: raise InputError("weights and random_weights are both set; evaluate; drawn weights are for tests of the pipeline: set one of them")
     names_of(c["metrics"])
     clips = find_clips(c["folder"], **{k: c[k] for k in ("layout", "sources", "references", "cameras", "metadata", "results", "poses", "pairs", "focal_mm", "limit")})
     write_json(run_dir/"lacking.json", {"layout": clips.layout, "notes": clips.notes, "unused": clips.unused})

@@ -6,9 +6,12 @@
 __all__ = ['code_hash', 'weights_hash', 'describe', 'FeatureCache']
 
 # %% ../../nbs/metrics/40_feature_cache.ipynb #595e3cd2
+import ast
 import hashlib
 import inspect
-from functools import lru_cache
+import re
+from enum import Enum
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +22,15 @@ from torch import Tensor, nn
 
 import camflow.media as _media
 import camflow.metrics as _metrics
-from ..files import atomic_write, content_hash, sha256_file
+from ..files import atomic_write, content_hash
 
 # %% ../../nbs/metrics/40_feature_cache.ipynb #6dcf5dd8
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    "Hash of the sources that features and metrics are made by."
-    files = sorted(p for package in (_metrics, _media) for p in Path(package.__path__[0]).glob("*.py"))
-    return content_hash([[p.name, sha256_file(p)] for p in files])
+@lru_cache(maxsize=2)
+def code_hash(below: bool = False) -> str:  # True: also what lies below, which metrics of whole videos call
+    "Hash of the sources that features and metrics are made by; remarks and blank lines do not count."
+    packages = [Path(p.__path__[0]) for p in (_metrics, _media)]
+    if below: packages += [packages[0].parent / name for name in ("depth", "flow", "geometry", "world")]
+    return content_hash([[p.parent.name, p.name, ast.unparse(ast.parse(p.read_text(encoding="utf-8")))] for package in packages for p in sorted(package.glob("*.py"))])
 
 
 def weights_hash(network: nn.Module) -> str:  # the network
@@ -40,19 +44,57 @@ def weights_hash(network: nn.Module) -> str:  # the network
     return f"{known}:{digest.hexdigest()[:16]}"
 
 
-def describe(obj):  # any setting
-    "JSON-ready account of what an object was made with: settings by value, networks by their weights, arrays by their bytes."
+def _code(constant): # of a function: its code, and what stands in it
+    if inspect.iscode(constant): return [constant.co_code.hex(), *constant.co_names, *map(_code, constant.co_consts)]
+    if isinstance(constant, frozenset): return sorted(map(repr, constant)) # `x in {"a", "b"}`: the order of a set is not that of another process
+    return [_code(c) for c in constant] if isinstance(constant, tuple) else repr(constant)
+
+
+def _captured(function): # cells that nothing was put into yet are left out
+    for cell in function.__closure__ or ():
+        try: yield cell.cell_contents
+        except ValueError: pass
+
+
+def _name(obj): # a function or class; methods of built-in types have no module, and a worker calls the module of a program __mp_main__
+    return f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', type(obj).__qualname__)}".replace("__mp_main__.", "__main__.", 1)
+
+
+def _definition(obj, inside): # a function or class
+    "Its name; of what `code_hash` does not read, or what shares its name (lambdas, functions within functions), also its code and what it has captured."
+    name, functions = _name(obj), [obj]
+    if name.startswith("camflow.") and "<" not in name: return name
+    if inspect.isclass(obj): functions = [getattr(f, "fget", None) or getattr(f, "__func__", f) for _, f in sorted(vars(obj).items())]
+    bases = [b for b in (obj.__bases__ if inspect.isclass(obj) else ()) if b.__module__ not in ("builtins", "typing")]
+    return [name, *([_code(f.__code__), describe([f.__defaults__, f.__kwdefaults__, *_captured(f)], inside)] for f in functions if inspect.isfunction(f)),
+            *(_definition(b, inside) for b in bases)]
+
+
+def describe(obj,         # any setting
+             inside=()):  # what it is a part of
+    "JSON-ready account of what an object was made with: settings by value, networks by their weights, arrays by their bytes, functions by their code."
+    if isinstance(obj, np.generic): obj = obj.item()
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
-    if isinstance(obj, (list, tuple, set)): return [describe(x) for x in obj]
-    if isinstance(obj, dict): return {str(k): describe(v) for k, v in obj.items()}
+    if any(obj is o for o in inside): return "itself"
+    part = partial(describe, inside=(*inside, obj))
+    if isinstance(obj, (list, tuple)): return [part(x) for x in obj]
+    if isinstance(obj, (set, frozenset)): return sorted((part(x) for x in obj), key=repr)
+    if isinstance(obj, dict): return {str(k): part(v) for k, v in obj.items()}
     if isinstance(obj, Path): return str(obj)
-    if hasattr(obj, "key") and hasattr(obj, "start"): return obj.key # a feature
-    name = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    if inspect.ismodule(obj): return obj.__name__
+    if hasattr(obj, "key") and hasattr(obj, "start") and not inspect.isclass(obj): return obj.key # a feature
+    name = _name(type(obj))
     if isinstance(obj, nn.Module): return [name, weights_hash(obj), str(getattr(obj, "config", "")), repr(obj)]
-    if isinstance(obj, (Tensor, np.ndarray)): return [name, hashlib.sha256(np.ascontiguousarray(torch.as_tensor(obj).cpu().numpy()).tobytes()).hexdigest()]
+    if isinstance(obj, np.ndarray) and obj.dtype == object: return [name, part(obj.tolist())]  # its bytes are addresses
+    if isinstance(obj, np.ndarray): return [name, str(obj.dtype), list(obj.shape), hashlib.sha256(np.ascontiguousarray(obj).tobytes()).hexdigest()]
+    if isinstance(obj, Tensor): return [name, str(obj.dtype), list(obj.shape), hashlib.sha256(obj.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()]
     if name.startswith("transformers."): return name # tokenizers hold thousands of settings
-    if inspect.isroutine(obj) or inspect.isclass(obj): return f"{obj.__module__}.{obj.__qualname__}"
-    return [name, {k: describe(v) for k, v in sorted(getattr(obj, "__dict__", {}).items()) if not k.startswith("_")}]
+    if isinstance(obj, Enum): return [name, obj.name]
+    if isinstance(obj, partial): return [name, part(obj.func), part(obj.args), part(obj.keywords)]
+    if inspect.ismethod(obj): return [part(obj.__func__), part(obj.__self__)]
+    if inspect.isroutine(obj) or inspect.isclass(obj): return _definition(obj, (*inside, obj))
+    if not hasattr(obj, "__dict__"): return [name, re.sub(" at 0x[0-9a-f]+", "", repr(obj))]
+    return [_definition(type(obj), inside), {k: part(v) for k, v in sorted(vars(obj).items()) if not k.startswith("_")}]
 
 # %% ../../nbs/metrics/40_feature_cache.ipynb #ee89eaec
 class FeatureCache:

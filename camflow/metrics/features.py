@@ -66,16 +66,26 @@ class Feature:
     def key(self) -> str:
         "Hash of settings, weights and code."
         settings = {k: describe(v) for k, v in sorted(vars(self).items()) if k not in ("key", "name", "select") and not k.startswith("_")}
-        return content_hash([type(self).__qualname__, settings, code_hash()], 24)
+        return content_hash([describe(type(self)), settings, code_hash()], 24)
 
     @property
     def networks(self) -> list:
         "Networks that take part."
         return [v for v in vars(self).values() if isinstance(v, nn.Module)]
 
-    def wanted(self, *infos): return None            # sorted frame numbers, None: all
-    def covers(self, found, wanted): return True      # whether stored arrays hold what is wanted
-    def pick(self, found, wanted): return found       # that part of them
+    def wanted(self, *infos):  # VideoInfos
+        "Sorted frame numbers that are to be read, None: all; from the VideoInfo of each video."
+        return None
+    def covers(self, found, wanted):  # {name: array}; of `wanted`
+        "Whether stored arrays hold what is wanted."
+        return True
+    def pick(self, found, wanted):  # {name: array}; of `wanted`
+        "The part of stored arrays that is wanted."
+        return found
+
+    def start(self, wanted, *infos):  # of `wanted`; VideoInfo of each video
+        "An object with `push(*chunks)`, one `Chunk` of each video, `done`, and `finish()` -> {name: array}; InputError for a video that is too short."
+        raise NotImplementedError
 
 # %% ../../nbs/metrics/31_features.ipynb #f4aeb569
 def clip_own(x, side):  # [T,3,H,W] bytes; pixels that the network sees
@@ -106,7 +116,7 @@ class FrameRows(Feature):
                  select: int | None = None):   # frames, equally spaced; None: all
         self.name, self.network, self.transform, self.side, self.method, self.select = name, network, transform, side, method, select
 
-    def wanted(self, info): return None if self.select is None else frame_indices(info.frames, self.select)
+    def wanted(self, info): return None if self.select is None else frame_indices(info.frames, self.select)  # VideoInfo
     def covers(self, found, wanted): return wanted is not None and not set(wanted) - set(found["frames"].tolist()) or wanted is None and bool(found["whole"])
 
     def pick(self, found, wanted):
@@ -114,13 +124,13 @@ class FrameRows(Feature):
         at = {f: i for i, f in enumerate(found["frames"].tolist())}
         return {"frames": np.asarray(wanted), "rows": found["rows"][[at[f] for f in wanted]], "whole": np.asarray(False)}
 
-    def inputs(self, chunk, places):
+    def inputs(self, chunk, places):  # a `Chunk`; places of its frames that are wanted
         "What the network sees, made once per piece."
         of, function = TRANSFORMS[self.transform]
         frames = lambda: chunk.bytes(places) if of == "bytes" else chunk.floats(places, "last" in of)
         return chunk.made((self.transform, self.side, tuple(places)), lambda: function(frames(), self.side))
 
-    def start(self, wanted, info): return _Rows(self, wanted)
+    def start(self, wanted, info): return _Rows(self, wanted)  # frame numbers, None: all; VideoInfo
 
 
 class _Rows:
@@ -146,7 +156,7 @@ class Differences(Feature):
     "Mean absolute difference of each frame and the one before, grey levels."
     name = "frame differences"
 
-    def start(self, wanted, info):
+    def start(self, wanted, info):  # None: all frames; VideoInfo
         if info.frames < 2: raise InputError(f"{info.frames} frames; {self.name}; at least 2 are needed")
         return _Differences()
 
@@ -168,10 +178,10 @@ class TopMotion(Feature):
     name = "RAFT flow"
 
     def __init__(self, network, iters: int = 20): self.network, self.iters = network, iters # RAFT; steps
-    def wanted(self, info): return kept_frames(info.frames, info.fps)
+    def wanted(self, info): return kept_frames(info.frames, info.fps)  # VideoInfo
 
-    def start(self, wanted, info):
-        if len(wanted) < 2: raise InputError(f"{info.frames} frames at {info.fps:g} per second leave {len(wanted)}; {self.name}; two are needed")
+    def start(self, wanted, info):  # frame numbers; VideoInfo
+        if len(wanted) < 2: raise InputError(f"{info.frames} frames at {info.fps:g} per second leave {len(wanted)} at eight per second; {self.name}; two are needed: give a longer clip")
         return _TopMotion(self, wanted, info)
 
 
@@ -192,7 +202,7 @@ class Between(Feature):
 
     def __init__(self, network): self.network = network # AMT
 
-    def start(self, wanted, info):
+    def start(self, wanted, info):  # None: all frames; VideoInfo
         if info.frames < 3: raise InputError(f"{info.frames} frames; {self.name}; three are needed: one between two")
         return _Between(self.network)
 
@@ -221,9 +231,9 @@ class FirstClip(Feature):
     @property
     def networks(self): return [self.fvd.network]
 
-    def wanted(self, info): return list(range(self.fvd.frames))
+    def wanted(self, info): return list(range(self.fvd.frames))  # VideoInfo
 
-    def start(self, wanted, info):
+    def start(self, wanted, info):  # frame numbers; VideoInfo
         if info.frames < self.fvd.frames: raise InputError(f"{info.frames} frames; {self.name}; {self.fvd.frames} are needed")
         return _FirstClip(self.fvd)
 
@@ -243,7 +253,7 @@ class PairValues(Feature):
     def __init__(self, name: str, function, network=None): # of bytes and bytes [T,3,H,W] (and the network) to [T]
         self.name, self.function, self.network = name, function, network
 
-    def start(self, wanted, info, other):
+    def start(self, wanted, info, other):  # None: all frames; VideoInfo; of the other video
         if (info.frames, *info.size) != (other.frames, *other.size):
             raise InputError(f"{info.frames} frames of {info.size} and {other.frames} of {other.size}; {self.name}; resize and cut both videos alike first")
         return _PairValues(self)
@@ -267,11 +277,11 @@ class Matches(Feature):
     def __init__(self, network, frames: int = 80, count: int = 11000, seed: int = 0): # DKM; pairs of frames; draws; of the draws
         self.network, self.frames, self.count, self.seed = network, frames, count, seed
 
-    def wanted(self, info, other):
+    def wanted(self, info, other):  # VideoInfo; of the other video
         length = min(info.frames, other.frames)
         return np.linspace(0, length - 1, min(self.frames, length)).astype(int).tolist()
 
-    def start(self, wanted, info, other): return _Matches(self, wanted)
+    def start(self, wanted, info, other): return _Matches(self, wanted)  # frame numbers; VideoInfo; of the other video
 
 
 class _Matches:
@@ -321,6 +331,7 @@ class Held:
     def __init__(self, data: Tensor, fps: float = math.nan): self.data, self.fps = data, fps if fps else math.nan # bytes [T,3,H,W]; frames per second
 
     def info(self):
+        "VideoInfo as of a file; InputError unless the data are bytes [T,3,H,W]."
         if self.data.dtype != torch.uint8 or self.data.ndim != 4 or self.data.shape[1] != 3 or not len(self.data):
             raise InputError(f"video {tuple(self.data.shape)} of {self.data.dtype}; metrics; give bytes [T,3,H,W]")
         return VideoInfo("frames in memory", len(self.data), self.fps, tuple(self.data.shape[-2:]), len(self.data) / self.fps, False)

@@ -186,7 +186,7 @@ def fvd_v(fake_VNCTHW,            # V views of N videos
     if mode == "camflow_seed": real = np.broadcast_to(real, (len(fake), *real.shape))
     if fake.shape != real.shape or fake.ndim != 6:
         wanted = "[V,N,C,T,H,W]" if mode == "sv4d" else "[N,C,T,H,W]"
-        raise InputError(f"fakes {fake.shape} and reals {real.shape}; fvd_v; [V,N,C,T,H,W] and {wanted} of equal sizes")
+        raise InputError(f"fakes {fake.shape} and reals {real.shape}; fvd_v; give [V,N,C,T,H,W] and {wanted} of equal sizes")
     V, N, _, T = fake.shape[:4]
     views = np.arange(max(length, V)) * V // max(length, V)
     def clips(x, t):

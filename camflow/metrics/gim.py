@@ -32,7 +32,9 @@ class Fit:
     pad: tuple        # (left, right, top, bottom) pixels of black
 
     @property
-    def padded(self): return self.size[0] + self.pad[2] + self.pad[3], self.size[1] + self.pad[0] + self.pad[1]
+    def padded(self):
+        "(H, W) with the black border, pixels."
+        return self.size[0] + self.pad[2] + self.pad[3], self.size[1] + self.pad[0] + self.pad[1]
 
 
 def fit_size(size: tuple,                  # (H, W) of the original image, pixels

@@ -50,7 +50,7 @@ class Unit3D(nn.Module):
         if not last: self.bn = nn.BatchNorm3d(c_out, eps=1e-5)  # 1e-3, as in Inception, moves pooled features by 5 % of their spread
         self.last = last
 
-    def forward(self, x):
+    def forward(self, x):  # [N,c_in,T,H,W] -> [N,c_out,T',H',W'], ceil(n / stride) places along each side
         x = self.conv3d(same_padding(x, self.conv3d.kernel_size, self.conv3d.stride))
         return x if self.last else F.relu(self.bn(x), inplace=True)
 
@@ -64,7 +64,7 @@ class Inception3D(nn.Module):
         self.b0, self.b1a, self.b1b = Unit3D(c_in, a), Unit3D(c_in, b), Unit3D(b, c, k)
         self.b2a, self.b2b, self.b3b = Unit3D(c_in, d), Unit3D(d, e, k), Unit3D(c_in, f)
 
-    def forward(self, x):
+    def forward(self, x):  # [N,c_in,T,H,W] -> [N,C,T,H,W], C of the four branches together
         pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
 
@@ -92,7 +92,7 @@ class I3D(nn.Module):
         "The last map, averaged over windows of 2 frames and 7x7."
         x = clips_NCTHW
         if x.ndim != 5 or x.shape[1] != 3 or x.shape[2] < 9 or min(x.shape[3:]) < 193:
-            raise InputError(f"clips of shape {tuple(x.shape)}; I3D; [N,3,T,H,W] with at least 9 frames of 193x193 (the usual size is 16 frames of 224x224)")
+            raise InputError(f"clips of shape {tuple(x.shape)}; I3D; give [N,3,T,H,W] with at least 9 frames of 193x193 (the usual size is 16 frames of 224x224)")
         for name, spec in _LAYERS: x = getattr(self, name)(x) if isinstance(name, str) else max_pool_same(x, name, spec)
         return F.avg_pool3d(x, (2, 7, 7), 1)
 
@@ -124,7 +124,7 @@ def fvd_clip(frames_TCHW: Tensor,               # bytes, or floats 0..1
     if protocol not in FVD_INPUTS: raise InputError(f"protocol {protocol!r}; fvd_clip; one of {', '.join(FVD_INPUTS)}")
     x = frames_TCHW
     if protocol == "camflow_seed":
-        if x.dtype != torch.uint8: raise InputError("floats; fvd_clip camflow_seed; that protocol resizes bytes")
+        if x.dtype != torch.uint8: raise InputError(f"frames of {x.dtype}; fvd_clip, protocol camflow_seed; it resizes bytes: give uint8")
         images = [np.asarray(Image.fromarray(f.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)) for f in x.cpu()]
         return torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2).float() / 255
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()

@@ -26,7 +26,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)
 
-    def forward(self, x): return F.relu(self.bn(self.conv(x)), inplace=True)
+    def forward(self, x): return F.relu(self.bn(self.conv(x)), inplace=True)  # [N,c_in,H,W] -> [N,c_out,H',W']
 
 # %% ../../nbs/metrics/20_inception.ipynb #ad92048f
 def _pad(kernel): return tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
@@ -46,7 +46,7 @@ class Mixed(nn.Module):
                 for name, c_out, kernel, stride in part: setattr(self, name, ConvNorm(c, c_out, kernel, stride, 0 if stride == 2 else _pad(kernel)))
                 c = sum(step[1] for step in part)
 
-    def forward(self, x):
+    def forward(self, x):  # [N,c_in,H,W] -> [N,C,H,W], C of the branches together; half the size where the pool is "stride"
         out = []
         for row in self.branches:
             y = x if row[0][0] != "branch_pool" else self._pooled(x)

@@ -37,6 +37,7 @@ class SIFT:
         self.points, self.ratio, self.smallest = points, ratio, smallest
 
     def features(self, image_3HW: Tensor) -> tuple: # 0..1 -> points [N,2] pixels, descriptors [N,128]
+        "Points of one image, centres of pixels at +0.5."
         import cv2
         grey = cv2.cvtColor(np.ascontiguousarray((image_3HW * 255).round().byte().permute(1, 2, 0).cpu().numpy()), cv2.COLOR_RGB2GRAY)
         zoom = max(self.smallest / min(grey.shape), 1.0)
@@ -88,7 +89,7 @@ def grey_pair(image0: Tensor, image1: Tensor, # [3,H,W] in 0..1
     return torch.cat([(fit(x) * weight).sum(1, keepdim=True) for x in (image0, image1)]).expand(-1, 3, -1, -1)
 
 
-def _scaled(points_N2, size, image): return points_N2.double().cpu().numpy() * [image.shape[-1] / size[1], image.shape[-2] / size[0]]
+def _scaled(points_N2, size, image): return points_N2.cpu().double().numpy() * [image.shape[-1] / size[1], image.shape[-2] / size[0]]
 
 
 @dataclass
@@ -99,7 +100,9 @@ class LightGlue:
     name = "lightglue"
 
     @property
-    def networks(self): return (self.network,)
+    def networks(self):
+        "(None,) without weights."
+        return (self.network,)
 
     def __call__(self, image0: Tensor, image1: Tensor) -> tuple:
         pair = grey_pair(image0.to(self.network.device), image1.to(self.network.device), self.size)
@@ -136,7 +139,9 @@ class LoFTR:
     name = "loftr"
 
     @property
-    def networks(self): return (self.network,)
+    def networks(self):
+        "(None,) without weights."
+        return (self.network,)
 
     def __call__(self, image0: Tensor, image1: Tensor) -> tuple:
         net, options = self.network, self.network.config
@@ -202,7 +207,9 @@ class GIM:
         self.network, self.count = network, count
 
     @property
-    def networks(self): return (self.network,)
+    def networks(self):
+        "(None,) without weights."
+        return (self.network,)
 
 
 class SourceMatches:

@@ -55,7 +55,7 @@ def multiscale_patches(images_NCHW: Tensor # -1..1
 # %% ../../nbs/metrics/23_musiq.ipynb #c08add2a
 class StdConv(nn.Conv2d):
     "Convolution whose kernels have mean 0 and (unbiased) standard deviation 1; padding so that ceil(n / stride) places come out."
-    def forward(self, x):
+    def forward(self, x):  # [N,C,H,W] -> [N,C2,ceil(H/stride),ceil(W/stride)]
         w = self.weight
         w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
         return F.conv2d(_same(x, self.kernel_size[0], self.stride[0]), w, self.bias, self.stride)

@@ -258,7 +258,9 @@ class Level:
         self.spread, self.variance = [s + 1e-9 for s, _ in spread], [v + 1e-9 for _, v in spread]
 
     @property
-    def count(self): return 1.5 * math.prod(self.shots[0].size) / (4 * math.pi * GRAIN ** 2)
+    def count(self):
+        "Independent values in a frame, from GRAIN."
+        return 1.5 * math.prod(self.shots[0].size) / (4 * math.pi * GRAIN ** 2)
 
     def look(self, poses, weights=None): # weights: None, or those of each frame
         "A `Look` per frame."
@@ -270,15 +272,15 @@ class Level:
 
     def _data(self, looks): return [.5 * self.count * math.log(k.robust / s + FLOOR) for k, s in zip(looks, self.spread)]
 
-    def energy(self, looks):
+    def energy(self, looks):  # of `look`
         "What is minimised, in nats."
         return sum(self._data(looks)) + .5 * float((self._bent(looks) ** 2).sum())
 
-    def score(self, looks):
+    def score(self, looks):  # of `look`
         "What compares solutions, in nats: unseen pixels count as unexplained."
         return sum(k.cover * min(d, 0.) for d, k in zip(self._data(looks), looks)) + .5 * float((self._bent(looks) ** 2).sum())
 
-    def system(self, looks):
+    def system(self, looks):  # of `look`
         "Gauss-Newton matrix [6T,6T] and right hand side."
         T = len(looks)
         H, g, turn = np.zeros((T, 6, T, 6)), np.zeros((T, 6)), np.zeros((T, 6, 6))

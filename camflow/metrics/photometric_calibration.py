@@ -39,7 +39,9 @@ class Trial:
         return photometric_pose(self.video[rows], self.scene, self.times[rows], (self.asked if init is None else init)[rows], self.K,
                                 source=(self.source, self.times) if seen else None, **options)
 
-    def psnr(self): return float(-10 * np.log10(((self.video[1:] - self.clean[1:]) ** 2).mean() + 1e-6))
+    def psnr(self):
+        "dB of the video against the clean clip, without the first frame."
+        return float(-10 * np.log10(((self.video[1:] - self.clean[1:]) ** 2).mean() + 1e-6))
 
 
 def trial(number: int,            # any integer; the preset is number modulo ten

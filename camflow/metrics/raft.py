@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
             self.norm3 = _norm(norm, outside)
             self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride), self.norm3)
 
-    def forward(self, x):
+    def forward(self, x):  # [B,inside,h,w] -> [B,outside,h/stride,w/stride]
         y = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(y)))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(block(a, b, norm, 1 if i == 0 else 2), block(b, b, norm)))
         self.conv2 = nn.Conv2d(widths[-1], out, 1)
 
-    def forward(self, x):
+    def forward(self, x):  # [B,3,H,W] -> [B,out,H/8,W/8]
         x = F.relu(self.norm1(self.conv1(x)))
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
@@ -134,7 +134,7 @@ class MotionEncoder(nn.Module):
         self.convf1, self.convf2 = nn.Conv2d(2, 128, 7, padding=3), nn.Conv2d(128, 64, 3, padding=1)
         self.conv = nn.Conv2d(256, 126, 3, padding=1)
 
-    def forward(self, flow, corr):
+    def forward(self, flow, corr):  # [B,2,h,w] in cells; [B,corr_channels,h,w]
         c = F.relu(self.convc2(F.relu(self.convc1(corr))))
         f = F.relu(self.convf2(F.relu(self.convf1(flow))))
         return torch.cat([F.relu(self.conv(torch.cat([c, f], 1))), flow], 1)
@@ -147,7 +147,7 @@ class SeparableGRU(nn.Module):
         for i, (size, pad) in enumerate((((1, 5), (0, 2)), ((5, 1), (2, 0)))):
             for gate in "zrq": setattr(self, f"conv{gate}{i + 1}", nn.Conv2d(hidden + inputs, hidden, size, padding=pad))
 
-    def forward(self, state, x):
+    def forward(self, state, x):  # [B,hidden,h,w]; [B,inputs,h,w]
         for i in "12":
             z, r, q = (getattr(self, f"conv{gate}{i}") for gate in "zrq")
             both = torch.cat([state, x], 1)
@@ -162,7 +162,7 @@ class FlowHead(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(hidden, 256, 3, padding=1), nn.Conv2d(256, 2, 3, padding=1)
 
-    def forward(self, x): return self.conv2(F.relu(self.conv1(x)))
+    def forward(self, x): return self.conv2(F.relu(self.conv1(x)))  # [B,hidden,h,w] -> [B,2,h,w], cells
 
 
 class UpdateBlock(nn.Module):
@@ -172,7 +172,7 @@ class UpdateBlock(nn.Module):
         self.encoder, self.gru, self.flow_head = MotionEncoder(corr_channels), SeparableGRU(), FlowHead()
         self.mask = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 576, 1))
 
-    def forward(self, state, context, corr, flow):
+    def forward(self, state, context, corr, flow):  # [B,128,h,w]; likewise, the same in every step; [B,corr_channels,h,w]; [B,2,h,w] in cells
         state = self.gru(state, torch.cat([context, self.encoder(flow, corr)], 1))
         return state, self.flow_head(state)
 
@@ -219,7 +219,7 @@ class RAFT(nn.Module):
             flow = flow + delta
         return flow, convex_upsample(flow, 0.25 * self.update_block.mask(state))
 
-    def forward(self, image1, image2, iters=20):
+    def forward(self, image1, image2, iters=20):  # [B,3,H,W] in 0..255, sides multiples of 8; likewise; steps
         features, context = self.encode(torch.cat([image1, image2]))
         B = len(image1)
         return self.walk(features[:B], features[B:], context[:B], iters)
@@ -240,7 +240,9 @@ class Padder:
 
     def __call__(self, x): return F.pad(x.float(), self.pad, mode="replicate") if any(self.pad) else x.float()
 
-    def undo(self, x): return x[..., self.pad[2]:self.pad[2] + self.size[0], self.pad[0]:self.pad[0] + self.size[1]]
+    def undo(self, x):  # padded, [...,H',W']
+        "Cuts the border off again."
+        return x[..., self.pad[2]:self.pad[2] + self.size[0], self.pad[0]:self.pad[0] + self.size[1]]
 
 
 def enlarged_size(size: tuple, smallest: int = SMALLEST, multiple: int = 8) -> tuple:  # (H, W); pixels of the shorter side; of both sides
@@ -281,7 +283,7 @@ def clip_flow(model: RAFT,         # the network
               batch: int = 1       # pairs at once
              ) -> Flow:            # T-1 frames, forward, on the CPU
     "Flow between neighbouring frames."
-    if len(frames) < 2: raise InputError(f"{len(frames)} frame; clip_flow; flow needs two")
+    if len(frames) < 2: raise InputError(f"{len(frames)} frames; clip_flow; give at least two")
     steps = FlowSteps(model, frames.size, iters)
     return Flow(torch.cat([steps(frames[i:i + batch].byte().data).cpu() for i in range(0, len(frames), batch)]), "forward")
 
@@ -293,7 +295,7 @@ def top_motion(flow_2HW: Tensor,     # pixels
     x, y = flow_2HW.double().reshape(2, -1)
     length = (x * x + y * y).sqrt()
     count = int(share * length.numel())
-    if count < 1: raise InputError(f"{length.numel()} pixels; top_motion; {share:.0%} of them are less than one")
+    if count < 1: raise InputError(f"{share:.0%} of {length.numel()} pixels are less than one; top_motion; give a larger image or share")
     return float(length.topk(count).values.mean())
 
 
@@ -302,7 +304,7 @@ def kept_frames(frames: int,  # in the file
                ) -> list:
     "Indices that VBench looks at: about eight per second."
     if not fps or not math.isfinite(fps) or fps <= 0:
-        raise InputError(f"a frame rate of {fps}; dynamic degree; it keeps eight frames per second, so it must know the rate")
+        raise InputError(f"a frame rate of {fps}; dynamic degree; it keeps eight frames per second, so give a video that states its rate")
     return list(range(0, frames, max(1, round(fps / 8))))
 
 

@@ -139,7 +139,7 @@ def rotation_path(gray_THW,                      # uint8 [T,H,W], see `gray_fram
                   ) -> RotationPath:
     "Rotation of every frame relative to the first."
     T = len(gray_THW)
-    if T < 2: raise InputError(f"{T} frame; rotation_path; a motion needs at least two")
+    if T < 2: raise InputError(f"{T} frames; rotation_path; give at least two")
     K = np.broadcast_to(np.asarray(K, float), (T, 3, 3))
     found = sift(gray_THW, masks, count) if features is None else features
     pair = lambda i, j: compare(found[i], found[j], K[i], K[j], pixels, seed)

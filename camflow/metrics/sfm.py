@@ -173,7 +173,7 @@ def recover(video,                       # uint8 [T,3,H,W], tensor or array
     if method not in METHODS: raise InputError(f"method {method!r}; recover; one of {', '.join(METHODS)}")
     gray = gray_frames(video)
     T, H, W = gray.shape
-    if T < 2: raise InputError(f"{T} frame; recover; a camera path needs at least two")
+    if T < 2: raise InputError(f"{T} frames; recover; a camera path needs at least two")
     if masks is not None and np.shape(masks) != (T, H, W): raise InputError(f"masks of shape {np.shape(masks)} for video {gray.shape}; recover; give bool [T,H,W], True where a pixel may be used")
     lens = _lens(K, H, W)
     small, small_masks = _shrink(gray, None if masks is None else np.asarray(masks, bool), longest)

@@ -20,9 +20,9 @@ class Interval(tuple):
         self.n, self.missing = n, missing
         return self
 
-    estimate = property(lambda self: self[0])
-    low = property(lambda self: self[1])
-    high = property(lambda self: self[2])
+    estimate = property(lambda self: self[0], doc="From all samples.")
+    low = property(lambda self: self[1], doc="Lower end of the interval.")
+    high = property(lambda self: self[2], doc="Upper end of the interval.")
 
     def __repr__(self):
         lost = f", {self.missing} missing" if self.missing else ""

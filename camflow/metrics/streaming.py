@@ -37,10 +37,14 @@ class Need:
     optional: bool = False        # the metric manages without, where the clip has no such video
 
     @property
-    def roles(self) -> tuple: return self.role if isinstance(self.role, tuple) else (self.role,)
+    def roles(self) -> tuple:
+        "`role` as a tuple."
+        return self.role if isinstance(self.role, tuple) else (self.role,)
 
     @property
-    def label(self) -> str: return f"{self.feature.key} {'+'.join(self.roles)}"
+    def label(self) -> str:
+        "Key of the feature and roles: equal labels are computed once."
+        return f"{self.feature.key} {'+'.join(self.roles)}"
 
 
 @dataclass
@@ -64,7 +68,7 @@ class StreamMetric:
         "A number, a Result or a list of Results."
         raise NotImplementedError
 
-    def results(self, sample, found) -> list:
+    def results(self, sample, found) -> list:  # a `Sample`; name of a need -> its arrays
         "`score` as a list of Results, which name their weights."
         value = self.score(sample, **found)
         if isinstance(value, list): return value
@@ -216,7 +220,7 @@ def signature(metric) -> str:  # a metric of the engine, or a plain one
     plain = getattr(metric, "metric", None)
     needs = {k: [n.label, n.feature.wanted.__qualname__, describe(getattr(n.feature, "select", None))] for k, n in metric.needs.items()}
     own = {k: v for k, v in vars(metric).items() if k not in ("needs", "metric") and not k.startswith("_")}
-    return content_hash([type(metric).__qualname__, metric.name, needs, describe(own), describe(plain), code_hash()])
+    return content_hash([describe(type(metric)), metric.name, needs, describe(own), describe(plain), code_hash() if plain is None else code_hash(True)])
 
 
 def measure_clip(clip: Clip,            # the clip and its roles
@@ -224,7 +228,8 @@ def measure_clip(clip: Clip,            # the clip and its roles
                  cache: FeatureCache,   # of features
                  seed: int = 0,         # of metrics that draw
                  size: int = 4,         # frames of a piece
-                 note=_quiet            # told what is being done
+                 note=_quiet,           # told what is being done
+                 anew=()                # numbers of plain metrics whose stored results do not count
                 ):                      # yields (number, list of Results, VideoInfo or None)
     "Every metric of one clip, those that need nothing first."
     given = {w for w in (*ROLES, "prompt", "cameras") if getattr(clip, w) is not None and getattr(clip, w) != ""}
@@ -234,7 +239,7 @@ def measure_clip(clip: Clip,            # the clip and its roles
     pending = {}
     for i, metric in metrics.items():
         early, plain = unanswerable(metric, given), isinstance(metric, PlainMetric)
-        stored = cache.get(clip_hash(clip), f"{signature(metric)}-{seed}") if plain and not early else None
+        stored = cache.get(clip_hash(clip), f"{signature(metric)}-{seed}") if plain and not early and i not in anew else None
         if early: yield i, [early], info
         elif stored: yield i, [Result(**r) for r in json.loads(stored["json"].tobytes())], info
         else: pending[i] = metric
@@ -264,7 +269,9 @@ class SetMetric(StreamMetric):
     every_real = False # whether equal real videos stay, one per clip
 
     @property
-    def inputs(self): return tuple(dict.fromkeys(r for need in self.needs.values() for r in need.roles))
+    def inputs(self):
+        "The roles of its needs, each once."
+        return tuple(dict.fromkeys(r for need in self.needs.values() for r in need.roles))
 
     def score(self, fake, real, fake_sources, real_sources): # arrays of each video, and its cluster
         "A number, a Result or a list of Results."

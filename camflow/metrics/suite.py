@@ -148,7 +148,7 @@ def side(net):  # the network
 class Flickering(StreamMetric):
     "255 minus the mean difference of neighbours, over 255."
     name, needs = "temporal_flickering", {"neighbours": Need(Differences())}
-    def score(self, sample, neighbours): return (255 - neighbours["differences"].mean()) / 255
+    def score(self, sample, neighbours): return (255 - neighbours["differences"].mean()) / 255  # not read; {"differences": [T-1]}, grey levels
 
 
 class Consistency(StreamMetric):
@@ -156,7 +156,7 @@ class Consistency(StreamMetric):
     def __init__(self, name,  # subject_consistency or background_consistency
                        rows):  # feature: rows of numbers per frame
         self.name, self.needs = name, {"rows": Need(rows)}
-    def score(self, sample, rows): return consistency(torch.from_numpy(rows["rows"]))
+    def score(self, sample, rows): return consistency(torch.from_numpy(rows["rows"]))  # not read; {"rows": [T,D]}
 
 
 class Aesthetic(StreamMetric):
@@ -165,21 +165,21 @@ class Aesthetic(StreamMetric):
     def __init__(self, rows,  # feature: rows of numbers per frame
                        head):  # LAION's, on CLIP's features
         self.needs, self.head, self.networks = {"rows": Need(rows)}, head, (head,)
-    def score(self, sample, rows): return aesthetic_quality(torch.from_numpy(rows["rows"]), self.head.cpu())
+    def score(self, sample, rows): return aesthetic_quality(torch.from_numpy(rows["rows"]), self.head.cpu())  # not read; {"rows": [T,D]}
 
 
 class Imaging(StreamMetric):
     "Mean mark of MUSIQ, 0..100."
     name = "imaging_quality"
     def __init__(self, rows): self.needs = {"rows": Need(rows)}  # feature: rows of numbers per frame
-    def score(self, sample, rows): return imaging_quality(rows["rows"][:, 0])
+    def score(self, sample, rows): return imaging_quality(rows["rows"][:, 0])  # not read; {"rows": [T,1]}, marks in 0..100
 
 
 class Smoothness(StreamMetric):
     "How well odd frames are predicted from even ones."
     name = "motion_smoothness"
     def __init__(self, feature): self.needs = {"between": Need(feature)}  # what it needs of a clip
-    def score(self, sample, between): return between["smoothness"].mean()
+    def score(self, sample, between): return between["smoothness"].mean()  # not read; {"smoothness": [n]} of the odd frames, 0..1
 
 
 class Dynamic(StreamMetric):
@@ -187,7 +187,7 @@ class Dynamic(StreamMetric):
     name, inputs = "dynamic_degree", ("video", "fps")
     def __init__(self, feature): self.needs = {"motion": Need(feature)}  # what it needs of a clip
 
-    def score(self, sample, motion):
+    def score(self, sample, motion):  # not read; of `TopMotion`: scores [n] in pixels, size, interval
         details = dynamic_decision(motion["scores"].tolist(), tuple(motion["size"].tolist())) | {"scores": motion["scores"].tolist(), "interval": int(motion["interval"])}
         return answer(self.name, float(details["dynamic"]), self.needs["motion"].feature.networks, **details)
 
@@ -200,7 +200,7 @@ class ClipText(StreamMetric):
         self.needs, self.tokenizer, self.net = {"rows": Need(rows)}, tokenizer, rows.network
 
     @torch.no_grad()
-    def score(self, sample, rows):
+    def score(self, sample, rows):  # its prompt is read; {"rows": [T,D]}
         length = self.net.model.config.text_config.max_position_embeddings # longer texts are cut
         tokens = self.tokenizer([sample.prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt")["input_ids"]
         return clip_t(torch.from_numpy(rows["rows"]), self.net.text(tokens.to(next(self.net.parameters()).device))[0])
@@ -210,14 +210,14 @@ class ClipFrames(StreamMetric):
     "Similarity of neighbouring looked-at frames."
     name = "clip_f"
     def __init__(self, rows): self.needs = {"rows": Need(rows)}  # feature: rows of numbers per frame
-    def score(self, sample, rows): return clip_f(torch.from_numpy(rows["rows"]))
+    def score(self, sample, rows): return clip_f(torch.from_numpy(rows["rows"]))  # not read; {"rows": [T,D]}
 
 
 class ClipSource(StreamMetric):
     "Similarity of frames with equal numbers in the generated and the source video."
     name, inputs = "clip_v", ("video", "source")
     def __init__(self, rows): self.needs = {"rows": Need(rows), "source": Need(rows, "source")}  # feature: rows of numbers per frame
-    def score(self, sample, rows, source): return clip_v(torch.from_numpy(source["rows"]), torch.from_numpy(rows["rows"]))
+    def score(self, sample, rows, source): return clip_v(torch.from_numpy(source["rows"]), torch.from_numpy(rows["rows"]))  # not read; {"rows": [T,D]}; likewise, of the source
 
 
 class Matched(StreamMetric):
@@ -225,7 +225,7 @@ class Matched(StreamMetric):
     name, inputs = "matched_pixels", ("video", "source")
     def __init__(self, feature): self.needs = {"pairs": Need(feature, ("video", "source"))}  # what it needs of a clip
 
-    def score(self, sample, pairs):
+    def score(self, sample, pairs):  # not read; of `Matches`: counts, density and frames [n]
         counts, density = pairs["counts"], pairs["density"]
         nets, per_frame = self.needs["pairs"].feature.networks, [None if math.isnan(c) else c for c in counts]
         details = dict(failed_pairs=int(np.isnan(counts).sum()), frames=pairs["frames"].tolist(), per_frame=per_frame)
@@ -258,7 +258,7 @@ class AgainstReference(StreamMetric):
         self.name, self.higher_is_better = name, higher_is_better
         self.needs = {"frames": Need(PairValues(name, function, network), ("video", "reference"))}
 
-    def score(self, sample, frames):
+    def score(self, sample, frames):  # not read; {"values": [T]}
         value, nets = frames["values"].mean(), self.needs["frames"].feature.networks
         details = dict(frames=len(frames["values"]), per_frame=frames["values"].tolist())
         if nets: return answer(self.name, value, nets, **details)

@@ -55,14 +55,14 @@ class Table:
         if not rows: return
         unknown = {r["status"] for r in rows} - set(STATUS)
         if unknown: raise InputError(f"unknown status {', '.join(unknown)}; {self.path}; use one of {', '.join(STATUS)}")
-        self._write(pa.Table.from_pylist(rows, SCHEMA))
-
-    def _write(self, data):
+        data = pa.Table.from_pylist(rows, SCHEMA)
         self.path.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(self.path):
-            parts = self.parts()
-            number = int(parts[-1].stem.split("-")[1]) + 1 if parts else 0
-            with atomic_write(self.path / f"part-{number:06d}.parquet") as file: pq.write_table(data, file)
+        with one_at_a_time(self.path): self._write(data)
+
+    def _write(self, data): # by whoever holds the lock
+        parts = self.parts()
+        number = int(parts[-1].stem.split("-")[1]) + 1 if parts else 0
+        with atomic_write(self.path / f"part-{number:06d}.parquet") as file: pq.write_table(data, file)
 
     def read(self) -> pd.DataFrame: # columns of SCHEMA
         "Every row once: the newest of each clip and metric (with all its numbers, `metric.number`), in the order they were written."
@@ -83,10 +83,11 @@ class Table:
 
     def merge(self):
         "One part in place of many."
-        old = self.parts()
-        if len(old) < 2: return
-        self._write(pa.Table.from_pandas(self.read(), SCHEMA, preserve_index=False))
-        for part in old: part.unlink(missing_ok=True)
+        if len(self.parts()) < 2: return
+        with one_at_a_time(self.path): # or a part that another process adds meanwhile would be older than the merged one, and its rows lost
+            old = self.parts()
+            self._write(pa.Table.from_pandas(self.read(), SCHEMA, preserve_index=False))
+            for part in old: part.unlink(missing_ok=True)
 
 # %% ../../nbs/metrics/32_table.ipynb #e884e3a5
 def write_csv(path, rows: pd.DataFrame): # of the schema

@@ -25,7 +25,7 @@ COLUMNS = {"clip": str, "video": str, "cluster": str, "group": str, "metric": st
 
 def checked(table: pd.DataFrame, where: str = "table") -> pd.DataFrame: # a table; its place, for the message
     "The table with its types, or an error that names the missing columns; of a repeated number the last row counts."
-    if missing := [c for c in COLUMNS if c not in table]: raise InputError(f"columns {', '.join(missing)} are missing; {where}; it is no evaluation table")
+    if missing := [c for c in COLUMNS if c not in table]: raise InputError(f"columns {', '.join(missing)} are missing; {where}; give an evaluation table, such as recam_evaluate writes")
     table = table.copy()
     for name in ("clip", "video", "cluster", "group", "reason", "weights", "version", "details"): table[name] = table[name].fillna("").astype(str)
     table["value"] = pd.to_numeric(table["value"], errors="coerce")

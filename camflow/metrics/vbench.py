@@ -30,7 +30,7 @@ def frame_indices(total: int,             # frames of the video
                   mode: str = "linspace"  # "linspace", "floor" or "middle"
                  ) -> list:
     "Frame numbers to look at. `linspace` returns fewer when the video is shorter, the others repeat."
-    if total < 1 or num < 1: raise InputError(f"{num} of {total} frames; frame_indices; at least one of one")
+    if total < 1 or num < 1: raise InputError(f"{num} frames asked for of a video of {total}; frame_indices; both must be at least 1")
     if mode == "linspace": return np.linspace(0, total - 1, min(num, total)).astype(int).tolist()
     if mode == "floor": return [int(i * total / num) for i in range(num)]
     if mode != "middle": raise InputError(f"mode {mode!r}; frame_indices; 'linspace', 'floor' or 'middle'")

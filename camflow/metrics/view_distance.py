@@ -42,11 +42,16 @@ class ViewDistance(SetMetric):
         scale = lambda clip: clip / 127.5 - 1 if self.mode == "sv4d" else clip / 255 * 2 / 255 - 1  # the seed hands 0..1 to a network that divides by 255
         return torch.cat([self.network(scale(clip)[None]).float().cpu() for clip in x]).numpy()
 
-    def score(self, fake, real, fake_sources, real_sources, fake_groups, real_groups):
+    def score(self, fake,    # {"rows": bytes [T,3,H,W]} of each generated video
+              real,          # likewise, of the real one beside it
+              fake_sources,  # source of each generated video
+              real_sources,  # likewise, of each real one
+              fake_groups,   # view of each generated video
+              real_groups):  # likewise, of each real one
         views, sources = sorted(set(fake_groups)), defaultdict(dict)
         for f, r, source, group in zip(fake, real, fake_sources, fake_groups): sources[source][group] = (f["rows"], r["rows"])
         whole = [of for of in sources.values() if set(of) == set(views)]
-        details = dict(views=views, sources=len(whole), sources_incomplete=len(sources) - len(whole), moments=self.moments)
+        details = dict(views=views, sources=len(whole), sources_incomplete=len(sources) - len(whole), repeated=len(fake_sources) - sum(map(len, sources.values())), moments=self.moments)  # of a view that a source has twice the last video counts
         if len(whole) < self.minimum or len(views) < 2:
             return Result(self.name, status="skipped", reason=f"{len(whole)} sources with all {len(views)} views; {self.name} needs {self.minimum} sources and 2 views", details=details)
         T = min(len(rows) for of in whole for pair in of.values() for rows in pair)

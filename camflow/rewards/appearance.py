@@ -52,7 +52,7 @@ class AppearanceReward:
 
     def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
-    def one(self, sample):
+    def one(self, sample):  # with a source clip, else it is invalid
         "(value, status, details) of one sample."
         if sample.source is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no source clip to compare with"}
         parts = compare(statistics(sample.frames), statistics(sample.source))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import InputError
-from ..metrics.pose import pose_error
+from ..metrics.pose import pose_error, relative
 from .protocol import Sample, Scores, byte_frames
 
 # %% ../../nbs/rewards/01_camera.ipynb #cef4047d
@@ -43,7 +43,7 @@ def camera_penalty(errors: dict, rot_scale: float, trans_scale: float) -> float:
 # %% ../../nbs/rewards/01_camera.ipynb #51978369
 def tiny_estimator(folder=None) -> Callable:  # model folder; default: this repository's tiny weights
     "Clips -> poses [B,T,4,4] by the tiny camera estimator."
-    from camflow.depth.pose_train import estimate_batch, load_pose
+    from camflow.depth.pose import estimate_batch, load_pose
     model = load_pose(folder)
     return lambda clips: estimate_batch(model, clips)
 
@@ -70,7 +70,7 @@ class CameraReward:
         rows.sort(key=lambda row: row[0])
         return Scores([r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows])
 
-    def read(self, samples: list) -> Tensor:
+    def read(self, samples: list) -> Tensor:  # whose clips are of one length
         "Poses [B,T,4,4] of clips of one length: by the estimator; without one by flow and depth where the depth of the source is known, else by the tiny network."
         from camflow.depth.flow_pose import flow_poses
         if self.estimator: return torch.as_tensor(self.estimator([byte_frames(s.frames) for s in samples]))
@@ -78,7 +78,7 @@ class CameraReward:
         network = dict(zip(plain, _tiny()([byte_frames(samples[n].frames) for n in plain]))) if plain else {}
         return torch.stack([network[n] if n in network else flow_poses(s.frames, s.depth, s.K) for n, s in enumerate(samples)])
 
-    def one(self, sample: Sample, estimate: Tensor):
+    def one(self, sample: Sample, estimate: Tensor):  # with a target path, else it is invalid; poses [T,4,4] of its clip
         "(value, status, details) of one sample; `meta['metres']` brings an up-to-scale estimator to metres, one factor per source clip."
         if sample.target is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no target path"}
         estimate = torch.as_tensor(estimate).double().clone()
@@ -89,12 +89,12 @@ class CameraReward:
         return -self.limit * math.tanh(p / self.limit), "ok", errors | {"penalty": p}
 
 # %% ../../nbs/rewards/01_camera.ipynb #19bde6d5
-def follow_errors(target: Tensor,   # [T,4,4] asked, relative to frame 0
+def follow_errors(target: Tensor,   # [T,4,4] asked
                   estimate: Tensor  # [T,4,4] measured
                  ) -> dict:
     "Along and across errors of rotation (deg) and position (m), and the shares `rot_share`, `trans_share` of the asked motion that was made; NaN where none was asked."
     from camflow.geometry.rigid import so3_log
-    target, estimate = (c2w.double() for c2w in (target, estimate))
+    target, estimate = (relative(c2w.double()) for c2w in (target, estimate))   # as pose_error: where the first frame stands does not count
     found = {}
     for name, unit, part, least in (("rot", "deg", lambda c2w: so3_log(c2w[1:, :3, :3]).rad2deg(), 0.5), ("trans", "m", lambda c2w: c2w[1:, :3, 3], 0.01)):
         x, y = part(target), part(estimate)

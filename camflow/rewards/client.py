@@ -58,9 +58,14 @@ class Breaker:
     failures: int = 0     # in a row
     until: float = 0.0    # of the clock
 
-    def free(self, now: float) -> bool: return now >= self.until
-    def good(self): self.failures, self.until = 0, 0.0
-    def bad(self, now: float):
+    def free(self, now: float) -> bool:  # of time.monotonic()
+        "Whether the server may be asked again."
+        return now >= self.until
+    def good(self):
+        "It answered: failures are forgotten."
+        self.failures, self.until = 0, 0.0
+    def bad(self, now: float):  # of time.monotonic()
+        "It failed; after `most` failures in a row it is left alone for `pause` seconds."
         self.failures += 1
         if self.failures >= self.most: self.until = now + self.pause
 
@@ -84,12 +89,14 @@ class Parts:
         self.data[sha] = data
         return {"sha256": sha}
 
-    def named(self, items: list) -> dict:
+    def named(self, items: list) -> dict:  # samples as dicts
         "The parts that some items need."
         wanted = {item[k]["sha256"] for item in items for k in ("video", "source", "depth") if "sha256" in item.get(k, {})}
         return {sha: self.data[sha] for sha in wanted}
 
-    def close(self): self.data.clear()
+    def close(self):
+        "Forgets the arrays."
+        self.data.clear()
 
 
 def is_local(url: str) -> bool:  # of a server
@@ -127,8 +134,9 @@ class RemoteReward:
             raise InputError(f"urls={self.urls}; reward {self.name!r}; give the addresses of reward servers, each once, e.g. http://127.0.0.1:34567")
         for name, known in {"transport": ("auto", "shm", "bytes"), "after": ("parked", "off")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; reward {self.name!r}; one of {', '.join(known)}")
-        if min(self.deadline_s, self.request_s, self.chunk, self.parallel, self.backoff_s) <= 0 or not 0 <= self.max_invalid <= 1:
-            raise InputError(f"reward {self.name!r}; deadline_s, request_s, chunk, parallel and backoff_s must be positive, max_invalid 0 to 1")
+        for name in ("deadline_s", "request_s", "chunk", "parallel", "backoff_s"):
+            if not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)}; reward {self.name!r}; give a number above 0")
+        if not 0 <= self.max_invalid <= 1: raise InputError(f"max_invalid={self.max_invalid}; reward {self.name!r}; give a share of the samples, 0 to 1")
         if self.rank is None: self.rank = int(os.environ.get("RANK", 0))
         if self.transport == "auto": self.transport = "shm" if all(map(is_local, self.urls)) else "bytes"
         self.client = f"{socket.gethostname()} pid {os.getpid()} rank {self.rank} {uuid.uuid4().hex[:8]}"
@@ -154,7 +162,7 @@ def authorization(self: RemoteReward, file: str) -> dict: # token file, or ""
 
 
 @patch
-def post(self: RemoteReward, url: str, path: str, limit: float, **body): # seconds; json=, or files=
+def post(self: RemoteReward, url: str, path: str, limit: float, **body):  # address of the server; of the endpoint; seconds; json=, or files=
     "The decoded answer of a server; `Busy`, `Down` or `RewardStop`."
     try: reply = self.connection().post(url + path, timeout=httpx.Timeout(limit, connect=min(5.0, limit)), **body)
     except httpx.HTTPError as error: raise Down(f"{url}: {type(error).__name__} {error}".strip()) from None
@@ -171,7 +179,7 @@ def post(self: RemoteReward, url: str, path: str, limit: float, **body): # secon
 
 # %% ../../nbs/rewards/06_client.ipynb #f36af26f
 @patch
-def ask(self: RemoteReward, url: str, items: list, put, limit: float) -> Scores:
+def ask(self: RemoteReward, url: str, items: list, put, limit: float) -> Scores:  # address of the server; samples as dicts; `SharedMemory` or `Parts`; seconds
     "One request for scores."
     body = {"items": items, "deadline_ms": max(1, int(1000 * limit))}
     parts = put.named(items) if isinstance(put, Parts) else {}
@@ -182,7 +190,7 @@ def ask(self: RemoteReward, url: str, items: list, put, limit: float) -> Scores:
 
 # %% ../../nbs/rewards/06_client.ipynb #62ac9922
 @patch
-def hold(self: RemoteReward, url: str, limit: float):
+def hold(self: RemoteReward, url: str, limit: float):  # address of the server; seconds
     "A lease of this call on a server's model."
     if not self.lease_s or url in self.held: return
     self.post(url, "/v1/state", limit, json={"target": "active", "client": self.client, "lease_s": self.lease_s},
@@ -191,7 +199,7 @@ def hold(self: RemoteReward, url: str, limit: float):
 
 
 @patch
-def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Scores:
+def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Scores:  # address of the server; samples as dicts; `SharedMemory` or `Parts`; of time.monotonic()
     "All samples of a group from one server."
     left = lambda: max(0.05, min(self.request_s, end - time.monotonic()))
     self.hold(url, left())
@@ -204,7 +212,7 @@ def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Sc
 
 # %% ../../nbs/rewards/06_client.ipynb #27ac487b
 @patch
-def group(self: RemoteReward, key: str, items: list, put, end: float) -> Scores: # end: of time.monotonic()
+def group(self: RemoteReward, key: str, items: list, put, end: float) -> Scores:  # what stays together; samples as dicts; `SharedMemory` or `Parts`; of time.monotonic()
     "The scores of a group by whichever server gives them."
     order, last = server_order(self.urls, self.rank, key), "no server was asked"
     for attempt in range(10**9):
@@ -232,7 +240,7 @@ def group(self: RemoteReward, key: str, items: list, put, end: float) -> Scores:
 
 # %% ../../nbs/rewards/06_client.ipynb #339e1af9
 @patch
-def announce(self: RemoteReward, down: bool, last: str):
+def announce(self: RemoteReward, down: bool, last: str):  # whether all are gone; why the last one gave nothing
     "One line when all servers are gone, one when the first is back."
     with self.lock:
         if down == self.told: return
@@ -271,7 +279,7 @@ def __call__(self: RemoteReward, samples: list) -> Scores:
 
 
 @patch
-def judge_of_judges(self: RemoteReward, scores: Scores):
+def judge_of_judges(self: RemoteReward, scores: Scores):  # of one call
     "Stops the training when too many samples got no score."
     bad = [(s, d.get("reason", "")) for s, d in zip(scores.status, scores.details) if s != "ok"]
     gone = bad and all(s == "timeout" for s, _ in bad) and len(bad) == len(scores)      # nobody answered at all

@@ -45,24 +45,25 @@ class Combined:
             if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[0]) and math.isfinite(pair[1])):
                 raise InputError(f"reward {name!r} must be (reward, weight) with a finite weight, got {pair!r}")
 
-    def parts(self, samples: list) -> dict:
+    def parts(self, samples: list) -> dict:  # of `Sample`
         "{name: Scores} of every reward; whatever one of them raises becomes failed scores."
         return {name: run_reward(reward, samples) for name, (reward, _) in self.rewards.items()}
 
     def __call__(self, samples: list) -> Scores: return self.total(self.parts(samples), samples)
 
-    def total(self, parts: dict, samples: list) -> Scores:
+    def total(self, parts: dict, samples: list) -> Scores:  # of `parts`; those that they are of
         "The sum of parts that were computed before."
         groups = [s.meta.get("group") for s in samples] if self.normalise == "group" else None
         if groups is not None and None in groups: raise InputError(f"sample {groups.index(None)} has no meta['group']; combine; set it, or normalise by batch")
         value = torch.zeros(len(samples))
-        for name, (_, weight) in self.rewards.items():
+        counted = {name: weight for name, (_, weight) in self.rewards.items() if weight}   # a reward that is only watched may fail
+        for name, weight in counted.items():
             v = parts[name].values
             value = value + weight * (normalise(v, groups) if self.normalise else v)
-        status = [next((p.status[i] for p in parts.values() if p.status[i] != "ok"), "ok") for i in range(len(samples))]
+        status = [next((parts[name].status[i] for name in counted if parts[name].status[i] != "ok"), "ok") for i in range(len(samples))]
         return Scores(value, status, [self.detail(parts, i) for i in range(len(samples))])
 
-    def detail(self, parts: dict, i: int) -> dict:
+    def detail(self, parts: dict, i: int) -> dict:  # of `parts`; number of the sample
         "Every part's value and details of sample i, under name and name/key."
         out = {}
         for name, p in parts.items():

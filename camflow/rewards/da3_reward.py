@@ -46,9 +46,13 @@ class DA3Reward:
 
     def __call__(self, samples: list) -> Scores: return self.inner(samples)
 
-    def park(self): self.eye.model.to("cpu")
+    def park(self):
+        "Moves the network to the host."
+        self.eye.model.to("cpu")
 
-    def unpark(self): self.eye.model.to(device())
+    def unpark(self):
+        "Moves it to the device."
+        self.eye.model.to(device())
 
     def info(self) -> dict:
         "What a server tells about it."

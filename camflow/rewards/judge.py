@@ -38,7 +38,9 @@ class Profile:
     answer: bool = False       # the model also states a mean, in <answer>...</answer>
 
     @property
-    def written(self) -> list: return [line if k == 0 else "\n" + line for k, line in enumerate(self.lines)]  # as the model writes them, one after the other
+    def written(self) -> list:
+        "`lines` as the model writes them, one after the other."
+        return [line if k == 0 else "\n" + line for k, line in enumerate(self.lines)]
 
 # %% ../../nbs/rewards/07_judge.ipynb #01bc01b6
 APS = Profile("aps", """You are shown frames of a generated video, in their order in time. Judge the video as a whole on three axes,
@@ -80,7 +82,9 @@ class Judgement:
     inconsistent: bool = False                # the claim is not the mean of its parts
 
     @property
-    def valid(self) -> bool: return not self.reason
+    def valid(self) -> bool:
+        "Whether the reply could be read."
+        return not self.reason
 
 
 def read_reply(text: str,               # of the model

@@ -42,7 +42,7 @@ class MetricReward:
 
     def __call__(self, samples: list) -> Scores: return each(self.one, samples) # of Sample
 
-    def one(self, sample) -> tuple:
+    def one(self, sample) -> tuple:  # with what the metric reads, else it is invalid
         "(value, status, details) of one sample."
         data = {role: byte_frames(v) for role, v in dict(video=sample.frames, source=sample.source, reference=sample.truth).items() if v is not None}
         if sample.target is not None and sample.K is not None: data["cameras"] = Cameras(sample.target, sample.K, tuple(data["video"].shape[-2:]))
@@ -54,9 +54,11 @@ class MetricReward:
         return self.scale * found.value * (1 if self.judge.higher_is_better else -1), "ok", details
 
     def park(self):
+        "Moves its networks to the host."
         for net in networks_of([self.judge]): net.to("cpu")
 
     def unpark(self):
+        "Moves them to the device."
         for net in networks_of([self.judge]): net.to(device())
 
     def info(self) -> dict:

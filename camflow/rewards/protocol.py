@@ -69,11 +69,17 @@ class Scores:
     def __len__(self): return len(self.values)
 
     @property
-    def ok(self) -> Tensor: return torch.tensor([s == "ok" for s in self.status])
+    def ok(self) -> Tensor:
+        "[n] bool."
+        return torch.tensor([s == "ok" for s in self.status])
 
-    def counts(self) -> dict: return {s: self.status.count(s) for s in STATUSES if s in self.status}
+    def counts(self) -> dict:
+        "{status: samples}, statuses without one left out."
+        return {s: self.status.count(s) for s in STATUSES if s in self.status}
 
-    def component(self, name: str) -> Tensor: return torch.tensor([float(d.get(name, math.nan)) for d in self.details])
+    def component(self, name: str) -> Tensor:  # key of `details`
+        "[n] of one entry of `details`; NaN where a sample has none."
+        return torch.tensor([float(d.get(name, math.nan)) for d in self.details])
 
 # %% ../../nbs/rewards/00_protocol.ipynb #ead6ff8e
 def no_scores(n: int,          # samples
@@ -118,11 +124,12 @@ class Reward(Protocol):
 
 def run_reward(reward: Reward, samples: list) -> Scores:  # the judge; list of Sample
     "Scores of the samples; an exception or a wrong count becomes status failed (timeout for TimeoutError)."
+    name = getattr(reward, "name", type(reward).__name__)     # a plain function is a reward, too
     try:
         scores = reward(samples)
     except RewardStop: raise
-    except TimeoutError as error: return no_scores(len(samples), "timeout", f"{reward.name}: {error}")
-    except Exception as error: return no_scores(len(samples), "failed", f"{reward.name}: {type(error).__name__}: {error}")
+    except TimeoutError as error: return no_scores(len(samples), "timeout", f"{name}: {error}")
+    except Exception as error: return no_scores(len(samples), "failed", f"{name}: {type(error).__name__}: {error}")
     if not isinstance(scores, Scores) or len(scores) != len(samples):
-        return no_scores(len(samples), "failed", f"{reward.name}: answered {len(scores) if isinstance(scores, Scores) else type(scores).__name__} for {len(samples)} samples")
+        return no_scores(len(samples), "failed", f"{name}: answered {len(scores) if isinstance(scores, Scores) else type(scores).__name__} for {len(samples)} samples")
     return scores

@@ -91,17 +91,20 @@ def draw_reliability(ax,            # matplotlib axes
 def retest(reward,              # a Reward that reads frames and prompt
            samples: list,       # of Sample; meta["group"] says which belong together
            repeats: int = 4,    # windows per clip
-           shift: int = 1       # frames between their beginnings
+           shift: int = 1,      # frames between their beginnings
+           why: dict = None     # gets {id: "status: reason"} of the clips that have no score in some window
           ) -> tuple:           # (scores [n,repeats], groups [n])
     "Scores of the same clips, seen through windows that begin a little later each time."
     cut, out = shift * (repeats - 1), []
     short = [s.id for s in samples if len(s.frames) <= cut + 1]
-    if repeats < 2 or shift < 1 or short:
-        raise InputError(f"{repeats} windows {shift} frames apart, too short are {short[:3]}; retest; give 2 windows or more, clips of over {cut + 1} frames")
+    if repeats < 2 or shift < 1: raise InputError(f"{repeats} windows {shift} frames apart; retest; give 2 windows or more, at least 1 frame apart")
+    if short: raise InputError(f"{len(short)} clips are too short for {repeats} windows {shift} frames apart, such as {short[0]!r}; retest; give clips of more than {cut + 1} frames")
     for r in range(repeats):
         window = lambda s, r=r: byte_frames(s.frames)[r * shift:len(s.frames) - cut + r * shift]
         seen = [replace(s, frames=window(s), target=None, meta={"fps": getattr(s.frames, "fps", None)} | s.meta) for s in samples]
-        out.append(run_reward(reward, seen).values.double().numpy())
+        scores = run_reward(reward, seen)
+        out.append(scores.values.double().numpy())
+        if why is not None: why.update({s.id: f"{status}: {detail.get('reason', 'no reason was given')}" for s, status, detail in zip(samples, scores.status, scores.details) if status != "ok"})
     return np.stack(out, 1), [s.meta.get("group", "") for s in samples]
 
 # %% ../../nbs/rewards/08_reliability.ipynb #524e69b9

@@ -108,7 +108,8 @@ class SegmentReward:
         self.gaps = tuple(self.gaps)
         if self.scale not in SCALES: raise InputError(f"scale {self.scale!r}; SegmentReward; one of {', '.join(SCALES)}")
         if not self.gaps or any(int(g) != g or g < 1 for g in self.gaps): raise InputError(f"gaps {list(self.gaps)}; SegmentReward; give whole numbers of frames from 1, e.g. [1, 4, 20]")
-        if not min(self.rot_scale, self.trans_scale, self.limit, self.batch) > 0: raise InputError("rot_scale, trans_scale, limit and batch must be above 0; SegmentReward")
+        for name in ("rot_scale", "trans_scale", "limit", "batch"):
+            if not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)}; SegmentReward; give a number above 0")
         self.units = None
 
     def __call__(self, samples: list) -> Scores:
@@ -130,7 +131,7 @@ class SegmentReward:
         elsewhere = float(geodesic_deg(asked, torch.eye(4))) > 0.5 or float(asked[:3, 3].norm()) > 0.02
         return metres * (first / depth if math.isfinite(first) and depth > 0 and not elsewhere else 1.0)
 
-    def one(self, sample: Sample, path: Tensor, depth: float):
+    def one(self, sample: Sample, path: Tensor, depth: float):  # with a target path, else it is invalid; estimated poses [T,4,4]; median depth of the first frame, units of the estimate, or NaN
         "(value, status, details) of one sample."
         if sample.target is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no target path"}
         target, raw, path, unit = sample.target.double(), path, path.clone(), self.unit(sample, depth)

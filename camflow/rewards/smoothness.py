@@ -70,12 +70,13 @@ class SmoothnessReward:
     name: str = "smoothness"                                                                                             # in tables and logs
 
     def __post_init__(self):
-        if not min(self.jerk, self.flicker, self.least, self.still) > 0 or self.side < 16:
-            raise InputError("jerk, flicker, least and still must be above 0 and side at least 16; SmoothnessReward")
+        for name in ("jerk", "flicker", "least", "still"):
+            if not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)}; SmoothnessReward; give a number above 0")
+        if self.side < 16: raise InputError(f"side={self.side}; SmoothnessReward; give at least 16 rows")
 
     def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
-    def expected(self, sample, usual) -> float:
+    def expected(self, sample, usual) -> float:  # its target path is read; `flow_statistics` of its source, None: it has none
         "Pixels per frame that the clip should move at least; 0 where none are expected."
         moves = usual["motion"] if usual else 0.0
         if sample.target is not None:
@@ -85,7 +86,7 @@ class SmoothnessReward:
             moves = max(moves, float(turn + step) * self.side)       # a lens of 53 degrees shows one radian as `side` pixels
         return moves if moves > self.still else 0.0
 
-    def one(self, sample):
+    def one(self, sample):  # judged against its source clip where it has one
         "(value, status, details) of one sample."
         try: found, usual = flow_statistics(sample.frames, self.side), None if sample.source is None else flow_statistics(sample.source, self.side)
         except InputError as error: return math.nan, "invalid", {"reason": f"sample {sample.id!r}: {error}"}

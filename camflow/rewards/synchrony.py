@@ -27,7 +27,7 @@ class SynchronyReward:
     network: Clip | None = field(default=None, repr=False)  # instead of weights
 
     def __post_init__(self):
-        if self.frames < 1: raise InputError(f"frames={self.frames}; SynchronyReward; compare at least one")
+        if self.frames < 1: raise InputError(f"frames={self.frames}; SynchronyReward; give at least 1")
         if self.network is None and self.weights: self.network = (random_clip() if self.weights == "random" else load_clip(self.weights)).to(device())
 
     def __call__(self, samples: list) -> Scores:
@@ -35,7 +35,7 @@ class SynchronyReward:
             return no_scores(len(samples), "failed", "no CLIP weights; synchrony; set weights to the folder of a published CLIP in transformers' layout")
         return each(self.one, samples)
 
-    def one(self, sample):
+    def one(self, sample):  # with a source clip, else it is invalid
         "(value, status, details) of one sample."
         if sample.source is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no source clip to be synchronous with"}
         made, source = byte_frames(sample.frames), byte_frames(sample.source)
@@ -46,9 +46,11 @@ class SynchronyReward:
         return float(cosine.mean()), "ok", {"worst_frame": float(cosine.min()), "compared": len(cosine)}
 
     def park(self):
+        "Moves the network to the host."
         if self.network: self.network.to("cpu")
 
     def unpark(self):
+        "Moves it to the device."
         if self.network: self.network.to(device())
 
     def info(self) -> dict:

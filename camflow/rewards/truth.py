@@ -31,7 +31,7 @@ class TruthReward:
 
     def __call__(self, samples: list) -> Scores: return each(self.one, samples)
 
-    def one(self, sample):
+    def one(self, sample):  # with the true video, else it is invalid
         "(value, status, details) of one sample."
         if sample.truth is None:
             return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no true video; truth reward; use paired data (the world, or "

@@ -55,6 +55,7 @@ class Video(_Strict):
 
     @model_validator(mode="after")
     def one(self):
+        "Refuses none, and more than one place."
         if sum(v is not None for v in (self.path, self.shm, self.sha256)) != 1: raise ValueError("give exactly one of path, shm and sha256")
         return self
 
@@ -166,7 +167,7 @@ def check_size(frames: int, size, limits: Limits): # of a clip, before it is dec
     "Refuses what would not fit."
     pixels = size[0] * size[1]
     if frames > limits.frames or pixels > limits.pixels or 3 * frames * pixels > limits.volume:
-        raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]}; allowed are {limits.frames} frames, {limits.pixels} pixels, {limits.volume} bytes")
+        raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]}; allowed are {limits.frames} frames, {limits.pixels} pixels each, {limits.volume} bytes in all; send a shorter or smaller clip")
     if not frames or not pixels: raise InputError(f"clip of {frames} frames of {size[0]}x{size[1]} shows nothing; send at least one frame")
 
 
@@ -177,7 +178,7 @@ def decode_file(file, fps: float | None, limits: Limits): # open file; rate of a
     file.seek(0)
     if head.startswith(NPY_MAGIC):
         clip_THWC = read_npy(file, np.uint8, limits.volume)
-        if clip_THWC.ndim != 4 or clip_THWC.shape[3] != 3: raise InputError(f"array {clip_THWC.shape}; a clip is uint8 [T,H,W,3]")
+        if clip_THWC.ndim != 4 or clip_THWC.shape[3] != 3: raise InputError(f"array {clip_THWC.shape}; give a clip as uint8 [T,H,W,3]")
         check_size(len(clip_THWC), clip_THWC.shape[1:3], limits)
         return Frames(torch.from_numpy(clip_THWC).permute(0, 3, 1, 2), "byte", fps)
     if not any(head[at:at + len(magic)] == magic for at, magic in VIDEO_MAGIC):
@@ -190,7 +191,7 @@ def decode_video(path: str, limits: Limits):  # of the file; of what is accepted
     import av
     from camflow.media.video import probe, read_video
     try:
-        with av.open(path) as container: size = next(((s.height, s.width) for s in container.streams.video), (0, 0))
+        with av.open(path) as container: size = max(((s.height, s.width) for s in container.streams.video), key=math.prod, default=(0, 0))
     except av.FFmpegError as error: raise InputError(f"{path} cannot be opened as a video ({error.strerror}); it was cut off or is no video") from None
     check_size(1, size, limits)
     info = probe(path)
@@ -211,6 +212,7 @@ class SharedMemory:
         return {"shm": str(path)}
 
     def close(self):
+        "Removes all files that were put."
         while self.paths: self.paths.pop().unlink(missing_ok=True)
 
     def sweep(self) -> int:
@@ -252,8 +254,9 @@ def target_poses(camera: Camera, # as received
     from camflow.geometry.camera import check_poses
     from camflow.geometry.rigid import homogeneous, inverse
     at, n = camera.frame_idx, len(camera.c2w)
-    if n != len(at) or not n or any(len(row) != 12 for row in camera.c2w):
-        raise InputError(f"{n} poses with {len(at)} frame numbers; camera; give one row-major 3x4 pose (12 numbers) per entry of frame_idx")
+    if n != len(at) or not n: raise InputError(f"{n} poses with {len(at)} frame numbers; camera; give one pose per entry of frame_idx, at least one")
+    if wrong := [(i, len(row)) for i, row in enumerate(camera.c2w) if len(row) != 12]:
+        raise InputError(f"pose {wrong[0][0]} has {wrong[0][1]} numbers; camera; give row-major 3x4 poses, 12 numbers each")
     if at != sorted(set(at)) or at[0] < 0 or at[-1] >= T:
         raise InputError(f"frame_idx {at[:3]}..{at[-1]}; camera; give rising frame numbers of the clip, 0..{T - 1}")
     pose = homogeneous(torch.tensor(camera.c2w, dtype=torch.float64).reshape(n, 3, 4))

@@ -58,17 +58,22 @@ def advantage(rewards,          # [N] tensor, or {name: [N]} for several rewards
     parts = {name: torch.as_tensor(value).detach().to("cpu", torch.float64) for name, value in parts.items()}
     weights = {name: 1.0 for name in parts} | (weights or {})
     if unknown := set(weights) - set(parts): raise InputError(f"weights name rewards that do not exist: {sorted(unknown)}; rewards are {sorted(parts)}")
-    total = sum(weights[name] * value for name, value in parts.items() if weights[name] != 0)
+    counted = {name: value for name, value in parts.items() if weights[name] != 0} # a reward that is only watched may be invalid
+    if not counted: raise InputError(f"no reward counts: the weights of {sorted(parts)} are all 0")
+    total = sum(weights[name] * value for name, value in counted.items())
     names, group = torch.unique(torch.as_tensor(group_ids).cpu(), return_inverse=True)
     if total.shape != group.shape: raise InputError(f"{len(total)} rewards for {len(group)} group ids; give one group id per sample")
     valid = torch.isfinite(total)
     args = (group, len(names), valid, std, eps, unbiased, trim)
     adv, spread, count = _normalise(torch.where(valid, total, 0.0), *args)
     if combine == "each":
-        adv = sum(weights[name] * _normalise(torch.where(valid, value, 0.0), *args)[0] for name, value in parts.items())
+        adv = sum(weights[name] * _normalise(torch.where(valid, value, 0.0), *args)[0] for name, value in counted.items())
     elif combine != "sum": raise InputError(f"unknown combine {combine!r}; choose sum or each")
     largest = total[valid].abs().max() if valid.any() else torch.tensor(0.0)
     silent = (spread <= zero_tol * largest) | (count < 2)
+    if combine == "each":                                               # equal sums may hide rewards that differ
+        apart = [(_group_stats(value, group, len(names), valid)[1], value[valid]) for name, value in parts.items() if weights[name] != 0]
+        silent = (count < 2) | torch.stack([width <= zero_tol * one.abs().max() for width, one in apart if len(one)] or [spread == 0]).all(0)
     keep = valid & ~silent[group]
     return torch.where(keep, adv, 0.0), keep, _summary(parts, total, valid, spread, silent, count)
 

@@ -93,10 +93,11 @@ class RLConfig:
         check_numbers(self)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known: raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(map(str, known))}")
-        if not 0 < self.compress <= 1: raise InputError(f"compress={self.compress} is not a share in (0, 1]")
+        if not 0 < self.compress <= 1: raise InputError(f"compress={self.compress} must be above 0 and at most 1")
         at_least(vars(self), window=0, window_low=0, best_of=0, adv_clip=0, level_count=1, epochs=1, level=0, power=0, kl=0, kl_ema=0, weight_decay=0, grad_clip=0, ratio_tol=0, zero_tol=0, threshold=0)
         for name in ("lr", "clip", "level_shift", "mix"):
             if not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)} must be above 0")
+        if not self.level and self.kind != "wan" and self.loss not in FORWARD: raise InputError(f"level=0 samples without noise, and {self.loss} needs the likelihood of a draw: give a level above 0, e.g. 0.7, or loss='awm'")
         if not 0 <= self.ema_decay < 1: raise InputError(f"ema_decay={self.ema_decay} must be at least 0 and below 1")
         if self.loss in FORWARD and self.level_law == "fixed" and not (self.levels and all(0 < t <= 1 for t in self.levels)):
             raise InputError(f"levels={self.levels}; {self.loss} trains at these noise levels: give at least one, each above 0 and at most 1, e.g. [0.95, 0.8]")

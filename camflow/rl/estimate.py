@@ -104,9 +104,13 @@ class Estimate:
     missing: tuple = ()                        # what is not counted
 
     @property
-    def device_bytes(self) -> int: return sum(self.device.values())
+    def device_bytes(self) -> int:
+        "Sum over `device`."
+        return sum(self.device.values())
     @property
-    def host_bytes(self) -> int: return sum(self.host.values())
+    def host_bytes(self) -> int:
+        "Sum over `host`."
+        return sum(self.host.values())
 
     def seconds(self, rate: float) -> dict: # operations per second and rank
         "{phase: seconds of one step} and the whole run."

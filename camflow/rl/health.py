@@ -22,7 +22,7 @@ def frame_statistics(frames): # Frames
     x = frames.unit().data.float()                                      # [T,C,H,W]
     grey, highest, lowest = x.mean(1), x.amax(1), x.amin(1)
     edges = (grey[:, 1:, :-1] - grey[:, :-1, :-1]).abs() + (grey[:, :-1, 1:] - grey[:, :-1, :-1]).abs()
-    smooth = torch.nn.functional.avg_pool2d(grey[:, None], 3, 1, 1)[:, 0]
+    smooth = torch.nn.functional.avg_pool2d(grey[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
     share = torch.histc(x, 32, 0, 1) / x.numel()
     return {"brightness": x.mean(), "contrast": grey.flatten(1).std(1).mean(), "saturation": (highest - lowest).mean(), "edges": edges.mean(),
             "texture": (grey - smooth).abs().mean(), "motion": (x[1:] - x[:-1]).abs().mean() if len(x) > 1 else x.new_zeros(()),
@@ -34,7 +34,8 @@ def scores_of(result): # tensor, Scores, or {name: tensor or Scores}
     named = result if isinstance(result, dict) else {"reward": result}
     values = {name: torch.as_tensor(one if torch.is_tensor(one) else one.values).detach().to("cpu", torch.float64) for name, one in named.items() if one is not None}
     status = ["ok"] * len(next(iter(values.values())))
-    for name, one in named.items():
+    for name in values:
+        one = named[name]
         said = getattr(one, "status", ["ok" if ok else "invalid" for ok in values[name].isfinite().tolist()])
         status = [new if old == "ok" else old for old, new in zip(status, said)]
     return values, status

@@ -109,11 +109,11 @@ class Kernel:
 
     def _ends(self, sigmas): return {"sigma_max": float(sigmas[1]), "sigma_min": float(sigmas[-1])}
 
-    def step(self, sigmas, i, x, v, noise=None, x_next=None):
+    def step(self, sigmas, i, x, v, noise=None, x_next=None):  # [N+1] levels; step, 0..N-1; latents [B, ...]; predicted velocity, same shape; standard normal, same shape: draw from it; or: score this latent
         "Step `i` of the schedule `sigmas` (N+1 entries)."
         return sde_step(x, v, float(sigmas[i]), float(sigmas[i + 1]), self.kind, self.level, noise, x_next, form=self.form, **self._ends(sigmas))
 
-    def coefficients(self, sigmas, i):
+    def coefficients(self, sigmas, i):  # [N+1] levels; step, 0..N-1
         "(kx, kv, std) of step `i`."
         return coefficients(float(sigmas[i]), float(sigmas[i + 1]), self.kind, self.level, **self._ends(sigmas))
 

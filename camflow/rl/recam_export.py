@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_json
+from ..files import copy_file, write_json
 from .recam_config import Settings, parse
 
 # %% ../../nbs/rl/14_recam_export.ipynb #eea5ff95
@@ -35,10 +35,16 @@ def save_transformer(trainer, folder): # the trainer of `build`; transformer/ of
     model.save_pretrained(folder)
 
 # %% ../../nbs/rl/14_recam_export.ipynb #5061191c
+def _root(s: Settings):
+    "The folder of the pipeline that training began with."
+    from camflow.assets import tiny_path
+    return Path(s.model) if s.model != "tiny" else tiny_path("recam")
+
+
 def unchanged_parts(s: Settings): # -> {name: folder}
     "Where the pipeline's other parts lie."
     from camflow.assets import tiny_path
-    root = Path(s.model) if s.model != "tiny" else tiny_path("recam")
+    root = _root(s)
     found = {name: root/name for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     if s.model == "tiny" and not found["vae"].is_dir(): found["vae"] = tiny_path("vae")
     return {name: folder.resolve() for name, folder in found.items() if folder.is_dir()}
@@ -55,6 +61,7 @@ def save_parts(s: Settings, vae, bare, folder: Path, final: Path, small: float =
     copied = sum(file.stat().st_size for place in places.values() for file in place.rglob("*") if file.is_file()) <= small
     relative = {name: os.path.relpath(place, final.resolve()) for name, place in places.items()}
     for name, place in places.items(): shutil.copytree(place, folder/name) if copied else (folder/name).symlink_to(relative[name])
+    if (tiles := _root(s)/"latents.json").is_file(): copy_file(tiles, folder/tiles.name)  # how the sampler has to encode: as this training did
     write_json(folder/"parts.json", {"parts": "copied" if copied else "links, relative to this folder; copy them before you move it", "from": relative})
 
 # %% ../../nbs/rl/14_recam_export.ipynb #926c6fe1

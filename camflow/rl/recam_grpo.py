@@ -71,12 +71,13 @@ class Conditions:
     def __call__(self, index): return self.get(index)
 
     @torch.no_grad()
-    def latents(self, frames: Frames):
+    def latents(self, frames: Frames):  # a clip of T = 1 + 4k frames
         "Normalised latents [C,f,h,w] of a clip."
         from camflow.wan.vae import encode_as
         return encode_as(self.parts.vae, frames.signed().data.transpose(0, 1)[None].to(device()), self.parts.tiles)[0].cpu()
 
-    def prepare(self, index):
+    def prepare(self, index):  # of a condition, 0 <= index < length
+        "{source [C,f,h,w], camera [f,12], context, clip} and, with guidance, negative: computed anew, where the call remembers."
         from camflow.wan.text import NEGATIVE_PROMPT
         clip = self.load(index)
         stride = self.parts.vae.config.scale_factor_temporal
@@ -198,7 +199,7 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):  # of the run; settings 
     trainer.done += 1
     trainer.model.eval()
     mean = lambda n: sum(pair[n] for pair in losses) / max(1, len(losses))
-    return {"loss": mean(0), "grad_norm": mean(1), "updates": len(losses), "lr": cfg.lr, **clock}
+    return {"loss": sum(everywhere(mean(0))), "grad_norm": mean(1), "updates": len(losses), "lr": cfg.lr, **clock}
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #8f2501f1
 def judged(trainer,     # of the run
@@ -212,16 +213,16 @@ def judged(trainer,     # of the run
         values, _, samples = trainer.evaluate(mine, conditions=conditions)
         values, clips = {name: one.tolist() for name, one in values.items()}, torch.stack([sample.frames.byte().data for sample in samples])
         if held is not None:
-            from camflow.wan.evaluate import judge, photometric_reader
+            from camflow.wan.evaluate import READ, judge, photometric_reader
             part = held.take(mine)
-            table, read = judge(clips, part, {"photometric": photometric_reader(part)} if s.photometric else {})
+            table, read = judge(clips, part, {"photometric": photometric_reader(part)} if s.photometric else {}, [k for k in READ if k < s.frames] or [s.frames - 1])
             values |= {name: table[name].tolist() for name in table.columns}
             poses = list(torch.as_tensor(read["photometric"]).float()) if read else []
         rows, videos = [{name: one[n] for name, one in values.items()} for n in range(len(mine))], list(clips)
     every = {index: (row, video, pose) for m, r, v, p in everywhere((mine, rows, videos, poses)) for index, row, video, pose in zip(m, r, v, p or [None] * len(m))}
     rows, videos, poses = zip(*(every[index] for index in sorted(every)))
     tensors = {"videos": torch.stack(videos)} | ({"poses": torch.stack(poses)} if poses[0] is not None else {})
-    return {name: [row.get(name) for row in rows] for name in rows[0]}, tensors
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}, tensors
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #2e745300
 def compare(before, after, seed=0): # {name: values per held-out condition}
@@ -230,7 +231,7 @@ def compare(before, after, seed=0): # {name: values per held-out condition}
     result = {}
     for name in after:
         if any(isinstance(v, str) for v in after[name]): continue
-        a, b = (torch.tensor([float("nan") if v is None else v for v in values[name]], dtype=torch.float64) for values in (before, after))
+        a, b = (torch.tensor([float("nan") if v is None else v for v in values.get(name) or [None] * len(after[name])], dtype=torch.float64) for values in (before, after))
         gap = paired_bootstrap(a.numpy(), b.numpy(), seed=seed)
         result[name] = {"before": float((a + 0 * b).nanmean()), "after": float((b + 0 * a).nanmean()), "difference": gap.estimate, "low": gap.low, "high": gap.high, "missing": gap.missing}
     return result

@@ -39,7 +39,9 @@ class Trajectory:
 
     def __len__(self): return self.window[1] - self.window[0]
 
-    def tensors(self): return {name: getattr(self, name) for name in ("latents", "logp", "mean", "x0", "sigmas")}
+    def tensors(self):
+        "{field: tensor}, without the window."
+        return {name: getattr(self, name) for name in ("latents", "logp", "mean", "x0", "sigmas")}
 
 # %% ../../nbs/rl/02_rollout.ipynb #80eaf5da
 SOLVERS = ("euler", "dpm2")
@@ -175,11 +177,11 @@ class RolloutCache:
         "File of a rollout: a function of every byte that goes into it."
         return Path(self.folder) / f"rollout-{content_hash([digest(weights), digest(inputs), extra], 32)}.safetensors"
 
-    def get(self, path, make, window): # from `path`; () -> Trajectory; (start, stop)
+    def get(self, path, make, window, device="cpu"): # from `path`; () -> Trajectory; (start, stop); where a stored one goes
         "The stored trajectory, or that of `make()`, stored."
         if path.exists():
             self.hits += 1
-            return Trajectory(**load_file(path), window=tuple(window))
+            return Trajectory(**{name: value if name == "sigmas" else value.to(device) for name, value in load_file(path).items()}, window=tuple(window))
         made = make()
         with atomic_write(path) as file: file.write(save({name: value.contiguous().cpu() for name, value in made.tensors().items()}))
         return made

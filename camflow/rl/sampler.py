@@ -26,10 +26,14 @@ class Plan:
     micro_batch: int  # samples per forward, in rollout and in training
 
     @property
-    def groups(self): return self.world * self.batch // self.k   # per draw
+    def groups(self):
+        "Groups of a draw, over all ranks."
+        return self.world * self.batch // self.k
 
     @property
-    def samples(self): return self.world * self.batch * self.draws  # per rollout, all ranks
+    def samples(self):
+        "Samples of a rollout, over all ranks."
+        return self.world * self.batch * self.draws
 
 
 def _fits(world, k, around):
@@ -92,4 +96,6 @@ class GroupSampler:
         "The items of one rank."
         return self.everyone(draw)[rank * self.plan.batch:(rank + 1) * self.plan.batch]
 
-    def indices(self, draw, rank=0): return [item.index for item in self.items(draw, rank)]
+    def indices(self, draw, rank=0):  # 0, 1, 2, ... over the whole run; of the process
+        "Conditions of this rank's samples, in their order."
+        return [item.index for item in self.items(draw, rank)]

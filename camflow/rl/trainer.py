@@ -84,14 +84,14 @@ def sample(self, items, window, purpose=""):  # of one micro-batch; steps with n
     parts = [by_index[item.index] for item in items]
     asked = collate(parts, self.device)
     cond = self.explore_fn(asked, self.generators("explore", items)) if self.explore_fn and not purpose else asked
-    x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise), self.device)
-    twins = [item.group for item in items] if self.cfg.same_noise and cond is asked else None
+    x_T = draw_noise(self.shape, self.generators(purpose + "noise", items, self.cfg.same_noise and not purpose), self.device)
+    twins = [item.group for item in items] if self.cfg.same_noise and cond is asked and not purpose else None
     sigmas, solver = (self.sigmas, "euler") if purpose else (compressed(self.sigmas, window[1], self.cfg.compress), self.cfg.solver)
     make = lambda: rollout(self.model_fn, x_T, sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins, means=self.cfg.loss in ("guard", "dppo"), solver=solver)
     if self.cache is None: return Batch(items, asked, parts, make(), {})
     names = {"cond": cond, "x_T": x_T, "sigmas": sigmas, "items": tuple(items), "window": window}
     path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])
-    return Batch(items, asked, parts, self.cache.get(path, make, window), {})
+    return Batch(items, asked, parts, self.cache.get(path, make, window, self.device), {})
 
 
 def score(self, batches, clock, reward_fn=None):  # of `sample`; times the parts; None: the trainer's own
@@ -319,8 +319,9 @@ def state_dict(self):
 def load_state_dict(self, tensors, meta): # as state_dict returned
     "Continues exactly; another configuration or another starting model is refused."
     if meta["origin"] != self.origin: raise InputError("the checkpoint continues another starting model; load the weights that the run began with, then resume")
-    saved = asdict(RLConfig()) | meta["config"] | {f"plan.{k}": v for k, v in meta["plan"].items() if k not in ("world", "batch")}
-    mine = asdict(self.cfg) | {f"plan.{k}": v for k, v in asdict(self.plan).items() if k not in ("world", "batch")}
+    counts = lambda p: {f"plan.{k}": v for k, v in p.items() if k not in ("world", "batch")} | {"plan.samples per draw": p["world"] * p["batch"]} # other ranks may share the same samples
+    saved = asdict(RLConfig()) | meta["config"] | counts(meta["plan"])
+    mine = asdict(self.cfg) | counts(asdict(self.plan))
     if changed := [f"{k} {saved.get(k)} -> {mine[k]}" for k in mine if mine[k] != saved.get(k)]: raise InputError(f"the checkpoint was written with another configuration ({', '.join(changed)}); restore it or start a new run folder")
     load_strict({name: p.data for name, p in self.params.items()}, tensors["model"], "RL checkpoint")
     self.ema.load(tensors["ema"], meta["ema_count"])

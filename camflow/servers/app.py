@@ -48,7 +48,7 @@ async def score(request: Request, service: Service) -> dict:  # as it came; that
         remove(parts.values())
         service.spooled -= size
     try:
-        check_body(body, service.limits.items)
+        check_body(body, min(service.limits.items, service.config.queue))   # more than the queue holds would be told to try again for good
         limit = body.get("deadline_ms")
         rows, late = await service.score(body["items"], time.monotonic() + (limit / 1000 if limit else service.config.deadline_s), parts)
     except QueueFull as error: raise Refused(429, str(error), **{"Retry-After": f"{error.retry_after:.2f}"}) from None

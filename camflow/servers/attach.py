@@ -8,6 +8,7 @@ __all__ = ['toml_value', 'free_ports', 'planned', 'attached']
 # %% ../../nbs/servers/09_attach.ipynb #a1cc11b6
 import contextlib
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -23,10 +24,11 @@ from .supervisor import prepare, reached, status
 # %% ../../nbs/servers/09_attach.ipynb #6bfed143
 def toml_value(value) -> str:  # anything that JSON can say
     "A value as TOML."
-    if isinstance(value, dict): return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, dict): return "{ " + ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, (list, tuple)): return "[" + ", ".join(map(toml_value, value)) + "]"
-    if isinstance(value, (bool, int, float, str)): return json.dumps(value)
-    raise InputError(f"{value!r} ({type(value).__name__}); servers; TOML holds numbers, words, truths, lists and tables")
+    if isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")      # JSON's escapes are TOML's, but for pairs of surrogates
+    raise InputError(f"{value!r} ({type(value).__name__}); servers; give numbers, text, true or false, lists and tables, which TOML can hold")
 
 
 def free_ports(n: int # in a row
@@ -55,7 +57,7 @@ def planned(servers,  # path of a servers.toml, or {name: table of [servers.name
             if not isinstance(table, dict): raise InputError(f"servers.{name} = {table!r}; servers; give a table with reward, options and devices")
             many = table.get("devices", 1)
             table = {"port": free_ports(many if isinstance(many, int) else len(many) if isinstance(many, list) else 8)} | table
-            lines += [f"[servers.{name}]", *(f"{k} = {toml_value(v)}" for k, v in table.items()), ""]
+            lines += [f"[servers.{toml_value(str(name))}]", *(f"{k} = {toml_value(v)}" for k, v in table.items()), ""]
         with atomic_write(folder/"servers.toml", "w") as file: file.write("\n".join(lines))
         servers = folder/"servers.toml"
     urls = {}

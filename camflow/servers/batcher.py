@@ -58,15 +58,17 @@ class MicroBatcher:
                  window: float = 0.0,    # seconds that a batch which is not full waits for more
                  depth: int = 2):        # batches in flight
         if most <= 0 or queue < 1 or depth < 1 or window < 0:
-            raise InputError(f"most={most}, queue={queue}, depth={depth}, window={window}; batcher; all but window must be positive")
+            raise InputError(f"most={most}, queue={queue}, depth={depth}, window={window}; batcher; most must be above 0, queue and depth at least 1, window at least 0")
         self.run, self.most, self.cost, self.queue, self.window, self.depth = run, most, cost, queue, window, depth
         self.waiting, self.flying, self.counts, self.paused, self.solo, self.timer, self.tasks = deque(), 0, Counts(), False, False, None, set()
 
     @property
-    def idle(self) -> bool: return not self.waiting and not self.flying
+    def idle(self) -> bool:
+        "Nothing waits and nothing is being computed."
+        return not self.waiting and not self.flying
 
     def submit(self,
-               items: list,
+               items: list,  # what `run` takes
                deadline: float = float("inf") # of time.monotonic()
               ) -> list: # futures of the results
         "Queues all items, or none (`QueueFull`)."
@@ -129,7 +131,7 @@ def ring(self: MicroBatcher):
 
 
 @patch
-def start(self: MicroBatcher, batch: list):
+def start(self: MicroBatcher, batch: list):  # of `take`; empty: nothing happens
     "One more batch in flight."
     if not batch: return
     if self.timer: self.timer.cancel()
@@ -142,7 +144,7 @@ def start(self: MicroBatcher, batch: list):
 
 # %% ../../nbs/servers/00_batcher.ipynb #818ae4b0
 @patch
-async def fly(self: MicroBatcher, batch: list):
+async def fly(self: MicroBatcher, batch: list):  # of `take`
     "Runs a batch and hands out its results."
     begun = time.monotonic()
     try:

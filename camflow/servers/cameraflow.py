@@ -33,7 +33,9 @@ def parse_poses(table: dict) -> tuple: # frame numbers, poses [n][12]
         try: values = [float(word) for row in rows for word in row]
         except ValueError: values = []
         if not number or [len(row) for row in rows] != [4] * 4 or len(values) != 16 or not all(map(math.isfinite, values)) or values[12:] != [0, 0, 0, 1]:
-            raise InputError(f"gt_json_data[{str(key)[:40]!r}] is not a pose; write \"[r r r t] [r r r t] [r r r t] [0 0 0 1]\" with finite numbers")
+            unreal = [row[3] for row in rows if len(row) == 4] == ["0", "0", "0", "1"]
+            hint = ": this is camera_extrinsics.json as it stands, in centimetres and other axes; send Cameras.from_unreal_json(FILE, CAMERA).relative().c2w" if unreal else ""
+            raise InputError(f"gt_json_data[{str(key)[:40]!r}] is not a pose; write \"[r r r t] [r r r t] [r r r t] [0 0 0 1]\" with finite numbers{hint}")
         found.append((int(number[1]), values[:12]))
     found.sort()
     return [number for number, _ in found], [pose for _, pose in found]

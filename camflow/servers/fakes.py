@@ -31,9 +31,15 @@ class SleepReward:
         self.name, self.seconds, self.ballast_mb = "sleep", seconds, ballast_mb
         self.unpark()
 
-    def unpark(self): self.ballast = torch.ones(int(self.ballast_mb * 2**20), dtype=torch.uint8)
-    def park(self): self.ballast = None
-    def info(self) -> dict: return {"device": "cpu", "model_rev": "fake", "scores": [{"name": "score", "lo": 0.0, "hi": 1.0, "higher_better": True}]}
+    def unpark(self):
+        "Takes `ballast_mb` of memory."
+        self.ballast = torch.ones(int(self.ballast_mb * 2**20), dtype=torch.uint8)
+    def park(self):
+        "Frees it."
+        self.ballast = None
+    def info(self) -> dict:
+        "What a server tells about it."
+        return {"device": "cpu", "model_rev": "fake", "scores": [{"name": "score", "lo": 0.0, "hi": 1.0, "higher_better": True}]}
 
     def __call__(self, samples: list) -> Scores:
         time.sleep(self.seconds)
@@ -42,7 +48,7 @@ class SleepReward:
 # %% ../../nbs/servers/08_fakes.ipynb #b6855d6d
 class TroubleReward(SleepReward):
     "The brightness, unless the prompt of a sample asks for trouble."
-    def trouble(self, prompt: str) -> str:
+    def trouble(self, prompt: str) -> str:  # of a sample: "die", "hang", ..., or "die once:FILE", where FILE does not exist yet
         "The first word, if it is to happen now."
         word, _, rest = prompt.partition(" ")
         if rest.startswith("once:"):

@@ -65,7 +65,7 @@ def expected(request: Request, most: int):  # as it came; bytes
     "Refuses a body that says it is too large, or is packed."
     if request.headers.get("content-encoding", "identity") != "identity": raise Refused(415, "packed bodies are not unpacked; send the body as it is")
     length = request.headers.get("content-length", "0")
-    if not length.isdigit(): raise Refused(400, "Content-Length is not a number")
+    if not length.isdigit(): raise Refused(400, f"Content-Length {length[:40]!r} is not a number; send the number of bytes")
     if int(length) > most: raise Refused(413, f"the body has {length} bytes, {most} are allowed; send fewer or smaller clips")
 
 
@@ -172,7 +172,7 @@ async def read_request(request: Request, service: Service) -> tuple: # dict, {sh
     if kind not in ("multipart/form-data", "multipart/mixed", "application/octet-stream"):
         raise Refused(415, f"content type {kind}; send application/json, multipart/form-data or application/octet-stream")
     boundary = re.search(r'boundary="?([^\s";]{1,70})', request.headers["content-type"])
-    if kind != "application/octet-stream" and not boundary: raise Refused(400, "the multipart header names no boundary")
+    if kind != "application/octet-stream" and not boundary: raise Refused(400, "the Content-Type header names no boundary; send multipart/form-data; boundary=WORD")
     path = await in_spool(request, service)
     if kind == "application/octet-stream": return await asyncio.to_thread(single, path, request.headers.get("x-item", ""))
     try: text, parts = await asyncio.to_thread(split_parts, path, boundary[1].encode(), service.limits.text)

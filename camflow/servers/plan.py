@@ -47,7 +47,7 @@ OWN = ("port", "devices", "venv", "requirements", "system_site_packages", "env",
 
 def read_file(path) -> dict: # servers.toml
     "The tables of the file."
-    try: return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    try: return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error: raise InputError(f"{path} cannot be read ({error.strerror}); give a servers.toml") from None
     except tomllib.TOMLDecodeError as error: raise InputError(f"{path} is not TOML ({error}); mend it") from None
 

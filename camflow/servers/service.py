@@ -83,15 +83,15 @@ class ServerConfig:
             raise InputError(f"host={self.host!r} without a token; server; others can connect there: give token_file, or listen on 127.0.0.1")
         for name, known in {"cost": ("items", "megabytes"), "state": STATES, "cameraflow": ("", "pose", "video")}.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}; server; one of {', '.join(map(repr, known))}")
-        if set(self.limits) - {f.name for f in fields(Limits)}:
-            raise InputError(f"limits {sorted(self.limits)}; server; known are {', '.join(f.name for f in fields(Limits))}")
+        if unknown := sorted(set(self.limits) - {f.name for f in fields(Limits)}):
+            raise InputError(f"unknown limits {unknown}; server; known are {', '.join(f.name for f in fields(Limits))}")
         for name, value in self.limits.items(): check_setting(name, int, value)
         if any(not os.path.isabs(root) or root == "/" for root in self.roots): raise InputError(f"roots={self.roots}; server; give absolute folders, and not /")
         self.folder = Path(self.spool or SHM/f"camflow-{os.getuid()}")
         self.resolved = [os.path.realpath(root) for root in [*self.roots, self.folder]]
 
     @classmethod
-    def read(cls, config: dict):
+    def read(cls, config: dict):  # {field: value}
         "From a dict; an unknown key is an InputError."
         if unknown := sorted(set(config) - {f.name for f in fields(cls)}):
             raise InputError(f"unknown settings {unknown}; server; known are {', '.join(f.name for f in fields(cls))}")
@@ -117,8 +117,12 @@ class Leases:
     def __init__(self, clock=time.monotonic): # seconds
         self.until, self.clock = {}, clock
 
-    def take(self, client: str, seconds: float): self.until[client] = self.clock() + seconds
-    def give(self, client: str): self.until.pop(client, None)
+    def take(self, client: str, seconds: float):  # name of who asks; from now
+        "Holds the model for so long from now; a second call replaces the first."
+        self.until[client] = self.clock() + seconds
+    def give(self, client: str):  # name of who holds it
+        "Ends a lease; none is fine."
+        self.until.pop(client, None)
 
     def held(self) -> int:
         "Leases that have not run out."
@@ -130,7 +134,7 @@ class Results:
     "id -> (digest of the sample, future of its row)."
     def __init__(self, most: int): self.most, self.rows = most, OrderedDict() # entries kept
 
-    def find(self, id: str, mark: bytes):
+    def find(self, id: str, mark: bytes):  # of a sample; of `mark_of`
         "The future of a known sample, None for a new one; InputError if the id names another."
         known = self.rows.get(id)
         if known is None: return None
@@ -138,12 +142,14 @@ class Results:
         self.rows.move_to_end(id)
         return known[1]
 
-    def add(self, id: str, mark: bytes, future):
+    def add(self, id: str, mark: bytes, future):  # of a sample; of `mark_of`; of its row
+        "Keeps a result that is being computed; the oldest entries go when there are more than `most`."
         self.rows[id] = (mark, future)
         future.add_done_callback(lambda done: self.settled(id, done))
         while len(self.rows) > self.most: self.rows.popitem(last=False)
 
-    def settled(self, id, future):
+    def settled(self, id, future):  # of a sample; of its row, done
+        "Forgets a result that failed, so that the sample can be sent again."
         good = not future.cancelled() and future.exception() is None and future.result()["status"] in ("ok", "invalid")
         if not good and id in self.rows and self.rows[id][1] is future: del self.rows[id]
 
@@ -179,12 +185,12 @@ class Service:
         self.mode, self.rest, self.busy, self.lock, self.keeper, self.draining = "off", c.state, time.monotonic(), asyncio.Lock(), None, False
         self.begun, self.buckets = time.monotonic(), Counter()
 
-    async def run(self, jobs: list) -> list:
+    async def run(self, jobs: list) -> list:  # of `Job`
         "A batch, by the worker."
         parts = {sha: path for job in jobs for sha, path in job.parts.items()}
         return (await self.worker.call("score", items=[job.item for job in jobs], parts=parts))["rows"]
 
-    def check(self, item: Item, parts: dict) -> int:
+    def check(self, item: Item, parts: dict) -> int:  # of a request; {sha256: path} of the clips sent with it
         "Refuses what may not be read, unread; stored bytes of the clip."
         for ref in (item.video, item.source, item.depth):
             if ref is None: continue
@@ -219,7 +225,7 @@ async def score(self: Service,
 
 
 @patch
-def enqueue(self: Service, fresh: list, futures: dict, deadline: float):
+def enqueue(self: Service, fresh: list, futures: dict, deadline: float):  # (id, mark, Job) of each sample; id -> future, filled here; of time.monotonic()
     "Into the queue and the memory of results, in one go."
     self.busy = time.monotonic()
     for (id, mark, _), future in zip(fresh, self.batcher.submit([job for *_, job in fresh], deadline)):
@@ -229,7 +235,7 @@ def enqueue(self: Service, fresh: list, futures: dict, deadline: float):
 
 # %% ../../nbs/servers/02_service.ipynb #d3eecb88
 @patch
-async def enqueue_later(self: Service, fresh: list, futures: dict, deadline: float):
+async def enqueue_later(self: Service, fresh: list, futures: dict, deadline: float):  # (id, mark, Job) of each sample; id -> future, filled here; of time.monotonic()
     "The same for a model that must wake first; another request may have brought the same sample meanwhile."
     while not self.ready(): await self.wake()
     known = {id: self.results.find(id, mark) for id, mark, _ in fresh}
@@ -238,7 +244,7 @@ async def enqueue_later(self: Service, fresh: list, futures: dict, deadline: flo
 
 
 @patch
-def row(self: Service, id: str, future) -> dict:
+def row(self: Service, id: str, future) -> dict:  # of the sample; of its row
     "What became of a sample."
     if not future.done(): return no_row(id, "timeout", "its deadline passed; it is still being judged, ask again with the same id")
     error = future.exception()
@@ -250,11 +256,13 @@ def row(self: Service, id: str, future) -> dict:
 # %% ../../nbs/servers/02_service.ipynb #ee997d30
 @patch
 def ready(self: Service) -> bool:
+    "Whether the model is active and its worker not given up."
     return self.mode == "active" and self.worker.state != "broken"
 
 
 @patch
 async def wake(self: Service):
+    "Makes the model active; Broken when its worker has died too often."
     async with self.lock: await self.move("active")
 
 # %% ../../nbs/servers/02_service.ipynb #12c57e79
@@ -315,6 +323,7 @@ def status(self: Service) -> dict:
 # %% ../../nbs/servers/02_service.ipynb #d35a719c
 @patch
 async def keep(self: Service):
+    "Runs for good: starts a worker that died, and after `idle_s` without samples or leases goes to the state of rest."
     while True:
         await asyncio.sleep(0.25)
         with contextlib.suppress(Broken, Lost):    # told to whoever asks next; the state says so too
@@ -363,6 +372,7 @@ BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 @patch
 def observe(self: Service, code: int, seconds: float): # HTTP status of a score request, its time
+    "Counts a request for /metrics."
     self.counts[f'camflow_requests_total{{code="{code}"}}'] += 1
     self.counts["camflow_request_seconds_sum"] += seconds
     self.buckets[next((b for b in BUCKETS if seconds <= b), float("inf"))] += 1

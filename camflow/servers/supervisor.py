@@ -21,7 +21,7 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
-from ..files import InputError, read_json, write_json
+from ..files import InputError, atomic_write, read_json, write_json
 from ..processes import die_with_parent, started
 from .plan import Plan, Process, check_venvs, read_file, read_plan, run_folder
 
@@ -51,6 +51,7 @@ class Child:
         self.log = self.folder/f"{spec.name}.log"
 
     def start(self):
+        "Writes its configuration and starts it in a session of its own."
         write_json(self.folder/f"{self.spec.name}.json", self.spec.config)
         root = str(Path(sys.modules["camflow"].__file__).resolve().parents[1])
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p), **self.spec.env}
@@ -58,11 +59,12 @@ class Child:
             self.process = subprocess.Popen([self.spec.python, "-m", self.spec.module, "--config", str(self.folder/f"{self.spec.name}.json")], env=env,
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                             start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
-        (self.folder/f"{self.spec.name}.pid").write_text(f"{self.process.pid}\n")
+        with atomic_write(self.folder/f"{self.spec.name}.pid", "w") as file: file.write(f"{self.process.pid}\n")
         self.state, self.since = "starting", time.monotonic()
         self.heard = self.next = self.since
 
-    def signal(self, sig):
+    def signal(self, sig):  # e.g. signal.SIGTERM
+        "To its whole process group; nothing when it has ended."
         if self.process and self.process.poll() is None:
             try: os.killpg(self.process.pid, sig)
             except ProcessLookupError: return
@@ -74,6 +76,7 @@ class Child:
         return lines[-1][-300:] if lines else "nothing was logged"
 
     def row(self) -> dict:
+        "What `camflow serve status` shows of it."
         return {"name": self.spec.name, "port": self.spec.port, "state": self.state,
                 "pid": self.process.pid if self.process and self.process.poll() is None else None, "restarts": self.restarts,
                 "reason": self.reason, "log": str(self.log)}

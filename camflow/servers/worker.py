@@ -30,7 +30,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..files import InputError
-from ..processes import die_with_parent, resident
+from ..processes import die_with_parent, end_quickly, resident
 from .batcher import Lost
 
 # %% ../../nbs/servers/01_worker.ipynb #fd8f64bb
@@ -125,6 +125,7 @@ def child(fd: int,      # its end of the socket pair
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent: return
+    end_quickly()
     reuse_memory()
     sock = socket.socket(fileno=fd)
     file, out = sock.makefile("rb"), sock.makefile("wb")
@@ -180,10 +181,14 @@ class Worker:
         self.wrong = False                         # the reward refused its settings: starting again will not help
 
     @property
-    def alive(self) -> bool: return self.writer is not None and self.process is not None and self.process.poll() is None
+    def alive(self) -> bool:
+        "Whether the process runs and can be asked."
+        return self.writer is not None and self.process is not None and self.process.poll() is None
 
     @property
-    def pid(self): return self.process.pid if self.alive else None
+    def pid(self):
+        "None when it does not run."
+        return self.process.pid if self.alive else None
 
     def spend(self):
         "Refuses a start when the budget of deaths is used up."
@@ -200,6 +205,9 @@ async def start(self: Worker):
     self.lock = self.lock or asyncio.Lock()
     async with self.lock:
         if self.alive and self.state != "starting": return
+        if self.writer is not None:                # the last child's end is not noticed yet: it would be taken for the new one's
+            self.strike()
+            while self.writer is not None: await asyncio.sleep(0.005)
         self.spend()
         self.state, self.reason = "starting", ""
         ours, theirs = socket.socketpair()
@@ -222,7 +230,7 @@ async def start(self: Worker):
 
 # %% ../../nbs/servers/01_worker.ipynb #cbaddc46
 @patch
-def post(self: Worker, message: dict, number: int) -> asyncio.Future:
+def post(self: Worker, message: dict, number: int) -> asyncio.Future:  # goes as JSON; that its answer will carry
     "Sends a message; the future of its answer."
     future = asyncio.get_running_loop().create_future()
     if not self.flying: self.since = time.monotonic()
@@ -245,7 +253,7 @@ async def call(self: Worker,
 
 # %% ../../nbs/servers/01_worker.ipynb #ba8a5d41
 @patch
-async def listen(self: Worker, reader):
+async def listen(self: Worker, reader):  # of the child's socket, asyncio.StreamReader
     "Hands answers to those who wait, until the child is gone."
     try:
         while True:
@@ -294,7 +302,7 @@ def strike(self: Worker):
 
 
 @patch
-def kill(self: Worker, reason: str):
+def kill(self: Worker, reason: str):  # told to those who wait
     "Ends the child now, for a reason."
     self.reason = reason
     self.strike()

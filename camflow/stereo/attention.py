@@ -48,7 +48,8 @@ class EncoderLayer(nn.Module):
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
-    def forward(self, x_NLC: Tensor, source_NSC: Tensor) -> Tensor:
+    def forward(self, x_NLC: Tensor, source_NSC: Tensor) -> Tensor:  # tokens that look; tokens that are looked at
+        "-> [N,L,C]."
         q, k, v = (f(t).unflatten(-1, (self.heads, -1)) for f, t in ((self.q_proj, x_NLC), (self.k_proj, source_NSC), (self.v_proj, source_NSC)))
         message = self.norm1(self.merge(linear_attention(q, k, v).flatten(-2)))
         return x_NLC + self.norm2(self.mlp(torch.cat([x_NLC, message], -1)))
@@ -60,7 +61,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dim)])
 
-    def forward(self, a_NLC: Tensor, b_NLC: Tensor):
+    def forward(self, a_NLC: Tensor, b_NLC: Tensor):  # tokens of the first view; of the second
+        "-> both rewritten, [N,L,C] each."
         return self.layers[0](torch.cat([a_NLC, b_NLC]), torch.cat([a_NLC, b_NLC])).chunk(2)
 
 
@@ -70,7 +72,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dim)])
 
-    def forward(self, a_NLC: Tensor, b_NLC: Tensor):
+    def forward(self, a_NLC: Tensor, b_NLC: Tensor):  # tokens of the first view; of the second
+        "-> both rewritten, [N,L,C] each."
         a = self.layers[0](a_NLC, b_NLC)
         return a, self.layers[0](b_NLC, a)
 
@@ -82,6 +85,7 @@ class SpaceAttention(nn.Module):
         self.encoder_layer = EncoderLayer(dim)
 
     def forward(self, x_NChw: Tensor) -> Tensor:
+        "-> [N,C,h,w]."
         tokens = x_NChw.permute(0, 2, 3, 1).flatten(1, 2)
         return from_tokens(self.encoder_layer(tokens, tokens), x_NChw.shape[-2:])
 
@@ -116,6 +120,7 @@ class TimeAttention(nn.Module):
         nn.init.zeros_(self.temporal_fc.weight), nn.init.zeros_(self.temporal_fc.bias)
 
     def forward(self, x_NLC: Tensor, T: int) -> Tensor: # N = B*T images of L positions
+        "-> [N,L,C]."
         x = x_NLC.unflatten(0, (-1, T))
         y = self.temporal_norm1(x).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*L,n,T,d]
         y = F.scaled_dot_product_attention(y, y, y)

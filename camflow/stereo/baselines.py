@@ -80,7 +80,7 @@ def block_matching(left, right, range_: int = None, block: int = 11, filled: boo
     return fill(found) if filled else found, ~found.isnan()
 
 # %% ../../nbs/stereo/06_baselines.ipynb #7f2ea92e
-def per_frame(model,            # DynamicStereo
+def per_frame(model,            # DynamicStereo or RAFTStereo
               left, right,      # Frames, or uint8 [T,3,H,W]
               iters=20):        # refinements, as in the network's forward
     "Disparity [T,1,H,W] of a network that never sees two frames together."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'MATCHING', 'BASE', 'RESULTS', 'MARK', 'checked', 'load_weights', 'first_to_run', 'lead_in', 'shifted',
-           'match', 'need_bytes', 'available_bytes', 'memory_plan', 'refuse_memory', 'Job', 'look', 'prepare',
+           'match', 'need_bytes', 'available_bytes', 'memory_plan', 'refuse_memory', 'Job', 'look', 'opened', 'prepare',
            'short_clip', 'map_files', 'compute_maps', 'agreement', 'against_matches', 'doubts', 'shape_rig',
            'write_maps', 'finish', 'publish', 'check_disk', 'same_settings', 'starting_disparity', 'main']
 
@@ -24,7 +24,7 @@ from ..assets import tiny_path
 from ..data.stereo_clip import StereoSource, open_stereo
 from ..data.stereo_files import read_npy, write_image, write_mask, write_npy, write_pfm, write_png16
 from ..device import device, memory_stats
-from ..files import InputError, content_hash, read_json, write_json
+from ..files import InputError, content_hash, copy_file, read_json, write_json, writable
 from ..geometry.rectify import RectificationReport, Rectifier, estimate_rectifier, match_pairs, moved_rig, rectification_report, rectifier_of
 from ..geometry.stereo_rig import Calibration, StereoRig, read_calibration
 from ..media.frames import Frames
@@ -32,9 +32,9 @@ from .show import MODES, Scale, cloud, colour_bar, colours, consistency, feed_vi
 # Shapes: T frames, H W rows and columns; disparity [1,H,W] or [T,1,H,W], positive, pixels.
 
 # %% ../../nbs/stereo/11_depth.ipynb #72dc0f4f
-DEFAULTS = dict(left="", right="", layout="", squeezed=False, swap=False, calibration="", unit="m", weights="tiny", window=20, overlap=4, iters=20, compat="", min_disparity=0, max_size=0, start=0, limit=0,
+DEFAULTS = dict(left="", right="", sequence="", layout="", squeezed=False, swap=False, calibration="", unit="m", weights="tiny", window=20, overlap=4, iters=20, compat="", min_disparity=0, max_size=0, start=0, limit=0,
                 check_rectification=True, rectify=True, confidence=True, precision="float32", pfm=False, max_depth=0.0, ply=10, orbit=True, fps=0.0, compare_sgbm=True, out="")
-MATCHING = ("left", "right", "layout", "squeezed", "swap", "calibration", "unit", "weights", "window", "overlap", "iters", "compat", "min_disparity", "max_size", "start", "limit", "check_rectification", "rectify", "precision") # what disparities depend on
+MATCHING = ("left", "right", "sequence", "layout", "squeezed", "swap", "calibration", "unit", "weights", "window", "overlap", "iters", "compat", "min_disparity", "max_size", "start", "limit", "check_rectification", "rectify", "precision") # what disparities depend on
 
 
 def checked(config: dict) -> dict: # any of DEFAULTS
@@ -56,11 +56,12 @@ def load_weights(weights: str): # tiny, sgbm, a folder or a file
     "A network in eval mode on the device, or None for SGBM."
     if weights == "sgbm": return None
     from camflow.stereo.network import load_stereo
+    from camflow.stereo.raft_stereo import is_raft_stereo, load_raft_stereo
     if weights == "tiny":
         try: weights = tiny_path("stereo")
         except InputError: raise InputError("the tiny stereo weights are not here (data/tiny/stereo); make them with `camflow run stereo_train -f tiny`, give weights=FOLDER or a published .pth, or use weights=sgbm, which needs none") from None
     elif not Path(weights).exists(): raise InputError(f"weights: {weights} does not exist; give tiny, sgbm, a model folder or a published .pth file")
-    return load_stereo(weights).to(device())
+    return load_raft_stereo(weights) if is_raft_stereo(weights) else load_stereo(weights).to(device())
 
 
 def first_to_run(missing: int, window: int, overlap: int, compat: str = "") -> int: # first frame without a map; settings
@@ -193,9 +194,19 @@ def look(config: dict, source: StereoSource, indices, calibration): # settings; 
     return plan, before, after, remarks
 
 # %% ../../nbs/stereo/11_depth.ipynb #904cfd57
+def opened(config: dict) -> StereoSource: # of `checked`
+    "The frames that the settings name."
+    if not config["sequence"]: return open_stereo(config["left"], config["right"] or None, config["layout"] or None, config["squeezed"], config["swap"], config["calibration"] or None)
+    if odd := [k for k in ("right", "layout", "squeezed", "swap") if config[k]]: raise InputError(f"sequence={config['sequence']!r} with {', '.join(odd)}; stereo depth; a sequence of Dynamic Replica brings both views, leave those out")
+    from camflow.data.dynamic_replica import open_sequence
+    source = open_sequence(config["left"], config["sequence"])
+    source.calibration = config["calibration"] or None
+    return source
+
+
 def prepare(config: dict) -> Job: # of `checked`
     "Opens, checks and plans; raises before anything is computed."
-    source = open_stereo(config["left"], config["right"] or None, config["layout"] or None, config["squeezed"], config["swap"], config["calibration"] or None)
+    source = opened(config)
     for path in {str(getattr(source, side, "")) for side in ("left", "right", "path")}: _undamaged(path)
     if bad := source.check() if hasattr(source, "check") else []: raise InputError(f"{len(bad)} of {2 * len(source)} pictures cannot be used; {bad[0]}")
     total, stop = len(source), config["start"] + config["limit"] if config["limit"] else len(source)
@@ -204,16 +215,23 @@ def prepare(config: dict) -> Job: # of `checked`
     H, W = source.size
     if min(H, W) < 16: raise InputError(f"frames of {H} x {W} pixels; {source.name}; at least 16 x 16 are needed to match anything")
     file = getattr(getattr(source, "source", source), "calibration", None) or ""
-    calibration = read_calibration(file, source.size, config["unit"]) if file else None
+    calibration, useless = (read_calibration(file, source.size, config["unit"]), "") if file else _annotated(source, indices)
     rectifier, before, after, remarks = look(config, source, indices, calibration)
     scale = min(1.0, config["max_size"] / max(H, W)) if config["max_size"] else 1.0
     size = max(16, round(H * scale)), max(16, round(W * scale))
     rig = rectifier.rig if isinstance(calibration, Calibration) else moved_rig(calibration and calibration.of(source.size), rectifier)
     if calibration is not None and rig is None: remarks.append("the views were rectified by a projective warp, after which the calibration does not hold: no metres")
+    if useless: remarks.append(f"the annotated cameras are not used: {useless}")
     if calibration is None: remarks.append("no calibration: disparity in pixels only; give calibration=K.txt (or OpenCV's yaml, ZED's conf, KITTI's or Middlebury's calib.txt) for metres")
     if min(size) < 64: remarks.append(f"frames of {size[0]} x {size[1]} pixels are very small: details below a few pixels are lost")
     if max(size) > 1600: remarks.append(f"frames of {size[0]} x {size[1]} pixels are large: networks are trained at about 1280 x 720, so max_size=1280 is faster and often better")
-    return Job(source, indices, _names(source, indices), source.size, size, config["fps"] or source.fps or 10.0, rig and rig.resize(size), str(file), rectifier, before, after, remarks)
+    return Job(source, indices, _names(source, indices), source.size, size, config["fps"] or source.fps or 10.0, rig and rig.resize(size), str(file or (calibration and calibration.source) or ""), rectifier, before, after, remarks)
+
+
+def _annotated(source, indices):
+    "(The rig that the source knows itself, None without one; what is wrong with it.)"
+    try: return source.rig(indices), ""
+    except InputError as error: return None, str(error)
 
 
 def _undamaged(path):
@@ -376,9 +394,7 @@ def publish(run_dir, out): # results; folder of the user's choice
     for name in read_json(mark)["files"] if mark.exists() else []: (out/name).unlink(missing_ok=True)
     found = [p.relative_to(run_dir) for name in RESULTS for p in sorted([run_dir/name] if (run_dir/name).is_file() else (run_dir/name).rglob("*")) if p.is_file()]
     write_json(mark, {"files": found})
-    for name in found:
-        (out/name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run_dir/name, out/name)
+    for name in found: copy_file(run_dir/name, out/name)
 
 
 def check_disk(job: Job, config: dict, run_dir):  # the clip; the full configuration; folder of the run
@@ -416,8 +432,9 @@ def main(config: dict, # keys of DEFAULTS
     "Depth of a stereo video; continues a killed run."
     from camflow.training.metric_writer import MetricWriter
     config, run_dir = checked(config), Path(run_dir)
-    if config["out"] and Path(config["out"]).exists() and any(Path(config["out"]).iterdir()) and not (Path(config["out"])/MARK).exists(): publish(run_dir, config["out"])
+    if config["out"] and writable(config["out"]).exists() and any(Path(config["out"]).iterdir()) and not (Path(config["out"])/MARK).exists(): publish(run_dir, config["out"])
     model, job = load_weights(config["weights"]), prepare(config)
+    if model is not None and model.config.num_frames == 1: config |= dict(window=1, overlap=0) # it sees frames one by one
     window, dim = min(config["window"], max(len(job.indices), short_clip(job, model, config))), model.config.dim if model is not None else 0
     memory = memory_plan(job.size, window, dim, available_bytes())
     refuse_memory(memory, job.size, window, config["overlap"])

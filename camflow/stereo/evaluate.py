@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PROTOCOLS', 'HOLDS', 'DEFAULTS', 'METHODS', 'LEARNED', 'MATCHERS', 'REPRODUCED', 'RATIOS', 'COLUMNS',
-           'settled', 'Example', 'world_example', 'set_example', 'hidden_from_right', 'open_examples', 'mark_matched',
-           'period_of', 'depth_numbers', 'evaluate_clip', 'strip', 'identity', 'summary', 'headline', 'main', 'table',
-           'worst_clips']
+           'settled', 'Example', 'world_example', 'set_example', 'hidden_from_right', 'open_examples', 'raft_file',
+           'shrunk', 'load_networks', 'mark_matched', 'period_of', 'depth_numbers', 'evaluate_clip', 'strip',
+           'identity', 'summary', 'headline', 'main', 'table', 'worst_clips']
 
 # %% ../../nbs/stereo/09_evaluate.ipynb #b474df4f
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..assets import tiny_path
+from ..assets import tiny_path, user_path, weights_folder
 from ..device import device
 from ..files import InputError, content_hash, read_json, sha256_file, write_json
 from ..media.frames import Frames
@@ -27,6 +27,7 @@ from ..metrics.statistics import paired_bootstrap
 from ..metrics.stereo import aggregate, depth_consistency, error_maps, stereo_report
 from .baselines import block_matching, fill, per_frame, sgbm
 from .network import CONFIGS, DynamicStereo, load_stereo
+from .raft_stereo import FILE, RAFTStereo, load_raft_stereo
 from .windows import linear_plan, reference_plan, stereo_video
 # Shapes: T frames, H W rows and columns; disparity float32 [T,1,H,W], positive; masks bool [T,1,H,W].
 
@@ -41,10 +42,13 @@ PROTOCOLS = {
     "sintel-final": dict(data="Sintel", options=dict(render="final"), **PUBLISHED),
     "things-40": dict(data="SceneFlow", options=dict(subset="things", split="validation", render="frames_cleanpass"), **PUBLISHED),
     "kitti-2015": dict(data="Kitti", options=dict(year=2015), **PUBLISHED),
+    "middlebury": dict(data="Middlebury", options={}, **PUBLISHED),
+    "eth3d": dict(data="Eth3d", options={}, **PUBLISHED),
 }
 HOLDS = {"DynamicReplica": "<split>/frame_annotations_<split>.jgz (camflow.data.download fetches it)", "Sintel": "training/clean_left, final_left, disparities, ...",
-         "SceneFlow": "FlyingThings3D/frames_cleanpass and FlyingThings3D/disparity", "Kitti": "training/image_2, image_3 and disp_occ_0"}
-DEFAULTS = dict(protocol="world", root="", weights="", methods=["network", "per_frame", "sgbm", "sgbm_filled", "block_matching"], limit=0, window=None, overlap=None, iters=None, compat=None,
+         "SceneFlow": "FlyingThings3D/frames_cleanpass and FlyingThings3D/disparity", "Kitti": "training/image_2, image_3 and disp_occ_0",
+         "Middlebury": "<scene>/im0.png, im1.png, disp0.pfm (2014, 2021) or disp0GT.pfm", "Eth3d": "two_view_training and two_view_training_gt"}
+DEFAULTS = dict(protocol="world", root="", weights="", raft_stereo="", raft_iters=32, methods=["network", "per_frame", "sgbm", "sgbm_filled", "block_matching"], limit=0, window=None, overlap=None, iters=None, compat=None, max_size=0,
                 clips=None, frames=None, preset=None, hard=None, size=None, seed=0, samples=2000, pictures=True, skip_bad=False) # None: the protocol's; compat "none": without
 
 
@@ -55,7 +59,7 @@ def settled(config: dict): # any of DEFAULTS
     config = {name: given[name] for name in DEFAULTS}
     if config["protocol"] not in PROTOCOLS: raise InputError(f"protocol {config['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[config["protocol"]]
-    changed = sorted(k for k in protocol if config.get(k) is not None and config[k] != protocol[k])
+    changed = sorted([k for k in protocol if config.get(k) is not None and config[k] != protocol[k]] + ["max_size"] * bool(config["max_size"]))
     out = {**config, **{k: v for k, v in protocol.items() if config.get(k) is None}, "changed": changed}
     out["compat"] = None if out["compat"] == "none" else out["compat"]
     if protocol["data"] == "world" and config["root"]: raise InputError(f"protocol {config['protocol']!r} renders its clips and needs no root; leave root empty, or choose a protocol of a public set")
@@ -98,7 +102,7 @@ def world_example(seed: int, preset="small", size=None, frames=None, hard=None):
 def set_example(clip): # camflow.data.stereo_clip.StereoClip
     "An Example of a public set's clip."
     from camflow.world.stereo_clips import textureless
-    if clip.disparity is None: raise InputError(f"no ground truth; clip {clip.name}; evaluation needs disparity, this folder has pictures only")
+    if clip.disparity is None: raise InputError(f"clip {clip.name} has no disparity; evaluation compares with it: give a set with ground truth")
     extras, regions = clip.extras, {"textureless": textureless(clip.left.data)}
     if "occlusion" in extras: regions["occluded"] = extras["occlusion"].bool()
     elif "right_disparity" in extras: regions["occluded"] = hidden_from_right(clip.disparity, extras["right_disparity"], clip.valid)
@@ -134,23 +138,55 @@ def open_examples(config: dict): # of `settled`
     return found[:config["limit"]] if config["limit"] else found
 
 # %% ../../nbs/stereo/09_evaluate.ipynb #c5d10883
+def _untrained(make): # to try the machinery
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval().to(device())
+
+
 @functools.lru_cache(2)
 def _network(weights):
-    if weights == "random": # untrained, to try the machinery
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return DynamicStereo(CONFIGS["tiny"]).eval().to(device())
-    return load_stereo(weights or tiny_path("stereo")).to(device())
+    return _untrained(lambda: DynamicStereo(CONFIGS["tiny"])) if weights == "random" else load_stereo(weights or tiny_path("stereo")).to(device())
+
+
+def raft_file(config: dict): # of `settled`
+    "The file of RAFT-Stereo's weights, None for untrained ones; refuses when it is not there."
+    if config["raft_stereo"] == "random": return None
+    path = Path(user_path(config["raft_stereo"] or weights_folder()))
+    if not config["raft_stereo"] or path.is_dir(): path = path/FILE
+    if not path.is_file(): raise InputError(f"no weights {path}; method raft_stereo; fetch models.zip (camflow weights raft-stereo says where), or give raft_stereo=FILE, one of its raftstereo-*.pth, or leave the method out")
+    return path
+
+
+@functools.lru_cache(1)
+def _raft_stereo(path): # of `raft_file`
+    return load_raft_stereo(path) if path else _untrained(RAFTStereo)
+
+
+def shrunk(run, example: Example, longest: int): # function of two views -> disparity; pixels of the longer side, 0: as they are
+    "What the method says about smaller views, in pixels of the full size: for memory that does not hold more."
+    left, right, (H, W) = example.left, example.right, example.left.size
+    if not longest or max(H, W) <= longest: return run(left, right)
+    size = tuple(max(16, round(n * longest / max(H, W))) for n in (H, W))
+    small = run(*(view.resize(size).byte() for view in (left, right)))
+    return torch.nn.functional.interpolate(small, (H, W), mode="bilinear", align_corners=False) * (W / size[1])
 
 
 METHODS = { # Example, configuration of `settled` -> disparity
-    "network": lambda e, c: stereo_video(_network(c["weights"]), e.left, e.right, c["window"], c["overlap"], c["iters"], c["compat"]),
-    "per_frame": lambda e, c: per_frame(_network(c["weights"]), e.left, e.right, c["iters"]),
+    "network": lambda e, c: shrunk(lambda left, right: stereo_video(_network(c["weights"]), left, right, c["window"], c["overlap"], c["iters"], c["compat"]), e, c["max_size"]),
+    "per_frame": lambda e, c: shrunk(lambda left, right: per_frame(_network(c["weights"]), left, right, c["iters"]), e, c["max_size"]),
+    "raft_stereo": lambda e, c: shrunk(lambda left, right: per_frame(_raft_stereo(raft_file(c)), left, right, c["raft_iters"]), e, c["max_size"]),
     "sgbm": lambda e, c: e.matched[0],
     "sgbm_filled": lambda e, c: fill(e.matched[0]),
     "block_matching": lambda e, c: block_matching(e.left, e.right, filled=True)[0],
 }
-LEARNED, MATCHERS = ("network", "per_frame"), ("sgbm", "sgbm_filled")
+LEARNED, MATCHERS = ("network", "per_frame", "raft_stereo"), ("sgbm", "sgbm_filled")
+
+
+def load_networks(config: dict): # of `settled`
+    "Reads the weights of all methods: wrong ones are found before the first clip."
+    if {"network", "per_frame"} & set(config["methods"]): _network(config["weights"])
+    if "raft_stereo" in config["methods"]: _raft_stereo(raft_file(config))
 
 
 def mark_matched(example: Example, config: dict): # changed in place; of `settled`
@@ -198,14 +234,21 @@ def strip(example: Example, pred, frame: int, width: int = 320): # disparity [T,
     return torch.cat([example.left.data[frame][..., ::step, ::step], colours(gt, scale), colours(answer, scale), error], -1)
 
 # %% ../../nbs/stereo/09_evaluate.ipynb #691f5243
+def _weights_file(weights):
+    "The file that decides a network's answers; None for untrained ones."
+    if weights == "random": return None
+    path = Path(weights or tiny_path("stereo"))
+    file = path/"model.safetensors" if path.is_dir() else path
+    if not file.is_file(): raise InputError(f"no weights {file}; give a folder with config.json and model.safetensors, a published .pth, or weights='' for the tiny ones")
+    return file
+
+
 def identity(config: dict, method: str): # of `settled`
     "Hash of what decides a method's rows."
     same = {k: config.get(k) for k in ("protocol", "data", "root", "options", "preset", "size", "frames", "hard", "seed", "window", "overlap", "compat", "changed")}
     if method in LEARNED:
-        path = None if config["weights"] == "random" else Path(config["weights"] or tiny_path("stereo"))
-        file = path/"model.safetensors" if path and path.is_dir() else path
-        if file and not file.is_file(): raise InputError(f"no weights {file}; give a folder with config.json and model.safetensors, a published .pth, or weights='' for the tiny ones")
-        same |= {"iters": config["iters"], "weights": sha256_file(file) if file else "random"}
+        file, iters = (raft_file(config), config["raft_iters"]) if method == "raft_stereo" else (_weights_file(config["weights"]), config["iters"])
+        same |= {"iters": iters, **({"max_size": config["max_size"]} if config["max_size"] else {}), "weights": sha256_file(file) if file else "random"}
     return content_hash([method, same, bool(set(MATCHERS) & set(config["methods"])), 2], 12)
 
 
@@ -264,10 +307,10 @@ def main(config: dict,   # any of DEFAULTS
     from camflow.training.config import at_least
     from camflow.training.metric_writer import MetricWriter
     config, run_dir = settled(config), Path(run_dir)
-    at_least(config, limit=0, samples=1, window=1, **({"clips": 1, "frames": 1} if config["data"] == "world" else {}))
+    at_least(config, limit=0, samples=1, window=1, max_size=0, raft_iters=1, **({"clips": 1, "frames": 1} if config["data"] == "world" else {}))
     examples, writer, skipped = open_examples(config), MetricWriter(run_dir), {}
     folders = {m: run_dir/"rows"/f"{m}-{identity(config, m)}" for m in config["methods"]}
-    if set(LEARNED) & set(config["methods"]): _network(config["weights"])     # wrong weights are found before the first clip
+    load_networks(config)
     for i, (name, load) in enumerate(examples):
         missing = [m for m in config["methods"] if not (folders[m]/f"{_file(i, name)}.json").exists()]
         if missing:
@@ -282,8 +325,8 @@ def main(config: dict,   # any of DEFAULTS
     used = [_file(i, name) for i, (name, _) in enumerate(examples) if name not in skipped]
     if not used: raise InputError(f"no clip could be used; {next(iter(skipped.values()))}")
     rows = {m: [_numbers(read_json(folder/f"{file}.json")) for file in used] for m, folder in folders.items()}
-    result = {"schema": "camflow.stereo_evaluate/1", "protocol": config["protocol"], "settings": {k: config.get(k) for k in ("data", "options", "clips", "preset", "size", "frames", "hard", "window", "overlap", "iters", "compat", "limit", "changed")},
-              "weights": config["weights"] or "tiny", "clips": len(used), "frames": sum(r["frames"] for r in next(iter(rows.values()))), "skipped": skipped, **summary(rows, config)}
+    result = {"schema": "camflow.stereo_evaluate/1", "protocol": config["protocol"], "settings": {k: config.get(k) for k in ("data", "options", "clips", "preset", "size", "frames", "hard", "window", "overlap", "iters", "compat", "max_size", "limit", "changed")},
+              "weights": config["weights"] or "tiny", **({"raft_stereo": {"weights": Path(raft_file(config) or "random").name, "iters": config["raft_iters"]}} if "raft_stereo" in rows else {}), "clips": len(used), "frames": sum(r["frames"] for r in next(iter(rows.values()))), "skipped": skipped, **summary(rows, config)}
     result |= {"per_clip": {m: {file: r["numbers"]["epe_mean"] for file, r in zip(used, found)} for m, found in rows.items()},
                "rows": {m: str(folder.relative_to(run_dir)) for m, folder in folders.items()}, "reproduced": REPRODUCED.get(config["protocol"])}
     return {**result, **headline(result)}

@@ -8,6 +8,8 @@ __all__ = ['POINTS', 'MIN_PIXELS', 'MIN_CHANNELS', 'PORTION', 'pad_amounts', 'pa
            'FeatureEncoder', 'check_pair', 'to_signed']
 
 # %% ../../nbs/stereo/00_features.ipynb #fbf12984
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,13 @@ def interp(x: Tensor,  # [N,C,h,w]
 # %% ../../nbs/stereo/00_features.ipynb #bef96c2a
 def norm(x: Tensor, eps: float = 1e-5) -> Tensor: # [N,C,h,w]
     "Instance normalisation without learned factors."
-    return F.batch_norm(x, None, None, training=True, eps=eps) if len(x) == 1 else F.instance_norm(x, eps=eps)
+    if len(x) > 1: return F.instance_norm(x, eps=eps)
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last): return F.batch_norm(x, None, None, training=True, eps=eps)
+    (_, C, h, w), k = x.shape, math.gcd(x.shape[2] * x.shape[3], 64)         # k groups of pixels: one long sum per channel would lose three digits
+    groups = x.permute(0, 2, 3, 1).reshape(1, h * w // k, 1, k * C).permute(0, 3, 1, 2)
+    means, variances = (s.view(k, C) for s in torch.batch_norm_update_stats(groups, None, None, 0.0))
+    mean = means.mean(0)
+    return F.batch_norm(x, mean, variances.mean(0) + (means - mean).square_().mean(0), training=False, eps=eps)
 
 # %% ../../nbs/stereo/00_features.ipynb #aac24d16
 POINTS = { # taps: (pairs of points, their factors in G, terms of B^T per pair (even, odd, weight), terms at 0 and at infinity)
@@ -103,10 +111,10 @@ MIN_PIXELS, MIN_CHANNELS = 2048, 96 # smaller maps do not repay the way to the p
 PORTION = 20480                     # pixels at a time
 
 
-def pays(x_NChw: Tensor, weight: Tensor, axes=(3,)) -> bool:  # features; of the convolution; that it goes along
+def pays(x_NChw: Tensor, weight: Tensor, axes=(3,), least: int = MIN_PIXELS) -> bool:  # features; of the convolution; that it goes along; pixels
     "Whether fewer multiplications are worth their additions here."
     return (not torch.is_grad_enabled() and x_NChw.device.type == "cpu" and x_NChw.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and all(x_NChw.shape[a] % 4 == 0 for a in axes)
-            and weight.shape[1] >= MIN_CHANNELS and x_NChw.numel() >= MIN_PIXELS * x_NChw.shape[1])
+            and weight.shape[1] >= MIN_CHANNELS and x_NChw.numel() >= least * x_NChw.shape[1])
 
 
 def conv_by_points(x_NChw: Tensor, weight: Tensor, bias: Tensor, T: int = 1) -> Tensor: # [N,out,h,w], channels last
@@ -145,6 +153,7 @@ class ResidualBlock(nn.Module):
         self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
+        "[N,C,h,w] -> [N,C2,h/s,w/s], s the stride."
         y = norm(conv3x3(self.conv1, x)).relu_()
         y = norm(conv3x3(self.conv2, y)).relu_()
         return (norm(self.downsample(x)) + y).relu_()
@@ -163,7 +172,7 @@ class FeatureEncoder(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def encode(self, x_NCHW: Tensor) -> Tensor:
+    def encode(self, x_NCHW: Tensor) -> Tensor:  # -1..1 -> [N,dim,ceil(H/4),ceil(W/4)]
         "All images at once."
         x = norm(self.conv1(x_NCHW.contiguous(memory_format=torch.channels_last))).relu_()
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
@@ -174,7 +183,7 @@ class FeatureEncoder(nn.Module):
         return torch.cat([self.encode(x) for x in x_NCHW.split(1)]).contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/stereo/00_features.ipynb #d89a84ad
-def check_pair(left_BTCHW: Tensor, right_BTCHW: Tensor):  # RGB 0..255; RGB 0..255
+def check_pair(left_BTCHW: Tensor, right_BTCHW: Tensor):  # RGB 0..255
     "Raises unless both are RGB clips of one shape."
     for name, x in (("left", left_BTCHW), ("right", right_BTCHW)):
         if x.dim() != 5 or x.shape[2] != 3 or min(x.shape) < 1:

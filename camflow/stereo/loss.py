@@ -31,10 +31,11 @@ def counted(flow: Tensor,             # truth, = -disparity, pixels
 
 # %% ../../nbs/stereo/07_loss.ipynb #29ad8a72
 def _per_frame(error, weight):
-    "Weighted mean over clips and pixels of [...,B,T,1,H,W], by frame: [...,T] and which frames have any weight [T]."
+    "Weighted mean over clips and pixels of [...,B,T,1,H,W], by frame: [...,T], 0 without weight, and which frames have any [T]."
     total = weight.sum((0, 2, 3, 4))
-    mean = (error * weight).sum((-5, -3, -2, -1)) / total
-    return mean, total > 0
+    seen = total > 0
+    mean = (error * weight).sum((-5, -3, -2, -1)) / torch.where(seen, total, 1)  # 0 / 0 would be masked in the loss, and still be NaN in its gradient
+    return mean, seen
 
 
 def sequence_loss(predictions: Tensor,      # [D,B,T,1,H,W] signed flow, pixels
@@ -50,7 +51,7 @@ def sequence_loss(predictions: Tensor,      # [D,B,T,1,H,W] signed flow, pixels
     error = (predictions - torch.where(mask, flow, 0)).abs() * mask
     mean, seen = _per_frame(error, mask * (1 if weight is None else weight))
     per_frame = (sequence_weights(len(predictions), gamma).to(mean)[:, None] * mean).sum(0)
-    loss = per_frame.mean() if compat == "reference" else torch.where(seen, per_frame, 0).sum() / max(1, int(seen.sum()))
+    loss = torch.where(seen, per_frame, torch.nan).mean() if compat == "reference" else per_frame.sum() / max(1, int(seen.sum()))
     return loss, loss_metrics(error[-1], mask, per_frame)
 
 # %% ../../nbs/stereo/07_loss.ipynb #b336d156

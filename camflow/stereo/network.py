@@ -39,7 +39,9 @@ class StereoConfig:
     dead_weights: bool = True                    # hold the qkv tensors that published checkpoints carry and nothing reads
     vertical: bool = True                        # keep the unsupervised vertical flow that published networks feed back; False: it is zero
 
-    def has(self, part: str) -> bool: return part in (self.attention_type or "")
+    def has(self, part: str) -> bool:  # "self_stereo", "temporal", "update_time" or "update_space"
+        "Whether `attention_type` names that kind of attention."
+        return part in (self.attention_type or "")
 
 
 CONFIGS = {
@@ -55,7 +57,7 @@ class DynamicStereo(nn.Module):
     def __init__(self, config: StereoConfig = CONFIGS["published"]):  # sizes of the network
         super().__init__()
         self.config, dim, has = config, config.dim, config.has
-        if dim not in (16, 32, 48) and (dim % 32 or dim < 32): raise InputError(f"dim {dim}: give a multiple of 32 (or 16, 48), for every width is a fraction of it and heads have 32 channels")
+        if dim not in (16, 32, 48) and (dim % 32 or dim < 32): raise InputError(f"dim {dim}; give a multiple of 32 (or 16, 48): every width is a fraction of it, and heads have 32 channels")
         if has("temporal") or has("update_time"): self.time_embed = nn.Parameter(torch.zeros(1, config.num_frames, dim))
         self.fnet = FeatureEncoder(dim)
         make = lambda **kw: UpdateBlock(dim, config.head or dim, config.use_3d_update_block, dead=config.dead_weights, **kw)
@@ -68,7 +70,7 @@ class DynamicStereo(nn.Module):
             self.self_attn_blocks = nn.ModuleList(SelfAttention(dim) for _ in range(config.depth))
             self.cross_attn_blocks = nn.ModuleList(CrossAttention(dim) for _ in range(config.depth))
 
-    def block(self, level: int) -> UpdateBlock:
+    def block(self, level: int) -> UpdateBlock:  # stride of its features
         "The update block of level 16, 8 or 4."
         return getattr(self, f"update_block{level:02d}") if self.config.different_update_blocks else self.update_block
 
@@ -102,7 +104,15 @@ def split_context(f_NChw: Tensor): # state in -1..1 and context >= 0
 
 # %% ../../nbs/stereo/03_network.ipynb #85993379
 @patch
-def refine(self: DynamicStereo, level: int, pair, net: Tensor, context: Tensor, flow_N2hw: Tensor, T: int, iters: int, every: bool = False):
+def refine(self: DynamicStereo,
+           level: int,         # 16, 8 or 4
+           pair,               # features of both views [N,C,h,w]
+           net: Tensor,        # state [N,C/2,h,w]
+           context: Tensor,    # likewise, the same in every iteration
+           flow_N2hw: Tensor,  # pixels of the level
+           T: int,             # frames of a clip
+           iters: int,         # iterations, at least 1
+           every: bool = False):  # all flows instead of the last
     "Iterates one level; returns the state and the list of upsampled flows (all, or the last)."
     block, correlation, ups = self.block(level), Correlation(*pair), []
     prepared = block.prepare(context, T)
@@ -211,7 +221,7 @@ def load_stereo(path,                                 # our folder, or a publish
     state = read_state(path / "model.safetensors" if folder else path)
     if config is None and folder:
         known, saved = {f.name for f in fields(StereoConfig)}, read_json(path / "config.json")
-        if extra := saved.keys() - known: raise InputError(f"{path}/config.json has unknown entries {sorted(extra)}; it was written by another version")
+        if extra := saved.keys() - known: raise InputError(f"{path}/config.json has unknown entries {sorted(extra)}; another version of camflow wrote it: use that one, or give the .pth that it was made from")
         config = StereoConfig(**saved)
     model = DynamicStereo(config or config_of(state))
     return load_state(model, {k: v.float() for k, v in state.items()}).eval()

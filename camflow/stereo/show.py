@@ -22,6 +22,7 @@ import torch
 from ..files import InputError, atomic_write
 from ..geometry.stereo_rig import StereoRig
 from ..media.frames import Frames
+from ..media.video import x264_options
 # Shapes: T frames, H W rows and columns, N points; maps are [H,W] or [...,H,W] floats with NaN where unknown.
 
 # %% ../../nbs/stereo/10_show.ipynb #79826d16
@@ -99,7 +100,7 @@ def feed_video(path,             # .mp4
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         with av.open(str(Path(folder)/path.name), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream, count = container.add_stream("libx264", rate=rate), 0
-            stream.pix_fmt, stream.options = "yuv420p", {"preset": "medium", "crf": str(crf), "g": "24", "threads": "2"}
+            stream.pix_fmt, stream.options = "yuv420p", x264_options(crf)
             def add(picture_3HW):
                 nonlocal count
                 rows, columns = (n - n % 2 for n in picture_3HW.shape[-2:])

@@ -36,15 +36,19 @@ def _visible(get, steps: int): # of `_lookup`; T - 1
 
 
 def clip_tensors(clip): # a dict of a bank, a WorldStereo, or a StereoClip of a set
-    "{left, right uint8 [T,3,H,W], disparity float32, valid bool [T,1,H,W], flow [T-1,2,H,W] or None, visible bool [T-1,1,H,W] or None}."
+    "{left, right uint8 [T,3,H,W], disparity float32, valid bool [T,1,H,W], flow [T-1,2,H,W] or None, visible bool [T-1,1,H,W] or None, and right_disparity, right_valid where the right view's truth is known}."
     get = _lookup(clip)
-    if get("disparity") is None: raise InputError(f"clip {get('name') or ''} has no disparity; training needs a set with ground truth")
+    if get("disparity") is None: raise InputError(f"clip {get('name') or 'without a name'} has no disparity; training needs a set with ground truth")
     views = {name: get(name) if isinstance(get(name), Tensor) else get(name).data for name in ("left", "right")}
-    disparity, steps = get("disparity").float(), len(views["left"]) - 1
-    valid = torch.isfinite(disparity) & (disparity > 0)
-    if get("valid") is not None: valid = valid & get("valid").bool()
+    steps = len(views["left"]) - 1
+    def truth(disparity, valid):
+        ok = torch.isfinite(disparity) & (disparity > 0)
+        if valid is not None: ok = ok & valid.bool()
+        return torch.where(ok, disparity.float(), 0), ok
+    disparity, valid = truth(get("disparity"), get("valid"))
+    right = {} if get("right_disparity") is None else dict(zip(("right_disparity", "right_valid"), truth(get("right_disparity"), get("right_valid"))))
     visible = None if get("flow") is None else _visible(get, steps)
-    return views | {"disparity": torch.where(valid, disparity, 0), "valid": valid, "visible": visible, "flow": None if visible is None else get("flow")[:steps].float()}
+    return views | right | {"disparity": disparity, "valid": valid, "visible": visible, "flow": None if visible is None else get("flow")[:steps].float()}
 
 # %% ../../nbs/stereo/08_train.ipynb #43250ede
 def crop_clip(clip: dict,                # of `clip_tensors`
@@ -189,6 +193,7 @@ def step_loss(model, batch: dict, config: dict): # network; of `stack`; of `main
     if config["temporal"] and b["flow"] is not None:
         change = temporal_loss(predictions[-1], flow, b["valid"], b["flow"], b["visible"])
         loss, metrics = loss + config["temporal"] * change, metrics | {"temporal": change.detach()}
+    elif config["temporal"]: metrics = metrics | {"temporal": torch.nan} # all ranks must name the same numbers, or their sums do not fit
     return loss, metrics
 
 # %% ../../nbs/stereo/08_train.ipynb #4fe2d9c0
@@ -254,8 +259,8 @@ def main(config: dict, # overrides of DEFAULTS and the fields of TrainConfig
     def item(i, T):
         g = generator(cfg.seed, "crop", i)
         clip = clip_tensors(train[shuffled(i, len(train), cfg.seed)])
-        if settings: return augment(some_frames(clip, T, g), settings, g)
-        clip = crop_clip(clip, T, tuple(config["size"]), g)
+        if settings: return {name: x for name, x in augment(some_frames(clip, T, g), settings, g).items() if not name.startswith("right_")} # which only the flip asks for
+        clip = crop_clip({name: x for name, x in clip.items() if not name.startswith("right_")}, T, tuple(config["size"]), g)
         return recolor(clip, g) if config["recolor"] else clip
 
     def batch_fn(step, rank, world, micro): return stack([item(i, crop_length(config["frames"], cfg.seed, step)) for i in positions(step, rank, world, micro, cfg.batch_size, cfg.accumulation)])

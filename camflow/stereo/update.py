@@ -199,7 +199,8 @@ class FlowHead(nn.Module):
         conv = nn.Conv3d if three_d else nn.Conv2d
         self.conv1, self.conv2, self.three_d = conv(hidden, width, 3, padding=1), conv(width, 2, 3, padding=1), three_d
 
-    def forward(self, x_NChw: Tensor, T: int) -> Tensor:
+    def forward(self, x_NChw: Tensor, T: int) -> Tensor:  # state; frames of a clip
+        "N = B*T images; -> [N,2,h,w]."
         w, b = self.conv1.weight, self.conv1.bias
         if pays(x_NChw, w): y = conv_by_points(x_NChw, w, b, T)
         else: y = F.conv2d(side_by_side(x_NChw, T), w.transpose(1, 2).flatten(1, 2), b, padding=1) if self.three_d else self.conv1(x_NChw)
@@ -224,13 +225,14 @@ def scatter_conv(x_NChw: Tensor, weight: Tensor, bias: Tensor, T: int) -> Tensor
 
 # %% ../../nbs/stereo/02_update.ipynb #a457af39
 def convex_upsample(flow_NChw: Tensor,      # flow in pixels of its map
-                    mask_N144hw: Tensor     # logits: 9 neighbours x 4 x 4 fine pixels
-                   ) -> Tensor:             # [N,C,4h,4w], in pixels of the fine map
-    "Learned upsampling by 4."
+                    mask_NKhw: Tensor,      # logits: 9 neighbours x s x s fine pixels
+                    s: int = 4              # fine pixels along the side of a coarse one
+                   ) -> Tensor:             # [N,C,s*h,s*w], in pixels of the fine map
+    "Learned upsampling."
     N, C, h, w = flow_NChw.shape
-    weights = mask_N144hw.unflatten(1, (1, 9, 4, 4)).softmax(2)
-    around = F.unfold(4 * flow_NChw, 3, padding=1).view(N, C, 9, 1, 1, h, w)
-    return (weights * around).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(N, C, 4 * h, 4 * w)
+    weights = mask_NKhw.unflatten(1, (1, 9, s, s)).softmax(2)
+    around = F.unfold(s * flow_NChw, 3, padding=1).view(N, C, 9, 1, 1, h, w)
+    return (weights * around).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(N, C, s * h, s * w)
 
 # %% ../../nbs/stereo/02_update.ipynb #13807ff8
 class UpdateBlock(nn.Module):
@@ -249,9 +251,11 @@ class UpdateBlock(nn.Module):
         self.space_attn = SpaceAttention(dim) if space else None
 
     @property
-    def mixes(self): return self.time_attn is not None or self.space_attn is not None
+    def mixes(self):
+        "Whether attention mixes the GRU's input, so that no part of it stays the same over the iterations."
+        return self.time_attn is not None or self.space_attn is not None
 
-    def prepare(self, context_NChw: Tensor, T: int):
+    def prepare(self, context_NChw: Tensor, T: int):  # [N,dim/2,h,w]; frames of a clip
         "What all iterations of a level share."
         return context_NChw if self.mixes else None, self.gru.prepare(None if self.mixes else context_NChw, T)
 

@@ -27,7 +27,9 @@ class Plan:
     shortest: int = 1  # frames of a tail that is run
 
     @property
-    def step(self) -> int: return self.window - len(self.ramp)
+    def step(self) -> int:
+        "Frames from the start of a window to that of the next."
+        return self.window - len(self.ramp)
 
 
 def linear_plan(window: int = 20,    # frames that the network sees together
@@ -111,7 +113,7 @@ def run_causal(run: Callable,      # list of frames -> tensor [t,...]
     if fresh: yield from results()
 
 # %% ../../nbs/stereo/04_windows.ipynb #eb4bef61
-def positive(flow: Tensor, config) -> Tensor:  # of the network; of the network
+def positive(flow: Tensor, config) -> Tensor:  # of the network
     "Disparity from the network's flow."
     return flow.abs() if config.cascade_sign < 0 else (-flow).clamp_min(0)
 

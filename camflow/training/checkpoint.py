@@ -209,7 +209,8 @@ def save_folder(folder,          # gets model.safetensors and config.json
                 config: dict,    # of the network, for JSON
                 dtype: torch.dtype | None = torch.float16): # of what is stored; None: as it is
     "Writes a model as a folder, each file whole or not at all."
-    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().clone() for name, tensor in state.items()}
+    kept = lambda tensor: dtype if dtype and tensor.is_floating_point() else tensor.dtype   # counters and indices are not rounded
+    tensors = {name: tensor.detach().to("cpu", kept(tensor)).contiguous().clone() for name, tensor in state.items()}
     with atomic_write(Path(folder)/"model.safetensors") as file: file.write(save(tensors))
     write_json(Path(folder)/"config.json", config)
 
@@ -262,5 +263,5 @@ def fingerprint(tensors: dict): # {name: tensor}
     "Hash of names, shapes and a few values of each tensor."
     def few(t):
         flat = t.detach().reshape(-1)
-        return flat[::max(1, flat.numel() // 16)][:16].double().cpu().tolist()
+        return flat[::max(1, flat.numel() // 16)][:16].cpu().double().tolist()
     return content_hash({k: [list(v.shape), few(v)] for k, v in tensors.items()})

@@ -25,7 +25,7 @@ class TrainConfig:
     lr_scale: dict = field(default_factory=dict) # {shell pattern of names: factor on the rate}; of several patterns the first that fits
     warmup: int = 0                # steps of linear warmup
     schedule: str = "constant"     # "constant", "cosine" or "linear" (to `final_lr`), or "onecycle", see `one_cycle`
-    final_lr: float = 0.0          # fraction of `lr` at the last step
+    final_lr: float = 0.0          # fraction of `lr` that the schedule ends with, one step after the last
     grad_clip: float = 1.0         # largest gradient norm; 0 = no clipping
     accumulation: int = 1          # forwards per optimizer step
     bf16: bool = False             # bfloat16 compute, float32 weights

@@ -22,7 +22,9 @@ class EMA:
         self.decay, self.warmup, self.count = decay, warmup, 0
         self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in params.items()}
 
-    def rate(self): return min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
+    def rate(self):
+        "Weight of the past in the next update."
+        return min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, params: dict): # {name: parameter}, the same names

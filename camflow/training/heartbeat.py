@@ -72,7 +72,7 @@ class Watch:
         where = lambda record: record["phase"] + ("" if record["step"] is None else f" of step {record['step']}")
         return "; ".join(f"rank {rank}: {where(record)}, {silent:.0f} s ago" for rank, (record, silent) in self.look().items())
 
-    def stacks(self, wait: float = 3.0): # seconds at most
+    def stacks(self, wait: float = 10.0): # seconds at most
         "{rank: Python stacks of its threads}, of the ranks of this machine that answer; each writes into its own `rank<N>.stack`."
         asked = {rank: record["pid"] for rank, (record, _) in self.look().items() if record["pid"] and record["host"] == socket.gethostname()}
         read = lambda: {rank: path.read_text(errors="replace") for rank in asked if (path := self.folder/f"rank{rank}.stack").exists()}

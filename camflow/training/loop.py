@@ -22,12 +22,13 @@ import torch
 
 from ..device import device, generator
 from ..files import InputError, read_json, write_json
+from ..processes import end_quickly
 from .checkpoint import (fingerprint, flatten_optimizer, latest_checkpoint, load_checkpoint, load_strict, rng_state, save_checkpoint,
                                          set_rng_state, unflatten_optimizer)
 from .config import TrainConfig, at_least, configuration  # noqa: F401 (a trainer takes its knobs from here, too)
 from .ema import EMA
 from .heartbeat import Heartbeat
-from .metric_writer import MetricWriter, read_metrics
+from .metric_writer import MetricWriter, read_metrics, read_records  # noqa: F401 (what a run has said is read here, too)
 from .optimizers import learning_rate, make_optimizer
 from .shard import assembled, gathered, pieces, refuse_plugin, shard, state_pieces
 
@@ -55,10 +56,11 @@ _ORDERS = {}
 def _permutation(epoch, size, seed):
     "Order of one epoch, remembered for the latest epochs."
     key = (epoch, size, seed)
-    if key not in _ORDERS:
+    order = _ORDERS.get(key)                      # the thread that makes batches shares this memory: another may empty it between two looks
+    if order is None:
         if len(_ORDERS) > 8: _ORDERS.clear()
-        _ORDERS[key] = torch.randperm(size, generator=generator(seed, "order", epoch))
-    return _ORDERS[key]
+        _ORDERS[key] = order = torch.randperm(size, generator=generator(seed, "order", epoch))
+    return order
 
 
 def item_noise(shape,       # of one item
@@ -99,10 +101,14 @@ class Loop:
         self.stop, self.skipped, self.saved_step = None, 0, None
 
     @property
-    def main(self): return self.rank == 0
+    def main(self):
+        "Whether this process writes files."
+        return self.rank == 0
 
     @property
-    def folder(self): return self.run_dir/"checkpoints"
+    def folder(self):
+        "Where checkpoints lie."
+        return self.run_dir/"checkpoints"
 
 # %% ../../nbs/training/08_loop.ipynb #bc9da008
 def choose_trainable(model,           # any module
@@ -162,7 +168,7 @@ def restore(self):
 
 # %% ../../nbs/training/08_loop.ipynb #8100638e
 def one_step(self, step_fn, batches):  # (model, batch, generator) -> (loss, numbers); (step, micro) -> batch
-    "Forward, backward, clip, update; returns loss and metrics averaged over micro-batches and ranks."
+    "Forward, backward, clip, update; returns loss and metrics averaged over micro-batches and ranks, a metric over those where it is not NaN."
     cfg, sums, model = self.cfg, {}, self.model
     for group in self.optimizer.param_groups: group["lr"] = learning_rate(cfg, self.step) * group.get("lr_scale", 1.0)
     for micro in range(cfg.accumulation):
@@ -176,7 +182,9 @@ def one_step(self, step_fn, batches):  # (model, batch, generator) -> (loss, num
             self.beat("waiting for gradients" if last and self.world > 1 else "backward", self.step)
             self.accelerator.backward(loss / cfg.accumulation)
         for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.) + torch.as_tensor(value, dtype=torch.float32).detach().cpu() / cfg.accumulation
+            value = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+            there = name == "loss" or not value.isnan()   # NaN: a metric that this micro-batch does not have; a loss that is none must be seen
+            sums[name] = sums.get(name, 0.) + torch.stack([value if there else torch.zeros(()), torch.tensor(float(there))])
     norm = assembled(torch.nn.utils.clip_grad_norm_(list(self.params.values()), cfg.grad_clip or math.inf))
     self.beat("update", self.step)
     if finite := bool(torch.isfinite(norm)): self.optimizer.step()
@@ -187,12 +195,14 @@ def one_step(self, step_fn, batches):  # (model, batch, generator) -> (loss, num
     return {**self.mean(sums), "grad_norm": float(norm), "lr": learning_rate(cfg, self.step - 1), **({} if finite else {"skipped": 1})}
 
 # %% ../../nbs/training/08_loop.ipynb #7315688c
-def mean(self, values: dict):  # {name: scalar tensor}
-    "Means over ranks of {name: scalar tensor}."
-    if self.world == 1: return {k: float(v) for k, v in values.items()}
-    self.beat("waiting for metrics", self.step)
-    packed = self.accelerator.reduce(torch.stack([v.to(self.accelerator.device) for v in values.values()]), reduction="mean")
-    return dict(zip(values, packed.tolist()))
+def mean(self, sums: dict):  # {name: [2] sum and count over micro-batches}
+    "Means over micro-batches and ranks, of those that had the number; NaN where none had."
+    packed = torch.stack(list(sums.values()))
+    if self.world > 1:
+        self.beat("waiting for metrics", self.step)
+        packed = self.accelerator.reduce(packed.to(self.accelerator.device), reduction="mean")
+    total, count = packed.cpu().unbind(1)
+    return dict(zip(sums, (total / count).tolist()))
 
 
 def agree(self, *flags: bool):  # of this rank
@@ -235,6 +245,7 @@ class Batches:
         return batch
 
     def close(self):
+        "Ends the thread; a batch that is being made is waited for."
         if self.pool: self.pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/training/08_loop.ipynb #4902bcf1
@@ -260,7 +271,9 @@ class FitResult:
     metrics: dict = field(default_factory=dict) # the last validation, or the last training record
     loop: Loop = field(default=None, repr=False)  # that ran
 
-    def as_dict(self): return {"status": self.status, "step": self.step, "seconds": round(self.seconds, 1), "resumed": self.resumed, "metrics": self.metrics}
+    def as_dict(self):
+        "The fields without `loop`, for JSON."
+        return {"status": self.status, "step": self.step, "seconds": round(self.seconds, 1), "resumed": self.resumed, "metrics": self.metrics}
 
 # %% ../../nbs/training/08_loop.ipynb #4269dd7f
 def _due(self, signals, started):
@@ -304,6 +317,8 @@ def fit(run_dir,            # folder of the run: metrics.jsonl and checkpoints/ 
                 status = end
                 break
         self.save()
+    if self.main and not last and (told := read_records(self.run_dir)):   # it was done already: what was said then
+        last = {name: value for name, value in told[-1].items() if name not in ("step", "time", "step_seconds", "status")}
     self.beat("finished", self.step)
     batches.close()
     return FitResult(status, self.step, time.monotonic() - started, resumed, last, self)
@@ -315,6 +330,7 @@ def run_main(main): # (config: dict, run_dir: Path) -> FitResult, dict or None
     parser.add_argument("--config", required=True, help="JSON file; its folder is the run folder")
     parser.add_argument("--run-dir", help="another run folder")
     args = parser.parse_args()
+    end_quickly()
     try:
         config = read_json(args.config)
         run_dir = Path(args.run_dir or Path(args.config).resolve().parent)

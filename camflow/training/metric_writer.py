@@ -52,6 +52,7 @@ class MetricWriter:
                  resume_step: int = None): # cut records after this step; None keeps the file
         self.path = Path(run_dir)/"metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.whole = False                                   # whether the file is known to end with a line
         if resume_step is not None: self.truncate(resume_step)
 
     def progress(self, rank: int, world: int): # this process and how many there are
@@ -61,7 +62,16 @@ class MetricWriter:
     def log(self, step: int, **scalars): # one record
         "Appends one line."
         line = json.dumps({**record(step, scalars), "time": round(time.time(), 3)}, allow_nan=False)
-        with open(self.path, "a", encoding="utf-8") as file: file.write(line + "\n")
+        with open(self.path, "a+b") as file:
+            if not self.whole: self._drop_broken_line(file)
+            self.whole = False
+            file.write(line.encode() + b"\n")
+        self.whole = True
+
+    def _drop_broken_line(self, file):
+        "What a writer that was killed, or had no room, left without an end would spoil the line after it."
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
     def truncate(self, step: int): # last step to keep
         "Drops records after `step` and a broken last line."

@@ -40,15 +40,20 @@ class Optimizers:
     def __init__(self, *parts): self.parts = [part for part in parts if part.param_groups]  # optimizers; those without parameters are left out
 
     @property
-    def param_groups(self): return [group for part in self.parts for group in part.param_groups]
+    def param_groups(self):
+        "Of all parts, in their order."
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
+        "One step of each part."
         for part in self.parts: part.step()
 
-    def zero_grad(self, set_to_none: bool = True):
+    def zero_grad(self, set_to_none: bool = True):  # they become None; False: zeros
+        "Of all parts."
         for part in self.parts: part.zero_grad(set_to_none)
 
     def state_dict(self): # groups and parameters are numbered through
+        "As of one optimizer."
         state, groups, first = {}, [], 0
         for part in self.parts:
             one = part.state_dict()
@@ -57,7 +62,8 @@ class Optimizers:
             first += sum(len(group["params"]) for group in part.param_groups)
         return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved):  # of `state_dict`
+        "The parts must hold the same numbers of parameters as those saved."
         groups, first = list(saved["param_groups"]), 0
         for part in self.parts:
             mine = [groups.pop(0) for _ in part.param_groups]

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..data.caption import PROMPT, caption_videos, write_captions
 from ..data.prepare import Item, list_items
 from ..device import process_share
-from ..files import InputError, read_json, write_json
+from ..files import InputError, listed, read_json, write_json
 from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
 
@@ -67,7 +67,7 @@ def items_of(config: dict): # full configuration
     if config["root"]: return list_items(config["root"], config["focals"])
     folder = Path(config["videos"])
     if (folder/"videos").is_dir(): folder = folder/"videos"
-    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"))
+    found = listed(folder, (".mp4", ".mov", ".mkv", ".webm", ".avi")) if folder.is_dir() else []
     if not found: raise InputError(f"videos: {folder} holds no .mp4, .mov, .mkv, .webm or .avi file; check the path")
     return [Item(path.name, path) for path in found]
 

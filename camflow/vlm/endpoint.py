@@ -92,7 +92,7 @@ class Endpoint:
                  max_bytes: int = 2**24):       # largest answer that is read
         import httpx
         if send not in ("images", "video") or codec not in ("png", "jpeg") or structured not in STRUCTURED:
-            known = f"images or video, png or jpeg, one of {', '.join(STRUCTURED)}"
+            known = f"send is images or video, codec png or jpeg, structured one of {', '.join(STRUCTURED)}"
             raise InputError(f"send {send!r}, codec {codec!r}, structured {structured!r}; Endpoint; {known}")
         try: head = {"Authorization": f"Bearer {Path(key_file).read_text().strip()}"} if key_file else {}
         except OSError as error: raise InputError(f"{key_file} cannot be read ({error.strerror}); Endpoint; give the file with the key, or None") from None
@@ -162,7 +162,8 @@ def _one(self: Endpoint, clip, prompt, max_new_tokens, pattern, alternatives) ->
         except Garbage as error:
             reason, garbage = f"{self.url}: {error}", garbage + 1
             if garbage == 3: return Reply("", False, "failed", reason, record)
-        except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error: reason = f"{self.url}: {type(error).__name__}: {error}"
+        except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
+            if left >= self.timeout or not reason: reason = f"{self.url}: {type(error).__name__}: {error}"   # an attempt that only the deadline cut short does not hide what the server said before
         time.sleep(max(0.0, min(until - time.monotonic(), _wait(wait, self.pause, tried))))
     return Reply("", False, "timeout", f"no answer within {self.deadline:g} s and {tried} attempts; last: {reason}", record)
 
@@ -180,7 +181,7 @@ def _wait(asked, pause, tried) -> float:
 
 # %% ../../nbs/vlm/03_endpoint.ipynb #ea3f3e3b
 @patch
-def replies(self: Endpoint, clips: list, prompts, max_new_tokens: int = 256,
+def replies(self: Endpoint, clips: list, prompts, max_new_tokens: int = 256,  # of `Clip` or frames; one for all, or one per clip; tokens of an answer at most
             pattern: str | None = None, # a regular expression that the answer must match, where the server can
             alternatives: int = 0       # log probabilities per token, at most 20
            ) -> list:                   # of Reply
@@ -192,8 +193,8 @@ def replies(self: Endpoint, clips: list, prompts, max_new_tokens: int = 256,
 
 
 @patch
-def ask(self: Endpoint, clips: list, prompts, max_new_tokens: int = 256) -> list: # of str
-    "Greedy answers as text; an error if one of them did not come."
+def ask(self: Endpoint, clips: list, prompts, max_new_tokens: int = 256) -> list:  # as in `replies`
+    "Greedy answers, a list of str; an error if one of them did not come."
     return texts_of(self.replies(clips, prompts, max_new_tokens), self.name)
 
 
@@ -252,6 +253,7 @@ def read_digits(tokens: list,           # of a Reply
         p = [0.0] * len(digits)
         for other, log in tokens[place][1].items():
             if len(other.strip()) == 1 and other.strip() in digits: p[digits.index(other.strip())] += math.exp(log)
+        if not sum(p): raise InputError(f"no probability on the digits of {digits} after {line.strip()!r}")
         all_p.append(p)
         all_e.append(_expected(p, digits, digits.index(written), tokens[place + 1:place + 3]))
     return all_p, all_e
@@ -263,12 +265,17 @@ def _expected(p: list, digits: str, best: int, after: list) -> float:
     if len(after) == 2 and after[0][0] == "." and after[1][0][:1].isdigit():
         value = [v + (0.95 if c < best else 0.0) for c, v in enumerate(value)]
         q = {int(t): math.exp(log) for t, log in after[1][1].items() if len(t) == 1 and t.isdigit()}
-        if best < len(digits) - 1 and q: value[best] += sum(k * w for k, w in q.items()) / sum(q.values()) / 10
+        if best < len(digits) - 1 and sum(q.values()): value[best] += sum(k * w for k, w in q.items()) / sum(q.values()) / 10
     return sum(w * v for w, v in zip(p, value)) / sum(p)
 
 # %% ../../nbs/vlm/03_endpoint.ipynb #6aa34ecb
 @patch
-def digit_probabilities(self: Endpoint, clips: list, prompts, lines: list, digits: str = "12345", decimals: bool = True) -> DigitScores:
+def digit_probabilities(self: Endpoint,
+                        clips: list,            # of `Clip` or frames
+                        prompts,                # one for all, or one per clip
+                        lines: list,            # what is written before each digit, in order
+                        digits: str = "12345",  # the scale
+                        decimals: bool = True) -> DigitScores:  # ask for digits after the point, too
     "As `QwenVL.digit_probabilities`, from one short answer per clip; a clip without an answer has NaN and the reason in its reply."
     replies = self.replies(clips, prompts, 24 * len(lines), score_pattern(lines, digits) if decimals else None, alternatives=20)
     p, e = torch.full((len(clips), len(lines), len(digits)), math.nan), torch.full((len(clips), len(lines)), math.nan)

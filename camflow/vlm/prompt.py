@@ -123,4 +123,6 @@ class DigitScores:
     replies: list          # B of Reply: status, what was shown, the text if there was one
 
     @property
-    def mass(self) -> Tensor: return self.probabilities.sum(-1)  # [B,A]: how much of the model's belief is on digits at all
+    def mass(self) -> Tensor:
+        "[B,A]: the part of the model's probability that is on digits at all."
+        return self.probabilities.sum(-1)

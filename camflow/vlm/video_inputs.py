@@ -35,7 +35,8 @@ class Clip:
             import numpy as np
             pictures = [torch.as_tensor(np.array(p.convert("RGB") if hasattr(p, "convert") else p)) for p in self.frames]
             sizes = {tuple(p.shape) for p in pictures}
-            if len(sizes) != 1: raise InputError(f"images of {len(sizes)} sizes; one clip; give at least one image, all of one size")
+            if not sizes: raise InputError("no images; clip; give at least one")
+            if len(sizes) > 1: raise InputError(f"images of shapes {', '.join(map(str, sorted(sizes)))}; clip; give images of one size")
             self.frames = torch.stack(pictures).permute(0, 3, 1, 2)
         self.frames = torch.as_tensor(self.frames).cpu()
         if self.frames.dtype != torch.uint8 or self.frames.dim() != 4 or self.frames.shape[1] != 3 or 0 in self.frames.shape:
@@ -69,7 +70,9 @@ class VideoSettings:
     image_max_pixels: int = 16777216 # of a single picture
 
     @property
-    def factor(self) -> int: return self.patch * self.merge
+    def factor(self) -> int:
+        "Pixels of which sides are multiples."
+        return self.patch * self.merge
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -120,8 +123,8 @@ def sample_indices(total: int,             # frames of the clip
     else:
         most = min(s.max_frames, total) // s.pair * s.pair
         n = math.floor(min(max(total / (fps or 24) * s.fps, s.min_frames), most, total) / s.pair) * s.pair
-    if not 0 < n <= total: raise InputError(f"{n} frames wanted of {total}; sampling; give fewer frames or a longer clip")
-    return torch.arange(0, total, total / n).int().tolist()
+    if not 0 < n <= total: raise InputError(f"{n} frames would be shown of a clip of {total}; sampling; ask for {s.pair} to {total}, or give a longer clip")
+    return torch.arange(0, total, total / n).int().tolist()[:n]       # rounding may give one more, which is no frame: n * (total / n) just below total
 
 
 def _linspace(last: int, n: int) -> list:
@@ -202,7 +205,9 @@ class VisionInputs:
     rates: list = field(default_factory=list)    # per clip, frames per second of the whole clip
     sizes: list = field(default_factory=list)    # per clip, (rows, columns)
 
-    def record(self) -> list: return [{"frames": i, "fps": r, "size": list(s)} for i, r, s in zip(self.indices, self.rates, self.sizes)]
+    def record(self) -> list:
+        "What was shown of each clip: frame numbers, frames per second, (rows, columns)."
+        return [{"frames": i, "fps": r, "size": list(s)} for i, r, s in zip(self.indices, self.rates, self.sizes)]
 
 
 def video_inputs(clips: list,                       # of Clip

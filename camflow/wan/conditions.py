@@ -41,11 +41,13 @@ class Hidden:
     def __post_init__(self):
         for name in ("text", "camera", "text_to_video", "image_to_video"):
             if not 0 <= getattr(self, name) <= 1: raise InputError(f"{name}={getattr(self, name)} is no share of the training items; give 0 to 1")
-        if self.text_to_video + self.image_to_video > 1: raise InputError(f"text_to_video={self.text_to_video} and image_to_video={self.image_to_video} are more than all items; their sum must be at most 1")
+        if self.text_to_video + self.image_to_video > 1: raise InputError(f"text_to_video={self.text_to_video} and image_to_video={self.image_to_video} sum to more than 1; they are shares of the training items: lower one")
         if len(self.source_noise) != 2 or not 0 <= self.source_noise[0] <= self.source_noise[1] < 1: raise InputError(f"source_noise={list(self.source_noise)} must be two noise levels, lowest first, from 0 and below 1, e.g. [0, 0.2]")
 
     @property
-    def touches_source(self): return bool(self.text_to_video or self.image_to_video or self.source_noise[1])
+    def touches_source(self):
+        "Whether some items hide or noise the source."
+        return bool(self.text_to_video or self.image_to_video or self.source_noise[1])
 
 # %% ../../nbs/wan/11_conditions.ipynb #73a86950
 def draw_hidden(hidden: Hidden, seed: int, items, frames: int):  # of the run; positions; latent frames

@@ -98,9 +98,9 @@ def rename(state: dict,            # {name: tensor}
             continue
         parts = iter(found[0].groups())
         other = re.sub(r"\*", lambda _: next(parts), found[1])
-        if other in out: raise InputError(f"two tensors become {other!r}; the second is {name!r}")
+        if other in out: raise InputError(f"two tensors of the checkpoint get the name {other!r}, the second is {name!r}; is it two checkpoints in one file?")
         out[other] = tensor
-    if unknown: raise InputError(f"{len(unknown)} names that this table does not know, first {unknown[:3]}; is this another model's checkpoint?")
+    if unknown: raise InputError(f"{len(unknown)} tensors have names that do not belong to this model, first {unknown[:3]}; is it another model's checkpoint?")
     return out
 
 # %% ../../nbs/wan/06_convert.ipynb #5c6078b7
@@ -148,7 +148,7 @@ def dit_config(state: dict,                    # reference names
     shape = {k: tuple(v.shape) for k, v in state.items()}
     if "patch_embedding.weight" not in shape: raise InputError("no patch_embedding.weight: this is not a Wan transformer with reference names; a folder in diffusers' layout needs no conversion")
     dim, channels, *patch = shape["patch_embedding.weight"]
-    if num_heads is None and dim % 128: raise InputError(f"width {dim} is no multiple of 128; pass num_heads")
+    if num_heads is None and dim % 128: raise InputError(f"width {dim} does not say how many heads there are (it is no multiple of 128); pass num_heads")
     num_heads = num_heads or dim // 128
     size = patch[0] * patch[1] * patch[2]
     camera = shape.get("blocks.0.cam_encoder.weight")

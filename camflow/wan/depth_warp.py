@@ -60,7 +60,7 @@ def fill_far(depth_N1HW: torch.Tensor,     # infinite in holes
 
 def warp_frame(image_B3HW: torch.Tensor, depth_BHW: torch.Tensor, c2w_BT44: torch.Tensor, K_B4: torch.Tensor): # signed; as for `splat_depth`
     "(video [B,3,T,H,W], what the first frame shows of it [B,T,H,W] bool)."
-    if image_B3HW.shape[2:] != depth_BHW.shape[1:]: raise InputError(f"a picture of {tuple(image_B3HW.shape[2:])} with depth of {tuple(depth_BHW.shape[1:])}; both need one size")
+    if image_B3HW.shape[2:] != depth_BHW.shape[1:]: raise InputError(f"pictures of {tuple(image_B3HW.shape[2:])} pixels with depth of {tuple(depth_BHW.shape[1:])}; resize them to one size")
     if not (depth_BHW.isfinite() & (depth_BHW > 0)).all(): raise InputError("depth of the first frame is not above 0 everywhere; fill unknown pixels, e.g. with the farthest depth")
     c2w_BT44, K_B4 = (x.to(image_B3HW.device, torch.float32) for x in (c2w_BT44, K_B4))
     (B, _, H, W), T = image_B3HW.shape, c2w_BT44.shape[1]

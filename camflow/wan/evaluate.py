@@ -84,12 +84,13 @@ def generate(transformer,               # ReCamTransformer3DModel
              batch: int = 16):          # clips at a time
     "Re-rendered videos, uint8 [M,T,3,H,W]."
     sigmas, videos = recam_sigmas(steps, shift), []
+    where, at = (next(part.parameters()).device for part in (transformer, vae))
     for start in range(0, len(source_MT3HW), batch):
         rows = slice(start, start + batch)
-        source, camera, context = encode_video(vae, signed(source_MT3HW[rows])), camera_Mf12[rows], context_MLD[rows]
-        noise = torch.stack([torch.randn(source.shape[1:], generator=generator(seed, "evaluation noise", start + i)) for i in range(len(source))])
+        source, camera, context = encode_video(vae, signed(source_MT3HW[rows]).to(at)).to(where), camera_Mf12[rows].to(where), context_MLD[rows].to(where)
+        noise = torch.stack([torch.randn(source.shape[1:], generator=generator(seed, "evaluation noise", start + i)) for i in range(len(source))]).to(where)
         model = lambda x, sigma: transformer(x, torch.full((len(x),), 1000 * sigma), context, source=source, camera=camera)
-        videos.append(to_bytes(decode_latents(vae, euler_sample(model, noise, sigmas))))
+        videos.append(to_bytes(decode_latents(vae, euler_sample(model, noise, sigmas).to(at))).cpu())
     return torch.cat(videos)
 
 # %% ../../nbs/wan/09_evaluate.ipynb #af2fd108

@@ -21,7 +21,7 @@ from ..data.cache import LatentCache, fill, fill_texts, texts
 from ..data.multicam import clip_indices
 from ..data.prepare import Item, prepare_videos
 from ..device import compute_dtype, device, generator, ranks_share
-from ..files import InputError, read_json, write_json
+from ..files import InputError, atomic_write, read_json, whole_files, write_json
 from ..training.checkpoint import fingerprint, from_folder, load_checkpoint, load_strict
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
 from .conditions import Hidden, hide
@@ -55,6 +55,7 @@ class Levels:
         self.schedule, self.weighting = training_schedule(shift=shift), weighting
 
     def draw(self, seed: int, items): # of the run, positions -> (sigma [B], weight [B])
+        "An item draws the same level in every batch and on every rank."
         rows = torch.stack([torch.randint(len(self.schedule.sigmas), (), generator=generator(seed, "level", i)) for i in items])
         weights = self.schedule.weights[rows] if self.weighting == "bsmntw" else torch.ones(len(rows))
         return self.schedule.sigmas[rows], weights
@@ -105,6 +106,7 @@ class LatentScenes:
     def __len__(self): return len(self.latents)
 
     def condition(self, scene: int, source: int, target: int): # -> float32 [f,12]
+        "Poses of the target at the latent frames, relative to the source's first frame."
         c2w = torch.as_tensor(self.c2w[scene])
         return (torch.linalg.inv(c2w[source, 0]) @ c2w[target])[:, :3].flatten(1).float()
 
@@ -288,12 +290,12 @@ def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
     if config["data"] not in ("world", "multicam"): raise InputError(f"data {config['data']!r}; one of world, multicam")
     if config["data"] == "multicam" and not config["root"]: raise InputError("data = multicam needs root, the folder of a MultiCamVideo set; -p root=FOLDER, with train/ in it")
-    if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError("tiles belong to data = multicam; clips of the world are encoded whole")
+    if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError(f"tiles={config['tiles']} with data = world, whose clips are encoded whole; leave tiles out, or set data=multicam")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
     for name in ("shift", "sample_shift"):
-        if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; 5 is that of the published model, 1 leaves the levels uniform")
+        if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; the published model has 5, and 1 leaves the noise levels uniform")
     return config
 
 
@@ -302,6 +304,7 @@ def check_multicam(config: dict, run_dir): # full configuration, folder of the r
     from camflow.data.multicam import MultiCamVideo
     data = MultiCamVideo(config["root"], config["focal"], config.get("metadata"), config["skip_bad"])
     if not config["skip_bad"] and (bad := data.check()): raise InputError(f"{len(bad)} items of {data.folder} cannot be used, first: {bad[0][2]}; mend them, or set skip_bad=true to leave them out")
+    if data.unlisted: print(f"{len(data.unlisted)} scenes of {data.folder} are not in {config['metadata']} and are not used", flush=True)
     if not data.skipped: return
     print(f"left out: {len(data.skipped)} items, listed in {run_dir}/skipped.json; first: {data.skipped[0][2]}", flush=True)
     if ranks_share([True]): write_json(Path(run_dir)/"skipped.json", [list(item) for item in data.skipped])
@@ -398,17 +401,17 @@ def export_recam(run_dir,        # folder of the run
     ckpt, out = load_trained(run_dir, model, config["trained"], config["lora_rank"]), Path(out)
     model = model.eval().half().float()
     numbers = compare(model, held_out, vae, truth, clips, config["sample_steps"], config["sample_shift"]) if held_out else {}
-    model.half().save_pretrained(out/"transformer")
+    with whole_files(out/"transformer") as folder: model.half().save_pretrained(folder)
     write_json(out/"latents.json", {"tiles": tiling(config["tiles"]), "size": config["size"], "frames": config["frames"]}) # how the sampler has to encode
     if not config["text_encoder"]:
-        text.model.half().save_pretrained(out/"text_encoder")
-        text.tokenizer.save_pretrained(out/"tokenizer")
+        with whole_files(out/"text_encoder") as folder: text.model.half().save_pretrained(folder)
+        with whole_files(out/"tokenizer") as folder: text.tokenizer.save_pretrained(folder)
     write_json(out/"scores.json", {"step": ckpt.step, "clips": clips, **numbers})
-    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"], held_out=HELD_OUT, clips=clips,
+    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * config.get("accumulation", 1) * ckpt.meta["world"], held_out=HELD_OUT, clips=clips,
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", steps=config["sample_steps"], table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()),
                 start=config["transformer"] or "nothing", vae=config["vae"] or "the tiny VAE", licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "root")}),
                 data="{scenes} procedural scenes x {cameras} cameras (camflow.world)".format(**config) if config["data"] == "world" else f"{config['data']}, {config['root']}, {config['focal']}")
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "sample_shift")}, **card), encoding="utf-8")
+    with atomic_write(out/"card.md", "w") as file: file.write(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "sample_shift")}, **card))
     return numbers
 
 # %% ../../nbs/wan/07_finetune.ipynb #94b8d5f3

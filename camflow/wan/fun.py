@@ -46,7 +46,9 @@ class FunResidual(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x): return x + self.conv2(self.conv1(x).relu())
+    def forward(self, x):
+        "[N,D,h,w] -> [N,D,h,w]."
+        return x + self.conv2(self.conv1(x).relu())
 
 
 class FunCameraAdapter(nn.Module):
@@ -60,7 +62,7 @@ class FunCameraAdapter(nn.Module):
         self.stride, self.conv = stride, nn.Conv2d(channels * stride**2, out, patch, stride=patch)
         self.residual_blocks = nn.Sequential(*[FunResidual(out) for _ in range(blocks)])
 
-    def forward(self, rays_BCTHW):
+    def forward(self, rays_BCTHW):  # of `fun_rays`
         "[B,L,D]"
         x = nn.functional.pixel_unshuffle(rays_BCTHW.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype), self.stride)
         x = self.residual_blocks(self.conv(x)).flatten(2).transpose(1, 2)
@@ -69,11 +71,11 @@ class FunCameraAdapter(nn.Module):
 # %% ../../nbs/wan/25_fun.ipynb #aca7bff0
 class FunBlock(OmniCamBlock):
     "A Wan block; the camera came in with the tokens."
-    def __init__(self, *args, **kwargs):  # of the parent's block; of the parent's block
+    def __init__(self, *args, **kwargs):  # of the parent's block
         super().__init__(*args, **kwargs)
         del self.camera_attn, self.camera_gate
 
-    def look(self, hidden_states, u, context, *_): return hidden_states + self.attn2(u, context, None, None)
+    def look(self, hidden_states, u, context, *_): return hidden_states + self.attn2(u, context, None, None)  # tokens [B,L,D]; likewise, normed; text and image tokens [B,M,D]; not read
 
 
 class FunCamera(OmniCamTransformer3DModel):
@@ -98,7 +100,7 @@ class FunCamera(OmniCamTransformer3DModel):
         rays = rays.to(like_BLD.device)
         return CameraMemory(self.control_adapter(rays).to(like_BLD.dtype), (rays != 0).flatten(1).any(1).float()[:, None, None])
 
-    def remember(self, camera, grid, batch: int = 1) -> CameraMemory:
+    def remember(self, camera, grid, batch: int = 1) -> CameraMemory:  # rays or (c2w, K); latent frames, token rows, token columns; videos
         "The camera's tokens, computed once for all steps."
         with torch.no_grad(): return self._camera(camera, self.patch_embedding.weight.new_empty(batch, 0), grid)
 

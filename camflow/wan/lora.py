@@ -63,10 +63,14 @@ class Pair:
     keys: list = field(default_factory=list)   # of the file
 
     @property
-    def rank(self): return self.down.shape[0]
+    def rank(self):
+        "Inner width of `up @ down`."
+        return self.down.shape[0]
 
     @property
-    def scale(self): return 1.0 if self.alpha is None else self.alpha / self.rank
+    def scale(self):
+        "Factor of `up @ down`: alpha / rank, 1 without alpha."
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def strip(key: str) -> str:  # of a file
@@ -84,7 +88,7 @@ def read_lora(file):  # path of a .safetensors, or {key: tensor}
         with safe_open(file, "pt") as opened:
             state, told = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         alphas = {strip(k): v for k, v in told.items()}
-    if scaled := [k for k in state if k.endswith(SCALES)]: raise InputError(f"{scaled[0]!r}: this is an fp8_scaled file; use a bf16, fp16 or float32 LoRA")
+    if scaled := [k for k in state if k.endswith(SCALES)]: raise InputError(f"{file} is an fp8_scaled file (it holds {scaled[0]!r}), which is not read; use a bf16, fp16 or float32 LoRA")
     form = next((form for prefix, form in FORMS.items() if any(k.startswith(prefix) for k in state)), "peft")
     pairs, left = {}, []
     for key, tensor in state.items():
@@ -98,7 +102,9 @@ def read_lora(file):  # path of a .safetensors, or {key: tensor}
         setattr(pair, side, float(tensor) if side == "alpha" else tensor)
     for layer in [k for k, p in pairs.items() if p.down is None or p.up is None]: left += pairs.pop(layer).keys
     for layer, pair in pairs.items():
-        if pair.alpha is None and alphas: pair.alpha = alphas.get("alpha_pattern", {}).get(layer, alphas.get("lora_alpha"))
+        if pair.alpha is None and alphas:
+            pair.alpha = alphas.get("alpha_pattern", {}).get(layer, alphas.get("lora_alpha"))
+            if alphas.get("use_rslora") and pair.alpha is not None: pair.alpha *= pair.rank ** 0.5   # its scale is alpha / sqrt(rank)
     return pairs, form, left
 
 # %% ../../nbs/wan/22_lora.ipynb #7602bba9
@@ -155,7 +161,7 @@ def attach(model: nn.Module, ranks: dict, alphas: dict, adapter: str = "default"
     "Adds PEFT layers of these ranks; a diffusers model knows of them afterwards. LoRAs that are there go on acting and training."
     from peft import LoraConfig, inject_adapter_in_model
     first = next(iter(ranks))
-    if any(adapter in getattr(m, "lora_A", ()) for m in model.modules()): raise InputError(f"the model already carries a LoRA named {adapter!r}; attach; give another name")
+    if any(adapter in getattr(m, "lora_A", ()) for m in model.modules()): raise InputError(f"the model already carries a LoRA named {adapter!r}; give this one another name")
     learnt = {name: p.requires_grad for name, p in model.named_parameters() if "lora_" in name}
     config = LoraConfig(r=ranks[first], lora_alpha=alphas[first], target_modules=list(ranks), rank_pattern=dict(ranks), alpha_pattern=dict(alphas))
     if hasattr(model, "add_adapter"): model.add_adapter(config, adapter_name=adapter)
@@ -241,7 +247,7 @@ def lora_state(pairs: dict, form: str = "peft") -> dict: # {layer: Pair}; peft, 
         elif form in ("peft", "comfy"):
             key = f"transformer.{name}" if form == "peft" else f"diffusion_model.{original_name(name)}"
             state |= {f"{key}.lora_A.weight": pair.down * half, f"{key}.lora_B.weight": pair.up * (half if pair.scale >= 0 else -half)}
-        else: raise InputError(f"form {form!r}; peft, kohya or comfy")
+        else: raise InputError(f"form {form!r}; one of peft, kohya, comfy")
     return {k: v.to("cpu").contiguous() for k, v in state.items()}
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stack_frames', 'camera_rays', 'RayEncoder', 'swept_channels', 'with_warp', 'warp_of', 'CameraAttention',
-           'OmniCamBlock', 'CameraMemory', 'OmniCamTransformer3DModel', 'is_camera', 'from_wan', 'fill',
+           'OmniCamBlock', 'OmniCamTransformer3DModel', 'is_camera', 'CameraMemory', 'from_wan', 'fill',
            'tiny_omnicam_config', 'tiny_omnicam']
 
 # %% ../../nbs/wan/20_omnicam.ipynb #e6a16b0d
@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import apply_lora_scale
+from fastcore.basics import patch
 from torch import nn
 
 from ..files import InputError
@@ -29,7 +30,7 @@ from .transformer import SCORE_LIMIT, FrameRotary, exact_positions, plan_attenti
 # %% ../../nbs/wan/20_omnicam.ipynb #72db39d0
 def stack_frames(rays_FCHW: torch.Tensor) -> torch.Tensor: # one set of rays per video frame, F = 1 + 4k
     "[4C,1+k,H,W]: the four video frames of each latent frame as channels."
-    if (len(rays_FCHW) - 1) % 4: raise InputError(f"{len(rays_FCHW)} poses; a video of the VAE has 1 + 4k frames; give one pose per video frame")
+    if (len(rays_FCHW) - 1) % 4: raise InputError(f"rays of {len(rays_FCHW)} poses; a video has 1 + 4k frames (5, 9, ..., 81) and one pose per frame: cut or extend the path")
     four = torch.cat([rays_FCHW[:1].expand(3, -1, -1, -1), rays_FCHW]).unflatten(0, (-1, 4))          # [T,4,C,H,W]
     return four.flatten(1, 2).transpose(0, 1)
 
@@ -49,7 +50,7 @@ def camera_rays(c2w_BF44: torch.Tensor,    # camera-to-world relative to frame 0
     K_B33[:, 0, 0], K_B33[:, 0, 2], K_B33[:, 1, 1], K_B33[:, 1, 2], K_B33[:, 2, 2] = fx, cx, fy, cy, 1.0
     paths = [Cameras(c2w, K, grid) for c2w, K in zip(c2w_BF44, K_B33)]
     if moved := [i for i, path in enumerate(paths) if (path.c2w[0] - torch.eye(4)).abs().max() > 1e-3]:
-        raise InputError(f"the path of video {moved[0]} does not start at the identity; poses are relative to frame 0: use Cameras.relative()")
+        raise InputError(f"the path of video {moved[0]} does not start at the identity; poses must be relative to frame 0: use Cameras.relative()")
     return torch.stack([stack_frames(plucker(path)) for path in paths])
 
 # %% ../../nbs/wan/20_omnicam.ipynb #38420a36
@@ -95,15 +96,17 @@ class CameraAttention(nn.Module):
                  head_dim: int,        # the model's, so that rotary tables are shared
                  eps: float = 1e-6):   # of the norms
         super().__init__()
-        if width % head_dim: raise InputError(f"camera_dim {width}; a head has {head_dim} channels: choose a multiple, e.g. {-(-width // head_dim) * head_dim}")
+        if width % head_dim: raise InputError(f"camera_dim {width} is no multiple of the {head_dim} channels of a head; choose one, e.g. {-(-width // head_dim) * head_dim}")
         self.head_dim = head_dim
         self.to_q, self.to_out = nn.Linear(dim, width), nn.Linear(width, dim)
         self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width)
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=eps), nn.RMSNorm(width, eps=eps)
 
-    def heads(self, x): return x.unflatten(-1, (-1, self.head_dim))
+    def heads(self, x):
+        "[...,C] -> [...,heads,head_dim]."
+        return x.unflatten(-1, (-1, self.head_dim))
 
-    def memory(self, features_BLC, rope):
+    def memory(self, features_BLC, rope):  # camera features; (cos, sin) of the tokens' positions
         "Keys and values of a camera, [B,L,heads,head_dim] each."
         return rotate(self.heads(self.norm_k(self.to_k(features_BLC))), *rope), self.heads(self.to_v(features_BLC))
 
@@ -129,12 +132,13 @@ class OmniCamBlock(WanTransformerBlock):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
         self.camera_attn, self.camera_gate = CameraAttention(dim, camera_dim, dim // num_heads, eps), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, hidden_states, encoder_hidden_states,
+    def forward(self, hidden_states, encoder_hidden_states,  # tokens [B,L,D]; text and image [B,M,D]
                 temb,                # modulation [B,6,D], or [B,S,6,D] for S equal parts of the sequence
-                rotary_emb,
+                rotary_emb,          # (cos, sin) of the tokens' positions
                 camera=None,         # camera features [B,L,C], or their (keys, values); None: no camera
                 camera_on=None,      # [B,1,1], 0 for samples without camera
                 frames: int = 1):    # of the camera attention
+        "Tokens [B,L,D] and context [B,M,D] -> tokens [B,L,D]; attention to the sequence, the context and the camera, then the feed-forward part."
         temb = temb if temb.ndim == 4 else temb[:, None]
         table = self.scale_shift_table.to(temb.device)[:, None] + temb.float()            # [B,S,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
@@ -145,7 +149,13 @@ class OmniCamBlock(WanTransformerBlock):
         u = by_part(self.norm3(hidden_states.float()), 1 + ffn_scale, ffn_shift).type_as(hidden_states)
         return (hidden_states.float() + by_part(self.ffn(u).float(), ffn_gate)).type_as(hidden_states)
 
-    def look(self, hidden_states, u, context, rotary_emb, camera, camera_on, frames):
+    def look(self, hidden_states,  # tokens [B,L,D]
+             u,                    # likewise, normed
+             context,              # text and image tokens [B,M,D]
+             rotary_emb,           # (cos, sin) of the tokens' positions
+             camera,               # as in `forward`
+             camera_on,            # as in `forward`
+             frames):              # as in `forward`
         "At the text and the image, and along the camera's rays."
         hidden_states = hidden_states + self.attn2(u, context, None, None)
         if camera is None: return hidden_states
@@ -154,15 +164,6 @@ class OmniCamBlock(WanTransformerBlock):
         return (hidden_states.float() + seen * self.camera_gate.to(seen.device) * camera_on).type_as(hidden_states)
 
 # %% ../../nbs/wan/20_omnicam.ipynb #f012782b
-@dataclass
-class CameraMemory:
-    "A camera as the model needs it, for every step of a sampling run."
-    features: torch.Tensor      # [B,L,C]
-    on: torch.Tensor            # [B,1,1]; 0: this sample has no camera
-    keys: list | None = None    # (keys, values) per block; None: computed in the block
-    warp: torch.Tensor | None = None # what the warped first frame adds to the tokens [B,L,D]; None: the model reads none
-
-
 class OmniCamTransformer3DModel(WanTransformer3DModel):
     "Wan image-to-video transformer with a camera; without it, or with shut gates, it is plain Wan."
     _no_split_modules = ["OmniCamBlock"]
@@ -170,6 +171,7 @@ class OmniCamTransformer3DModel(WanTransformer3DModel):
     _skip_layerwise_casting_patterns = [*WanTransformer3DModel._skip_layerwise_casting_patterns, "camera_"]
     _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "camera_gate"]
     _cp_plan = None    # camera keys would have to be gathered
+    _tokens, _latents = ReCamTransformer3DModel._tokens, ReCamTransformer3DModel._latents
 
     @register_to_config
     def __init__(self, patch_size=(1, 2, 2),           # (frames, rows, columns) of latents
@@ -186,7 +188,7 @@ class OmniCamTransformer3DModel(WanTransformer3DModel):
                  eps: float = 1e-6,                       # of the norms
                  image_dim: int | None = 1280,            # as in diffusers' Wan
                  added_kv_proj_dim: int | None = 5120,    # as in diffusers' Wan
-                 rope_max_seq_len: int = 1024, pos_embed_seq_len: int | None = None,  # as in diffusers' Wan; as in diffusers' Wan
+                 rope_max_seq_len: int = 1024, pos_embed_seq_len: int | None = None,  # as in diffusers' Wan
                  camera_dim: int = 640,                # C, width of camera features and of the camera attention
                  camera_attention: str = "global",     # "global": over all tokens; "frame": within the latent frame
                  camera_warp: bool = False,            # reads the first frame warped along the path, behind the rays (`with_warp`)
@@ -215,85 +217,104 @@ class OmniCamTransformer3DModel(WanTransformer3DModel):
             inputs = [*self.camera_input.parameters(), *(() if self.camera_warped is None else self.camera_warped.parameters())]
             for tensor in [*inputs, *(block.camera_gate for block in self.blocks)]: tensor.zero_()
 
-    @apply_lora_scale("attention_kwargs")
-    def forward(self, hidden_states: torch.Tensor,            # noisy latents, mask and image latents [B,36,T,h,w]
-                timestep: torch.Tensor,                       # [B] or [1], 0..1000; or [B,S] for S equal parts of the sequence
-                encoder_hidden_states: torch.Tensor,          # text [B, at most text_length, text_dim], zeros after the prompt
-                encoder_hidden_states_image: torch.Tensor | None = None,  # CLIP tokens [B,N,image_dim]
-                camera=None,                                  # rays [B,24,T,H,W], (c2w [B,F,4,4], K [B,4]) as in `camera_rays`, `CameraMemory`, or None
-                return_dict: bool = True,
-                attention_kwargs: dict | None = None):        # {"scale": of the LoRAs, "camera": as above}
-        "Velocity [B,16,T,h,w], as diffusers returns it."
-        grid = self._grid(hidden_states, encoder_hidden_states_image)
-        x_BLD, frames = self._tokens(hidden_states).contiguous(), grid[0] if self.config.camera_attention == "frame" else 1
-        rope, camera = self.rope(range(grid[0]), *grid[1:]), (attention_kwargs or {}).get("camera") if camera is None else camera
-        camera = self._camera(camera, x_BLD, grid)
-        if camera is not None and self.camera_input is not None: x_BLD = x_BLD + self.camera_input(camera.features) * camera.on.to(x_BLD.dtype)
-        if camera is not None and camera.warp is not None: x_BLD = x_BLD + camera.warp.type_as(x_BLD)
-        times_BS = timestep.expand(len(x_BLD))[:, None] if timestep.ndim == 1 else timestep
-        temb, table, text, image = self.condition_embedder(times_BS.flatten(), self._padded(encoder_hidden_states), encoder_hidden_states_image)
-        temb, table = temb.unflatten(0, times_BS.shape), table.unflatten(0, times_BS.shape).unflatten(2, (6, -1))   # [B,S,D], [B,S,6,D]
-        text = text if image is None else torch.cat([image, text], 1)
-        for number, block in enumerate(self.blocks):
-            args = x_BLD, text, table, rope
-            if camera is not None: args += (camera.keys[number] if camera.keys else camera.features, camera.on, frames)
-            x_BLD = self._gradient_checkpointing_func(block, *args) if torch.is_grad_enabled() and self.gradient_checkpointing else block(*args)
-        shift, scale = (self.scale_shift_table.to(temb.device)[:, None] + temb[:, :, None]).unbind(2)
-        x_BLD = by_part(self.norm_out(x_BLD.float()), 1 + scale, shift).type_as(x_BLD)
-        sample = self._latents(self.proj_out(x_BLD), grid)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _camera(self, camera, like_BLD, grid):
-        "A camera in any of its forms as `CameraMemory`."
-        if camera is None or isinstance(camera, CameraMemory): return camera
-        rays, more = camera if isinstance(camera, torch.Tensor) else camera_rays(*camera, grid[1:]), swept_channels(self.config)
-        if more and rays.shape[1] == 24:
-            raise InputError("this model reads the first frame warped along the path; join it to the rays: with_warp(rays, warp_latents(vae, image, depth, c2w, K))")
-        if tuple(rays.shape) != (len(like_BLD), 24 + more, *grid):
-            frames = 4 * grid[0] - 3
-            raise InputError(f"the camera's rays are {tuple(rays.shape)}, expected {(len(like_BLD), 24 + more, *grid)}: a video of {frames} frames "
-                             f"needs {frames} poses; cut or extend the path")
-        rays = rays.to(like_BLD.device, torch.float32)
-        rays, warp = rays[:, :24], rays[:, 24:]
-        on = (rays != 0).flatten(1).any(1).float()[:, None, None]
-        if more: warp = self.camera_warped(warp.flatten(2).transpose(1, 2).to(self.camera_warped.weight.dtype)) * on
-        return CameraMemory(self.camera_encoder(rays).to(like_BLD.dtype), on, warp=warp if more else None)
-
-    @torch.no_grad()
-    def remember(self, camera,                    # rays or (c2w, K)
-                 grid: tuple[int, int, int],      # latent frames, token rows, token columns
-                 batch: int = 1) -> CameraMemory:
-        "Keys and values of every block, computed once for all steps."
-        weight = self.patch_embedding.weight
-        memory, rope = self._camera(camera, weight.new_empty(batch, 0), grid), self.rope(range(grid[0]), *grid[1:])
-        memory.keys = [block.camera_attn.memory(memory.features, rope) for block in self.blocks]
-        return memory
-
-    def _grid(self, latents, image):
-        "(frames, rows, columns) of tokens; refuses inputs of another model."
-        size, patch, channels = latents.shape[2:], self.config.patch_size, self.config.in_channels
-        if latents.shape[1] != channels:
-            hint = "; give noisy latents, mask and image latents together" if channels == 36 else ""
-            raise InputError(f"{latents.shape[1]} input channels, this model has {channels}{hint}")
-        if any(n % p for n, p in zip(size, patch)):
-            raise InputError(f"latents of {tuple(size)} (frames, rows, columns) are not divisible by the patch {tuple(patch)}; "
-                             f"pad or crop the video to multiples of {8 * patch[1]} pixels")
-        if image is None and self.config.image_dim is not None:
-            raise InputError("this model needs the CLIP tokens of the first frame; pass encoder_hidden_states_image")
-        if image is not None and self.config.image_dim is None: raise InputError("this model reads no CLIP tokens; leave them out")
-        return tuple(n // p for n, p in zip(size, patch))
-
-    def _padded(self, text_BLD):
-        missing = self.config.text_length - text_BLD.shape[1]
-        if missing < 0: raise InputError(f"{text_BLD.shape[1]} text tokens, this model reads {self.config.text_length}; encode with that max_length")
-        return nn.functional.pad(text_BLD, (0, 0, 0, missing))
-
-    _tokens, _latents = ReCamTransformer3DModel._tokens, ReCamTransformer3DModel._latents
-
 
 def is_camera(name: str) -> bool: # parameter or module name
     "Whether it belongs to the camera adapter."
     return any(part.startswith("camera_") for part in name.split("."))
+
+# %% ../../nbs/wan/20_omnicam.ipynb #0484276c
+@dataclass
+class CameraMemory:
+    "A camera as the model needs it, for every step of a sampling run."
+    features: torch.Tensor      # [B,L,C]
+    on: torch.Tensor            # [B,1,1]; 0: this sample has no camera
+    keys: list | None = None    # (keys, values) per block; None: computed in the block
+    warp: torch.Tensor | None = None # what the warped first frame adds to the tokens [B,L,D]; None: the model reads none
+
+
+@patch
+def _camera(self: OmniCamTransformer3DModel, camera, like_BLD, grid):
+    "A camera in any of its forms as `CameraMemory`."
+    if camera is None or isinstance(camera, CameraMemory): return camera
+    rays, more = camera if isinstance(camera, torch.Tensor) else camera_rays(*camera, grid[1:]), swept_channels(self.config)
+    if more and rays.shape[1] == 24:
+        raise InputError("this model reads the first frame warped along the path; join it to the rays: with_warp(rays, warp_latents(vae, image, depth, c2w, K))")
+    if tuple(rays.shape) != (len(like_BLD), 24 + more, *grid):
+        frames = 4 * grid[0] - 3
+        raise InputError(f"the camera's rays are {tuple(rays.shape)}, expected {(len(like_BLD), 24 + more, *grid)}: a video of {frames} frames "
+                         f"needs {frames} poses; cut or extend the path")
+    rays = rays.to(like_BLD.device, torch.float32)
+    rays, warp = rays[:, :24], rays[:, 24:]
+    on = (rays != 0).flatten(1).any(1).float()[:, None, None]
+    if more: warp = self.camera_warped(warp.flatten(2).transpose(1, 2).to(self.camera_warped.weight.dtype)) * on
+    return CameraMemory(self.camera_encoder(rays).to(like_BLD.dtype), on, warp=warp if more else None)
+
+
+@patch
+@torch.no_grad()
+def remember(self: OmniCamTransformer3DModel,
+             camera,                          # rays or (c2w, K)
+             grid: tuple[int, int, int],      # latent frames, token rows, token columns
+             batch: int = 1) -> CameraMemory:  # videos
+    "Keys and values of every block, computed once for all steps."
+    weight = self.patch_embedding.weight
+    memory, rope = self._camera(camera, weight.new_empty(batch, 0), grid), self.rope(range(grid[0]), *grid[1:])
+    memory.keys = [block.camera_attn.memory(memory.features, rope) for block in self.blocks]
+    return memory
+
+# %% ../../nbs/wan/20_omnicam.ipynb #a36fb6dd
+@patch
+def _grid(self: OmniCamTransformer3DModel, latents, image):
+    "(frames, rows, columns) of tokens; refuses inputs of another model."
+    size, patch, channels = latents.shape[2:], self.config.patch_size, self.config.in_channels
+    if latents.shape[1] != channels:
+        hint = "; give noisy latents, mask and image latents together" if channels == 36 else ""
+        raise InputError(f"{latents.shape[1]} input channels, this model reads {channels}{hint}")
+    if any(n % p for n, p in zip(size, patch)):
+        raise InputError(f"latents of {tuple(size)} (frames, rows, columns) are not divisible by the patch {tuple(patch)}; "
+                         f"pad or crop the video to multiples of {8 * patch[1]} pixels")
+    if image is None and self.config.image_dim is not None:
+        raise InputError("this model needs the CLIP tokens of the first frame; pass encoder_hidden_states_image")
+    if image is not None and self.config.image_dim is None: raise InputError("this model reads no CLIP tokens of the first frame; leave encoder_hidden_states_image out")
+    return tuple(n // p for n, p in zip(size, patch))
+
+
+@patch
+def _padded(self: OmniCamTransformer3DModel, text_BLD):
+    missing = self.config.text_length - text_BLD.shape[1]
+    if missing < 0: raise InputError(f"{text_BLD.shape[1]} text tokens, this model reads {self.config.text_length}; encode with that max_length")
+    return nn.functional.pad(text_BLD, (0, 0, 0, missing))
+
+# %% ../../nbs/wan/20_omnicam.ipynb #e3ddaff2
+@patch
+@apply_lora_scale("attention_kwargs")
+def forward(self: OmniCamTransformer3DModel,
+            hidden_states: torch.Tensor,                  # noisy latents, mask and image latents [B,36,T,h,w]
+            timestep: torch.Tensor,                       # [B] or [1], 0..1000; or [B,S] for S equal parts of the sequence
+            encoder_hidden_states: torch.Tensor,          # text [B, at most text_length, text_dim], zeros after the prompt
+            encoder_hidden_states_image: torch.Tensor | None = None,  # CLIP tokens [B,N,image_dim]
+            camera=None,                                  # rays [B,24,T,H,W], (c2w [B,F,4,4], K [B,4]) as in `camera_rays`, `CameraMemory`, or None
+            return_dict: bool = True,  # False: (velocity,)
+            attention_kwargs: dict | None = None):        # {"scale": of the LoRAs, "camera": as above}
+    "Velocity [B,16,T,h,w], as diffusers returns it."
+    grid = self._grid(hidden_states, encoder_hidden_states_image)
+    x_BLD, frames = self._tokens(hidden_states).contiguous(), grid[0] if self.config.camera_attention == "frame" else 1
+    rope, camera = self.rope(range(grid[0]), *grid[1:]), (attention_kwargs or {}).get("camera") if camera is None else camera
+    camera = self._camera(camera, x_BLD, grid)
+    if camera is not None and self.camera_input is not None: x_BLD = x_BLD + self.camera_input(camera.features) * camera.on.to(x_BLD.dtype)
+    if camera is not None and camera.warp is not None: x_BLD = x_BLD + camera.warp.type_as(x_BLD)
+    times_BS = timestep.expand(len(x_BLD))[:, None] if timestep.ndim == 1 else timestep
+    temb, table, text, image = self.condition_embedder(times_BS.flatten(), self._padded(encoder_hidden_states), encoder_hidden_states_image)
+    temb, table = temb.unflatten(0, times_BS.shape), table.unflatten(0, times_BS.shape).unflatten(2, (6, -1))   # [B,S,D], [B,S,6,D]
+    text = text if image is None else torch.cat([image, text], 1)
+    for number, block in enumerate(self.blocks):
+        args = x_BLD, text, table, rope
+        if camera is not None: args += (camera.keys[number] if camera.keys else camera.features, camera.on, frames)
+        x_BLD = self._gradient_checkpointing_func(block, *args) if torch.is_grad_enabled() and self.gradient_checkpointing else block(*args)
+    shift, scale = (self.scale_shift_table.to(temb.device)[:, None] + temb[:, :, None]).unbind(2)
+    x_BLD = by_part(self.norm_out(x_BLD.float()), 1 + scale, shift).type_as(x_BLD)
+    sample = self._latents(self.proj_out(x_BLD), grid)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 # %% ../../nbs/wan/20_omnicam.ipynb #ce0f8eb8
 def from_wan(wan: WanTransformer3DModel,  # weights of any Wan transformer; image to video for OmniCam

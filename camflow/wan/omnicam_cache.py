@@ -21,7 +21,7 @@ from ..data.prepare import weights_identity
 from ..device import compute_dtype, device, process_share
 from ..depth.estimators import load_lens
 from ..depth.da3_video import pick_views
-from ..files import InputError, content_hash, read_json, sha256_file, write_json
+from ..files import InputError, content_hash, read_json, sha256_file, write_json, writable
 from ..geometry.focal import choose_focal
 from ..media.frames import Frames
 from ..training.checkpoint import fingerprint, from_folder
@@ -60,7 +60,9 @@ class OmniCamEncoders(Encoders):
             for n, i in enumerate(rows): out[i] = {"latents": latents[n], "image": image[n], "clip": tokens[n]}
         return out
 
-    def encode_texts(self, captions): return self.text().encode(captions).cpu()
+    def encode_texts(self, captions):
+        "Context [B,L,D] on the host, in the encoder's precision."
+        return self.text().encode(captions).cpu()
 
     def identities(self, ledger: Ledger): # where fingerprints of weights are remembered
         "({...} of the clips, {...} of the texts)."
@@ -114,7 +116,7 @@ def main(config: dict, # overrides of DEFAULTS
     "One pass over all data sets of the file; returns what rank 0 found and what all ranks did."
     begin, config, run_dir = time.process_time(), checked(config), Path(run_dir)
     rank, world, wait = process_share()
-    folder, encoders, writer = Path(config["cache_folder"] or run_dir/"cache"), OmniCamEncoders(config), MetricWriter(run_dir)
+    folder, encoders, writer = writable(config["cache_folder"] or run_dir/"cache", "cache_folder"), OmniCamEncoders(config), MetricWriter(run_dir)
     items = [item for one in read_toml(config["toml"]) for item in list_clips(one, config["root"] or Path(config["toml"]).parent, config["overlay"])]
     ledger = Ledger(folder/"ledger", rank)
     identity, text_identity = encoders.identities(ledger)

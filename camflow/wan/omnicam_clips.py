@@ -17,7 +17,7 @@ import torch
 
 from ..data.cache import LatentCache, fill
 from ..device import device, generator
-from ..files import InputError, content_hash, sha256_file
+from ..files import InputError, content_hash, read_json_lines, sha256_file
 from ..geometry import script  # noqa: F401 (Cameras.from_script, Cameras.from_omnicam)
 from ..geometry.camera import Cameras
 from ..geometry.focal import one_lens
@@ -27,6 +27,7 @@ from ..media.video import probe, read_video
 from ..training.checkpoint import fingerprint
 from ..training.loop import shuffled
 from .finetune import _shares, cached_texts
+from .generate import clip_frames
 from .i2v_condition import given_mask, image_condition
 from .depth_warp import warp_latents
 from .omnicam import camera_rays, with_warp
@@ -98,9 +99,15 @@ class ImageClips:
     held: dict = field(default_factory=dict, repr=False) # {"latents": [S,N,C,f,h,w], ...} where they are kept in memory
 
     @property
-    def cameras(self): return self.c2w_SNT44.shape[1]
+    def cameras(self):
+        "Cameras N of every scene; a clip is one camera of one scene."
+        return self.c2w_SNT44.shape[1]
+
     def __len__(self): return len(self.keys) * self.cameras
-    def choose(self, positions, seed: int = 0): return [shuffled(i, len(self), seed) for i in positions]
+
+    def choose(self, positions, seed: int = 0):  # from 0; of the order
+        "Clips at positions of the endless stream: every clip once per epoch, shuffled."
+        return [shuffled(i, len(self), seed) for i in positions]
 
     def hold(self):
         "The same set with its latents in memory."
@@ -108,6 +115,7 @@ class ImageClips:
         return self
 
     def rows(self, name: str, scene): # "latents", "image", "clip" or "warp"; numbers of scenes
+        "Stacked over the scenes, [S,...]; None where the set has no such part."
         if self.held: return self.held[name][scene] if name in self.held else None
         found = [self.cache.get(self.keys[int(s)]) for s in scene]
         return torch.stack([one[name] for one in found]) if name in found[0] else None
@@ -208,13 +216,9 @@ class FileItem:
 
     def clip(self, frames: int, size, fps: float = 0.0): # T; (H, W); of the clip, 0: every frame of the file
         "(Frames cut to `size`, Cameras of the same frames relative to the first)."
-        info = probe(self.video)
-        stride = max(1, round(info.fps / fps)) if fps else 1
-        numbers = [i * stride for i in range(frames)]
-        if numbers[-1] >= info.frames: raise InputError(f"{info.frames} frames; {self.video}; a clip of {frames} at every {stride}. frame needs "
-            f"{numbers[-1] + 1}: ask for fewer frames or a higher fps")
+        info, numbers = probe(self.video), clip_frames(self.video, frames, fps)
         if self.camera: cameras = one_lens(Cameras.from_omnicam(self.camera, info.size, info.frames, numbers))
-        else: cameras = Cameras.from_script(self.script, info.size, numbers, info.fps)
+        else: cameras = Cameras.from_script(self.script, info.size, *((frames, fps or info.fps) if info.variable_rate else (numbers, info.fps)))
         return read_video(self.video, numbers).cover(tuple(size)), cameras.relative().cover(tuple(size))
 
 
@@ -222,14 +226,12 @@ def read_items(path): # metadata.jsonl; paths in it are relative to its folder
     "FileItems of a set."
     path, items = Path(path), []
     if not path.is_file(): raise InputError(f"no such file; {path}; write one JSON object a line with video, text, and camera or script")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip(): continue
-        try: record = json.loads(line)
-        except json.JSONDecodeError as error: raise InputError(f"not JSON ({error}); {path}, line {number}; one object a line") from None
-        if unknown := set(record) - {"video", "text", "camera", "script"}: raise InputError(f"unknown fields {sorted(unknown)}; {path}, line {number}; there "
-            f"are video, text, camera, script")
-        if not record.get("video") or bool(record.get("camera")) == bool(record.get("script")): raise InputError(f"{record}; {path}, line {number}; an item "
-            f"has a video, and a camera file or a script")
+    for number, record in read_json_lines(path):
+        if not isinstance(record, dict): raise InputError(f"a {type(record).__name__}; {path}, line {number}; write an object with video, text, and camera or script")
+        if unknown := set(record) - {"video", "text", "camera", "script"}: raise InputError(f"unknown fields {sorted(unknown)}; {path}, line {number}; the "
+            f"fields are video, text, camera, script")
+        if not record.get("video") or bool(record.get("camera")) == bool(record.get("script")): raise InputError(f"{record}; {path}, line {number}; give "
+            f"an item a video, and a camera file or a script, not both")
         for name in ("video", "camera"):
             if record.get(name) and not (path.parent/record[name]).is_file(): raise InputError(f"{name} {record[name]!r} does not exist; {path}, line "
                 f"{number}; paths are relative to that file")
@@ -244,7 +246,8 @@ def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_late
                  hold: bool = False,                        # True: latents in memory
                  depth=None):                               # as for `world_latents`
     "ImageClips of video files. Equal file names in different folders stay apart: keys are made of what the files hold."
-    named = {content_hash([sha256_file(one.video), one.camera and sha256_file(one.camera), one.script], 24): one for one in items}
+    hashed = [(content_hash([sha256_file(one.video), one.camera and sha256_file(one.camera), one.script], 24), one) for one in items]
+    named, keys, captions = dict(hashed), *zip(*dict.fromkeys((key, one.text) for key, one in hashed))   # a clip may be there with several texts
     def camera(one):
         cameras = one.clip(frames, size, fps)[1]
         H, W = cameras.size
@@ -254,7 +257,6 @@ def file_latents(folder, items, vae, text: TextEncoder,     # as for `world_late
         return video.signed().data.transpose(0, 1)[None].float(), dict(zip(("c2w", "K"), camera(named[key])))
     identity = {**vae_identity(vae), "size": list(size), "frames": frames, "fps": fps, "image_encoder": image_encoder
         and fingerprint(image_encoder.state_dict())} | depth_identity(depth)
-    cache, keys = shared_fill(Path(folder)/"latents", identity, named, load, encoder_of(vae, frames, image_encoder, depth)), list(named)
-    captions = [one.text for one in named.values()]
+    cache, keys, captions = shared_fill(Path(folder)/"latents", identity, list(named), load, encoder_of(vae, frames, image_encoder, depth)), list(keys), list(captions)
     clips = ImageClips(cache, keys, cache.stack(keys, "c2w"), cache.stack(keys, "K"), cached_texts(Path(folder)/"text", text, captions), captions)
     return clips.hold() if hold else clips

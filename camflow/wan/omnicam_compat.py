@@ -73,6 +73,7 @@ class RayLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
     def forward(self, x):
+        "[B,L,C] -> [B,L,C]."
         u = self.norm1(x)
         x = x + self.attn(u, u, u, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
@@ -90,7 +91,7 @@ class PluckerNet(nn.Module):
         self.transformer_layers = nn.ModuleList(RayLayer(hidden, heads, dropout) for _ in range(layers))
         self.final_conv2d, self.final_bn2d = nn.Conv2d(hidden, out, 3, padding=1), nn.BatchNorm2d(out)
 
-    def forward(self, K_BT4, c2w_BT44, grid):
+    def forward(self, K_BT4, c2w_BT44, grid):  # fx, fy, cx, cy in tokens; of each latent frame; token rows and columns
         "[B,D,T,H,W]"
         x = self.initial_conv(published_rays(K_BT4, c2w_BT44, grid).permute(0, 4, 1, 2, 3).to(self.initial_conv.weight.dtype))
         B, _, T, H, W = x.shape
@@ -102,7 +103,7 @@ class PluckerNet(nn.Module):
 # %% ../../nbs/wan/21_omnicam_compat.ipynb #8fd2e07f
 class CameraCrossAttention(PlannedAttention):
     "Wan's cross-attention, and the camera before the output projection."
-    def joined(self, attn, q_BLHD, out_BLC, camera):
+    def joined(self, attn, q_BLHD, out_BLC, camera):  # attention layer; [B,L,heads,head_dim]; what they have found so far; features [B,M,D], or their (keys, values)
         k, v = camera if isinstance(camera, tuple) else camera_memory(attn, camera)
         return torch.add(out_BLC, self.attend(q_BLHD, k, v, None), alpha=2)
 
@@ -153,12 +154,12 @@ class PublishedOmniCam(OmniCamTransformer3DModel):
         exact_positions(plan_attention(self, c.score_limit, c.text_length))
         for block in self.blocks: block.attn2.set_processor(CameraCrossAttention(c.score_limit, c.text_length))
 
-    def pool(self, poses_BF44):
+    def pool(self, poses_BF44):  # F = 4T - 3 -> [B,T,4,4]
         "One matrix per latent frame: frame 0, then each four mixed by the convolution."
         rest = poses_BF44[:, 1:].unflatten(1, (-1, 4))                                # [B,T-1,4,4,4]
         return torch.cat([poses_BF44[:, :1], self.conv(rest.flatten(0, 1)).unflatten(0, rest.shape[:2])[:, :, 0]], 1)
 
-    def adapter(self, extrinsics, intrinsics_B4, grid):
+    def adapter(self, extrinsics, intrinsics_B4, grid):  # a path [F,4,4] per video; fx/W, fy/H, cx/W, cy/H; latent frames, token rows, token columns
         "(K [B,T,4], matrices [B,T,4,4], features [B,D,T,H,W])."
         T, H, W = grid
         place = self.conv.weight
@@ -175,7 +176,7 @@ class PublishedOmniCam(OmniCamTransformer3DModel):
         return CameraMemory(features.to(like_BLD.dtype), like_BLD.new_ones(len(like_BLD), 1, 1))
 
     @torch.no_grad()
-    def remember(self, camera, grid, batch: int = 1) -> CameraMemory:
+    def remember(self, camera, grid, batch: int = 1) -> CameraMemory:  # (paths, intrinsics [B,4]); latent frames, token rows, token columns; videos
         "Keys and values of every block, computed once for all steps; None where the published model drops the camera."
         memory = self._camera(camera, self.patch_embedding.weight.new_empty(batch, 0), grid)
         if memory is not None: memory.keys = [camera_memory(block.attn2, memory.features) for block in self.blocks]

@@ -8,6 +8,7 @@ __all__ = ['DIRECTIONS', 'TURNS', 'REPORTED', 'COMPONENTS', 'SPANS', 'script_cas
            'compare_errors', 'slopes', 'report']
 
 # %% ../../nbs/wan/27_omnicam_evaluate.ipynb #a134c3f5
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from ..device import generator
-from ..files import InputError, read_json, write_json
+from ..files import InputError, atomic_write, read_json, write_json
 from ..geometry.script import Segment, path_state, script_path, script_text
 from ..geometry.trajectory import SUBJECT
 from ..training.config import configuration
@@ -95,15 +96,17 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
     "Videos from the first frames, uint8 [M,T,3,H,W]."
     if camera not in ("asked", "wrong", "off"): raise InputError(f"camera {camera!r}; film; one of asked, wrong, off")
     frames, videos = clips.truth_MT3HW.shape[1], []
+    where, at = (next(part.parameters()).device for part in (model, vae))
     paths, size = clips.wrong_MT44 if camera == "wrong" else clips.c2w_MT44, clips.image_M3HW.shape[-2:]
     for start in range(0, len(clips), batch):
         rows = slice(start, start + batch)
         first = signed(clips.image_M3HW[rows, None])[:, :, 0]
-        image = image_condition(vae, first, frames)[:, 4:]
-        where = first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4)
-        rays = None if camera == "off" else model_camera(model, vae, depth, *where)
-        video = decode_latents(vae, sample(model, image, rays, context_MLD[rows], None, steps, shift, camera_guidance, seed + start, warp_start))
-        if detail and rays is not None: video = restore_detail(vae, video, first, depth.depth(first), *where[1:], detail)
+        image = image_condition(vae, first.to(at), frames)[:, 4:].to(where)
+        asked = first, torch.as_tensor(paths[rows]), lens(size).expand(len(image), 4)
+        rays = None if camera == "off" else model_camera(model, vae, depth, *asked)
+        made = sample(model, image, rays, context_MLD[rows].to(where), None, steps, shift, camera_guidance, seed + start, warp_start)
+        video = decode_latents(vae, made.to(at)).cpu()
+        if detail and rays is not None: video = restore_detail(vae, video, first, depth.depth(first).cpu(), *asked[1:], detail)
         videos.append(to_bytes(video))
     return torch.cat(videos)
 
@@ -221,7 +224,8 @@ def report(out,                    # folder of `export_omnicam`; scores.json and
              "sign_agreement_low": float(table[~fast].agrees.mean()), "slopes": slopes(table), "figures_move": plain_moving | compare_errors(moving["asked"][0], moving["off"][0]),
              "settings": {"clips": count, "first_seed": first, "steps": steps, "shift": shift, "camera_guidance": camera_guidance, "warp_start": warp_start, "detail": detail}}
     write_json(Path(out)/"scores.json", read_json(Path(out)/"scores.json") | {"scripts": found})
-    (Path(out)/"card.md").write_text(_with_scripts((Path(out)/"card.md").read_text(encoding="utf-8"), found), encoding="utf-8")
+    card = _with_scripts((Path(out)/"card.md").read_text(encoding="utf-8"), found)
+    with atomic_write(Path(out)/"card.md", "w") as file: file.write(card)
     return found
 
 
@@ -243,5 +247,7 @@ def _with_scripts(card: str, found: dict):
     aims = {"signs agree in 0.90": asked["sign_agreement"] >= 0.9, "rotation error at most a third of that without camera": found["rotation_ratio"] <= 1 / 3,
             "translation error at most a third": found["translation_ratio"] <= 1 / 3, "PSNR above both controls": asked["psnr_db"] > max(off["psnr_db"], wrong["psnr_db"])}
     lines.append("  - aims: " + "; ".join(f"{name}: {'reached' if met else 'not reached'}" for name, met in aims.items()))
-    before = card.split("- held-out scripts")[0] if "- held-out scripts" in card else card.split("\n## Licence")[0]
+    block = re.compile(r"- held-out scripts.*\n(  - .*\n)*")   # that of an earlier report; lines of others stay
+    if block.search(card): return block.sub(lambda _: "\n".join(lines) + "\n", card, count=1)
+    before = card.split("\n## Licence")[0]
     return before + "\n".join(lines) + "\n\n## Licence" + card.split("\n## Licence")[1]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'MODES', 'DEFAULTS', 'fitted_size', 'prompt_parts', 'lens_K', 'asked_camera', 'Generator', 'load_generator',
-           'make_solver', 'make_guider', 'guided', 'shares', 'developed', 'film', 'named_cameras', 'checked',
-           'read_latents', 'decode_files', 'main']
+           'make_solver', 'make_guider', 'guided', 'shares', 'developed', 'film', 'named_cameras', 'whole_prompt',
+           'stands_still', 'checked', 'read_latents', 'decode_files', 'alike', 'main']
 
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #f514f6ee
 import functools
@@ -80,7 +80,7 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
         return path[numbers].relative(), ""
     K = lens_K(size, fov) if K is None else K
     if name in PRESETS or name.isdigit(): return Cameras(preset(int(name) if name.isdigit() else name, frames, unit / SUBJECT), K, size), ""
-    if not name: raise InputError("an empty camera; give a script, words, a preset or a camera file")
+    if not name: raise InputError("one camera is empty; give a script, words, a preset or a camera file")
     segments = parse(name) if "<" in name else understand(name)
     return Cameras(script_path(segments, frames, fps, unit), K, size), script_text(segments)
 
@@ -89,13 +89,16 @@ class Generator:
     "The parts of an image-to-video model, in eval mode."
     def __init__(self, transformer, vae, text: TextEncoder, image_encoder=None, depth=None): # depth: MonoNet of transformers that read the warped first frame
         self.transformer, self.vae, self.text, self.image_encoder, self.depth = transformer.eval(), vae.eval(), text, image_encoder, depth
-        if transformer.config.camera_warp and depth is None: raise InputError("this transformer reads the first frame warped along the path; its folder needs depth/, a network of camflow.depth.mono")
-        if transformer.config.image_dim and image_encoder is None: raise InputError("this transformer reads CLIP tokens; its folder needs image_encoder/")
+        if transformer.config.camera_warp and depth is None: raise InputError("this transformer reads the first frame warped along the path; put a network of camflow.depth.mono into its folder, as depth/")
+        if transformer.config.image_dim and image_encoder is None: raise InputError("this transformer reads CLIP tokens of the first frame; put its CLIP model into its folder, as image_encoder/")
 
     @property
-    def step(self): return tuple(self.vae.config.scale_factor_spatial * p for p in self.transformer.config.patch_size[1:])
+    def step(self):
+        "(rows, columns) in pixels; sizes must be multiples of it."
+        return tuple(self.vae.config.scale_factor_spatial * p for p in self.transformer.config.patch_size[1:])
 
-    def latent_shape(self, frames, size):
+    def latent_shape(self, frames, size):  # of the video; (H, W) pixels
+        "(channels, latent frames, rows, columns) of a video of that length and (H, W)."
         scale = self.vae.config.scale_factor_spatial
         return self.vae.config.z_dim, (frames + 3) // 4, size[0] // scale, size[1] // scale
 
@@ -128,7 +131,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 def make_solver(name: str = "unipc", shift: float = 5.0, steps: int = 20):  # one of SOLVERS; of the levels towards noise; of the sampler
     "A diffusers scheduler with flow-matching levels."
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-    if name not in SOLVERS: raise InputError(f"solver {name!r}; one of {', '.join(SOLVERS)}")
+    if name not in SOLVERS: raise InputError(f"solver {name!r}; choose one of {', '.join(SOLVERS)}")
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     made = {"unipc": lambda: UniPCMultistepScheduler(**flow), "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
         "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift)}[name]()
@@ -155,7 +158,7 @@ def make_guider(guidance: float,         # of the text; 1: none
         f"has 0..{blocks - 1}")
     if guidance == 1: raise InputError("slg_layers need guidance by the text: with guidance=1 diffusers runs the branch of skipped layers without skipping "
         "any; set guidance, e.g. 5")
-    if not 0 <= slg_start <= slg_end <= 1: raise InputError(f"slg_start={slg_start}, slg_end={slg_end}; shares of the steps, the start first")
+    if not 0 <= slg_start <= slg_end <= 1: raise InputError(f"slg_start={slg_start}, slg_end={slg_end}; give shares of the steps, 0 to 1, the start first")
     TransformerBlockRegistry.register(OmniCamBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None))
     if mode not in MODES: raise InputError(f"slg_mode {mode!r}; one of {', '.join(MODES)}")
     if mode == "uncond": return _uncond_guider()(guidance, list(slg_layers), slg_start, slg_end)
@@ -177,6 +180,7 @@ def _uncond_guider():
 
         @property
         def skips(self) -> bool:
+            "Whether this is the forward without text, inside the window of steps."
             first, last = (int(share * self._num_inference_steps) for share in self.window)
             return self._count_prepared == 2 and first <= self._step < last
 
@@ -246,11 +250,12 @@ def film(parts: Generator,  # of `load_generator`
         solver.set_begin_index(first)
         x = add_noise(started_warp(camera, model.config, config["warp_start"]).to(x), x, float(solver.sigmas[first]))
     for number, t in enumerate(solver.timesteps[first:], first):
-        joined, times = torch.cat([x, image], 1).to(model.dtype), t.float().expand(B).cpu()
+        joined, times, asked = torch.cat([x, image], 1).to(model.dtype), t.float().expand(B).cpu(), []
         def run(context, camera=memory):
-            return model(joined, times, context, None if clip is None else clip.to(model.dtype), camera=camera, return_dict=False)[0].float()
+            asked.append(model(joined, times, context, None if clip is None else clip.to(model.dtype), camera=camera, return_dict=False)[0].float())
+            return asked[-1]
         v = guided(run, guider, model, context, negative if config["guidance"] != 1 else None, number, len(solver.timesteps), t)
-        if config["camera_guidance"] != 1: v = v + (config["camera_guidance"] - 1) * (run(context) - run(context, None))
+        if config["camera_guidance"] != 1: v = v + (config["camera_guidance"] - 1) * (asked[0] - run(context, None))   # the first branch has text and camera
         x = solver.step(v, t, x, return_dict=False)[0]
     return x.float()
 
@@ -268,22 +273,35 @@ def named_cameras(cameras): # list of asked cameras, or {name: asked camera}
     return {stem(n, str(asked)): str(asked) for n, asked in enumerate(cameras, 1)}
 
 
+def whole_prompt(asked: str): # an asked camera; also OmniCam-Wan's whole prompt, "Object: ... ; Camera: ..." or with #trajectory:{file}
+    "(the camera, what the prompt says is seen or \"\")."
+    if not re.search(r"Camera:|#trajectory", asked): return asked, ""
+    seen, camera = prompt_parts(asked)
+    return (file[1] if (file := re.search(r"#trajectory:\s*{(.*?)}", camera)) else camera), seen
+
+
+def stands_still(text: str, frames: int, fps: float): # script of `asked_camera`, "" for others; T; frames per second
+    "What is wrong with a script that only begins when the video is over; \"\" otherwise."
+    begins, ends = min((s.start for s in parse(text)), default=0.0) if text else 0.0, (frames - 1) / fps
+    return f"the script begins at {begins:g} s, the video ends at {ends:g} s: the camera stands still; ask for more frames" if begins >= ends else ""
+
+
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is loaded."
     at_least(config, frames=5, steps=1, batch=1, seed=0, slg_scale=0, detail=0)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
-    if config["output"] not in ("video", "latent", "both"): raise InputError(f"output {config['output']!r}; video, latent or both")
+    if config["output"] not in ("video", "latent", "both"): raise InputError(f"output {config['output']!r}; one of video, latent, both")
     if not 0 < config["warp_start"] <= 1: raise InputError(f"warp_start={config['warp_start']} is no noise level; give a number above 0, at most 1")
     for name in ("shift", "fps", "unit"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0")
     if config["slg_mode"] not in MODES: raise InputError(f"slg_mode {config['slg_mode']!r}; one of {', '.join(MODES)}")
-    if config["latents"] and (config["images"] or config["cameras"]): raise InputError("latents are only decoded; leave images and cameras out, or latents")
-    if not config["images"] and not config["latents"]: raise InputError("no images; give picture files")
+    if config["latents"] and (config["images"] or config["cameras"]): raise InputError("latents are only decoded, images and cameras change nothing; leave these out, or latents")
+    if not config["images"] and not config["latents"]: raise InputError("no images; give picture files that videos start from, or latents to decode")
     images = [Path(p) for p in config["images"] or config["latents"]]
     if same := [p.stem for p in images if sum(p.stem == q.stem for q in images) > 1]: raise InputError(f"two files are called {same[0]!r}; their results "
         f"would overwrite each other: rename one")
     if unused := sorted(set(config["texts"]) - {p.name for p in images}): raise InputError(f"texts: {unused[0]!r} is not among the images ({images[0].name}, "
-        f"...)")
+        f"...); give file names")
     make_solver(config["solver"], config["shift"], config["steps"])
     return config
 
@@ -296,10 +314,10 @@ def read_latents(path, channels: int = 16): # safetensors file of this run, or o
     try: found = load_file(path)
     except SafetensorError as error: raise InputError(f"{path} is no safetensors file ({error}); it may be truncated: write it again") from None
     name = next((n for n in ("latents", "latent") if n in found), None)
-    if name is None: raise InputError(f"no latents in {path}; it holds {', '.join(found)}")
+    if name is None: raise InputError(f"{path} holds no tensor named latents or latent, but {', '.join(found)}; give a file that omnicam_generate wrote")
     z = found[name].float()
     z = z[0] if z.ndim == 5 and len(z) == 1 else z
-    if z.ndim != 4 or len(z) != channels or not torch.isfinite(z).all(): raise InputError(f"latents {list(z.shape)}; {path}; this VAE decodes finite [{channels},f,h,w]")
+    if z.ndim != 4 or len(z) != channels or not torch.isfinite(z).all(): raise InputError(f"latents {list(z.shape)}{'' if torch.isfinite(z).all() else ', not all finite'}; {path}; this VAE decodes finite [{channels},f,h,w]: make them with this model")
     return z
 
 
@@ -317,6 +335,13 @@ def decode_files(config: dict, results, parts=None): # of `main`
     return {"images": 0, "cameras": 0, "decoded": len(files), "written": len(files), "weights": config["weights"] or "tiny"}
 
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #f36aa8e2
+def alike(names, seen: dict, batch: int): # cameras; {name: text}; at most so many together
+    "Batches of cameras with the same text."
+    for text in dict.fromkeys(seen[name] for name in names):
+        group = [name for name in names if seen[name] == text]
+        yield from (group[start:start + batch] for start in range(0, len(group), batch))
+
+
 def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
          parts=None):           # a Generator; None: of `weights`
     "Films every image with every camera; what is there already is kept. Returns counts."
@@ -324,12 +349,15 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
     config, results = checked(settings(config, DEFAULTS, "omnicam_generate")), Path(run_dir)/"results"
     if config["latents"]: return decode_files(config, results, parts)
     pictures = {Path(p): read_first_frame(p).data[0] for p in config["images"]}        # all input is read before the first network runs
-    asked = named_cameras(config["cameras"])
+    prompts = {name: whole_prompt(str(text)) for name, text in named_cameras(config["cameras"]).items()}
+    asked = {name: camera for name, (camera, _) in prompts.items()}
     lens = load_lens(config["focal_estimator"]) if config["focal_estimator"] else None
     K = {image: lens_K(tuple(picture.shape[1:]), config["fov"], picture_facts(image)["lens"], lens, Frames(picture[None], "byte")) for image, picture in
         pictures.items()}
     paths = {image: {name: asked_camera(text, tuple(picture.shape[1:]), config["frames"], config["fps"], config["unit"], config["fov"], config["source_fps"],
         K[image]) for name, text in asked.items()} for image, picture in pictures.items()}
+    for name, (_, script) in next(iter(paths.values())).items():
+        if problem := stands_still(script, config["frames"], config["fps"]): print(f"{name}: {problem}", flush=True)
     if parts is None: parts = load_generator(config["weights"], config["loras"], config["lora_multiplier"])
     if config["detail"] and parts.depth is None: raise InputError("detail comes from the first frame warped by its depth; give weights with depth/, a network of camflow.depth.mono, or detail=0")
     written, record = 0, {}
@@ -339,14 +367,13 @@ def main(config: dict, run_dir, # keys of DEFAULTS; results/ goes there
             f"for this model")
         small, folder = Frames(picture[None], "byte").cover(size), results/image.stem
         cameras = {name: camera.cover(size) for name, (camera, _) in paths[image].items()}
-        description = prompt_parts(config["texts"].get(image.name, ""))[0]
+        seen = {name: prompt_parts(config["texts"].get(image.name, ""))[0] or prompts[name][1] for name in cameras}
         record |= {f"{image.stem}/{name}": {"c2w": camera.c2w.tolist(), "script": paths[image][name][1], "K": camera.K[0].tolist(), "size": list(size),
-            "text": description} for name, camera in cameras.items()}
+            "text": seen[name]} for name, camera in cameras.items()}
         wanted = {"video": [".mp4"], "latent": [".safetensors"], "both": [".mp4", ".safetensors"]}[config["output"]]
         missing = [name for name in cameras if not all((folder/f"{name}{end}").exists() for end in wanted)]
-        for start in range(0, len(missing), config["batch"]):
-            names = missing[start:start + config["batch"]]
-            latents = film(parts, small.data[0], [cameras[n] for n in names], description, config, image.stem)
+        for names in alike(missing, seen, config["batch"]):
+            latents = film(parts, small.data[0], [cameras[n] for n in names], seen[names[0]], config, image.stem)
             for name, z in zip(names, latents):
                 if ".safetensors" in wanted:
                     with atomic_write(folder/f"{name}.safetensors") as file: file.write(save({"latents": z.cpu().contiguous()}))

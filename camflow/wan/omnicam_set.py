@@ -53,13 +53,17 @@ class CachedClips:
         self.cache, self.rows, self.patch, self.clip = cache, cache.rows, tuple(patch), clip
         if not self.rows: raise InputError(f"{cache.folder} has no clip; its manifest says why; mend the items and run omnicam_cache again")
         if gone := cache.missing():
-            raise InputError(f"{len(gone)} of {len(cache)} clips are not whole; {cache.folder}, first: {gone[0]['name']}; run omnicam_cache again with verify=true")
+            raise InputError(f"{len(gone)} of {len(cache)} clips are incomplete; {cache.folder}, first: {gone[0]['name']}; run omnicam_cache again with verify=true")
         self.order = BatchOrder([row["latent"] for row in self.rows], batch)
 
     def __len__(self): return len(self.order)    # positions of an epoch
-    def choose(self, positions, seed: int = 0): return self.order.at(positions, seed)
+
+    def choose(self, positions, seed: int = 0):  # those of one batch; of the order
+        "Clips at positions of the endless stream; those that fall into one batch have one shape."
+        return self.order.at(positions, seed)
 
     def rays(self, row, grid): # of one clip; rows and columns of tokens -> [24,f,H,W]; zeros, which hide the camera, where it has none
+        "Rays of the camera of one clip; zeros, which hide the camera, where it has none."
         if not row["camera_key"]: return torch.zeros(24, row["latent"][0], *grid)
         found = self.cache.parts["cameras"].get(row["camera_key"])
         return camera_rays(found["c2w"].double(), found["intrinsics"], grid)[0]
@@ -67,7 +71,7 @@ class CachedClips:
     def batch(self, clips, grid=None): # numbers of clips of one shape; not used, their latents say it
         "Target and image latents, rays, text, CLIP tokens or None."
         rows, parts = [self.rows[c] for c in clips], self.cache.parts
-        if len(shapes := {tuple(row["latent"]) for row in rows}) > 1: raise InputError(f"clips of shapes {sorted(shapes)} in one batch; take the clips of choose()")
+        if len(shapes := {tuple(row["latent"]) for row in rows}) > 1: raise InputError(f"clips of shapes {sorted(shapes)} in one batch; batch clips of one shape, as choose() draws them")
         stack = lambda name: parts["clips"].stack([row["key"] for row in rows], name).float()
         grid = tuple(n // p for n, p in zip(rows[0]["latent"][1:], self.patch))
         context = texts(parts["texts"], [row["text"] for row in rows]).float()

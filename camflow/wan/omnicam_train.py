@@ -17,7 +17,7 @@ import torch
 from ..assets import licence_note, tiny_path
 from ..depth.mono import load_mono, save_mono
 from ..device import compute_dtype, device, generator
-from ..files import InputError, read_json, write_json
+from ..files import InputError, atomic_write, read_json, whole_files, write_json
 from ..training.checkpoint import from_folder, load_newest
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main
 from .depth_warp import model_camera
@@ -110,7 +110,7 @@ def resized(old: OmniCamTransformer3DModel, seed: int = 0, **changes): # of tens
         for name in (grow + "weight", grow + "bias"): source[name] = source[name][kept]
         source[shrink + "weight"] = source[shrink + "weight"][:, kept]
     if wrong := [k for k in own if (k not in source and not is_camera(k)) or (k in source and source[k].shape != own[k].shape)]:
-        raise InputError(f"{len(wrong)} tensors do not fit, first {wrong[:3]}; changes {changes} of a trained model: only ffn_dim may shrink")
+        raise InputError(f"{len(wrong)} tensors of the trained model do not fit {changes}, first {wrong[:3]}; only a smaller ffn_dim and another camera_warp are possible")
     for name in own:
         if name in source: own[name].copy_(source[name])
     return model
@@ -131,7 +131,7 @@ def starting_model(folder="",             # of a transformer in diffusers' layou
     model = tiny_omnicam(seed, **TINY | changes)
     open_camera(model, seed=seed)
     if start == "recam": from_recam(model, from_folder(ReCamTransformer3DModel, tiny_path("recam")/"transformer", torch_dtype=torch.float32))
-    elif start != "nothing": raise InputError(f"start={start!r}; 'recam' or 'nothing', for a model without a folder")
+    elif start != "nothing": raise InputError(f"start={start!r}; give 'recam' or 'nothing', or the folder of a model to start from")
     return model
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #d082a6e9
@@ -149,10 +149,10 @@ def save_memory(model,              # changed in place
     "Switches on what is asked for."
     if backend: model.set_attention_backend(backend)
     if storage:
-        if not isinstance(getattr(torch, storage, None), torch.dtype): raise InputError(f"storage {storage!r}; a torch type such as float8_e4m3fn")
+        if not isinstance(getattr(torch, storage, None), torch.dtype): raise InputError(f"storage {storage!r}; give a torch type such as float8_e4m3fn")
         model.enable_layerwise_casting(storage_dtype=getattr(torch, storage), compute_dtype=compute_dtype(), skip_modules_pattern=["lora_", "camera_",
             "patch_embedding", "norm", "condition_embedder", "proj_out"])
-    if offload not in ("", "block"): raise InputError(f"offload {offload!r}; 'block' or nothing")
+    if offload not in ("", "block"): raise InputError(f"offload {offload!r}; give 'block', or leave it empty")
     if offload: model.enable_group_offload(onload_device=device(), offload_type="block_level", num_blocks_per_group=1)
     return model
 
@@ -222,18 +222,20 @@ ORIGINAL = dict(data="files", frames=81, size=[480, 832], fps=16.0, trainable_mo
 
 def checked(config: dict): # full configuration
     "The configuration, or an error before anything is rendered or read."
-    if config["data"] not in ("world", "files", "cache"): raise InputError(f"data {config['data']!r}; world, files or cache")
+    if config["data"] not in ("world", "files", "cache"): raise InputError(f"data {config['data']!r}; one of world, files, cache")
     if config["data"] == "cache" and not config["cache_folder"]: raise InputError("data = cache needs cache_folder, the folder that omnicam_cache filled")
     if config["data"] == "files" and not config["items"]: raise InputError("data = files needs items, a metadata.jsonl with video, text, and camera or "
         "script of every clip")
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
     at_least(config, epochs=0, scenes=1, cameras=1, held_out=1, validation_clips=1, sample_steps=1, lora_rank=0, frames=5, timestep_buckets=1, fps=0)
     for name in ("text_dropout", "camera_dropout"):
-        if not 0 <= config[name] <= 1: raise InputError(f"{name}={config[name]} is no share; give 0 to 1")
+        if not 0 <= config[name] <= 1: raise InputError(f"{name}={config[name]} is no share of the items; give 0 to 1")
     if config["storage"] and not set(config["trainable_modules"]) <= {"lora_", "camera_"}: raise InputError(f"storage={config['storage']} is the type of frozen weights (such as float8_e4m3fn), and "
         f"trainable_modules={config['trainable_modules']} trains them; set trainable_modules=[lora_, camera_], lora_rank above 0 and muon=[]")
-    if config["lora_rank"] and config["muon"]: raise InputError("muon orthogonalises whole matrices; with lora_rank set muon=[]")
-    return config, sampler_of(config)
+    if config["lora_rank"] and config["muon"]: raise InputError(f"muon={config['muon']} with lora_rank={config['lora_rank']}; muon orthogonalises whole matrices, not the factors of a LoRA: set muon=[]")
+    sampler = sampler_of(config)
+    loss_weight(sampler.level(u=torch.tensor([0.5]), size=tuple(n // 8 for n in config["size"])), config["weighting"])  # a rule or weighting that the first step would refuse
+    return config, sampler
 
 
 def sampler_of(config: dict): # full configuration
@@ -369,17 +371,16 @@ def export_omnicam(run_dir, out, config=None, # folder of the run; folder to wri
     if config["data"] == "world":
         model = model.half().float()   # measured as written
         numbers = compare(model, held, vae, truth, config["sample_steps"], config["sample_shift"], depth_net(config, model))
-    model.half().save_pretrained(out)
+    with whole_files(out) as folder: model.half().save_pretrained(folder)
     if depth := depth_net(config, model): save_mono(depth, out/"depth")
     write_json(out/"scores.json", {"step": ckpt.step, "clips": min(config["held_out"], config["validation_clips"]), **numbers})
-    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * ckpt.meta["world"],
+    card = dict(parameters=sum(p.numel() for p in model.parameters()) / 1e6, step=ckpt.step, batch=config["batch_size"] * config.get("accumulation", 1) * ckpt.meta["world"],
         held_out=HELD_OUT, clips=min(config["held_out"], config["validation_clips"]),
                 start=config["transformer"] or "blocks of the tiny ReCam", text=config["text_encoder"] or "that of tiny ReCam", vae=config["vae"] or "the tiny one",
                 licence=licence_note(**{k: config[k] for k in ("transformer", "vae", "text_encoder", "image_encoder", "depth", "items")}, data=config["data"]),
                 data="{scenes} procedural scenes x {cameras} cameras (camflow.world), first frame and path; four fifths script-like paths, the others free moves".format(**config) if config["data"] == "world" else f"{config['data']}: {config['items'] or config['cache_folder']}",
                 optimizer="Muon and AdamW" if config["muon"] else "AdamW", table="\n".join(f"  - {k}: {v:.2f}" for k, v in numbers.items()), note=note)
-    (out/"card.md").write_text(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "steps", "sample_steps", "sample_shift")} | card),
-        encoding="utf-8")
+    with atomic_write(out/"card.md", "w") as file: file.write(CARD.format(**{k: config[k] for k in ("frames", "size", "shift", "steps", "sample_steps", "sample_shift")} | card))
     return numbers
 
 # %% ../../nbs/wan/26_omnicam_train.ipynb #afc4e73d

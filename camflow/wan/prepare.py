@@ -15,11 +15,11 @@ import torch
 from ..assets import tiny_path
 from ..data.cache import LatentCache
 from ..data.ledger import Ledger
-from ..data.multicam import read_captions
+from ..data.multicam import one_table, read_captions
 from ..data.prepare import MANIFEST, list_items, manifest_rows, prepare_texts, prepare_videos, weights_identity, write_table
 from ..data.tensors_file import NOTE, read_set, write_set
 from ..device import compute_dtype, device, process_share
-from ..files import InputError, write_json
+from ..files import InputError, write_json, writable
 from ..training.checkpoint import fingerprint, from_folder
 from ..training.config import at_least, settings
 from ..training.metric_writer import MetricWriter
@@ -54,8 +54,13 @@ class Encoders:
         model = from_folder(UMT5EncoderModel, self.text_folder/"text_encoder", dtype=compute_dtype()).eval().to(device())
         return TextEncoder(AutoTokenizer.from_pretrained(self.text_folder/"tokenizer", local_files_only=True), model)
 
-    def encode_videos(self, clips): return latent_encoder(self.vae(), self.tiles)(clips)
-    def encode_texts(self, captions): return self.text().encode(captions).float().cpu()
+    def encode_videos(self, clips):  # of one shape
+        "Signed clips [3,T,H,W] -> {latents: float16 [n,C,f,h,w]} on the host."
+        return latent_encoder(self.vae(), self.tiles)(clips)
+
+    def encode_texts(self, captions):  # of str
+        "Context [B,L,D], float32 on the host."
+        return self.text().encode(captions).float().cpu()
 
     def identities(self, ledger: Ledger): # where fingerprints of weights are remembered
         "({...} of the latents, {...} of the texts); the same as those of a training."
@@ -82,11 +87,13 @@ def checked(config: dict): # overrides of DEFAULTS
 def captions_of(config: dict, names): # full configuration; videos -> {name: text}
     "Captions of the videos; a caption table is not required."
     table = Path(config["metadata"] or Path(config["root"])/"metadata.csv")
-    if not config["metadata"] and not table.exists(): return {}, []
+    if not config["metadata"] and not table.exists():
+        if config["texts"]: one_table(config["root"])
+        return {}, []
     captions, bad = read_captions(table, config["skip_bad"])
     found = {name: captions[name] for name in names if name in captions}
     if config["metadata"] and captions and not found:
-        raise InputError(f"no row is about a video of the set: {next(iter(captions))!r} is none of {names[0]!r}, ..; {table}; give the table of this set")
+        raise InputError(f"no row is about a video of the set: {next(iter(captions))!r} is none of {names[0]!r}, ...; {table}; give the table of this set")
     return found, bad
 
 # %% ../../nbs/wan/12_prepare.ipynb #db099681
@@ -95,7 +102,7 @@ def main(config: dict, # overrides of DEFAULTS
     "One pass; returns what rank 0 found and did, with the work of all ranks."
     begin, config, run_dir = time.process_time(), checked(config), Path(run_dir)
     rank, world, wait = process_share()
-    folder, encoders = Path(config["cache_folder"] or run_dir/"cache"), Encoders(config)
+    folder, encoders = writable(config["cache_folder"] or run_dir/"cache", "cache_folder"), Encoders(config)
     ledger, writer = Ledger(folder/"ledger", rank), MetricWriter(run_dir)
     items = list_items(config["root"], config["focals"])
     captions, bad_rows = captions_of(config, [item.name for item in items])

@@ -44,10 +44,11 @@ class ReCamBlock(WanTransformerBlock):
         nn.init.eye_(self.projector.weight)
         nn.init.zeros_(self.projector.bias)
 
-    def forward(self, hidden_states, encoder_hidden_states,
+    def forward(self, hidden_states, encoder_hidden_states,  # tokens [B,L,D]; text [B,M,D]
                 temb,          # modulation [B,6,D], or [B,S,6,D] for S equal parts of the sequence
-                rotary_emb,
+                rotary_emb,    # (cos, sin) of the tokens' positions
                 camera=None):  # [B, frames of the whole sequence, camera_dim], or None for no camera term
+        "Tokens [B,L,D] and context [B,M,D] -> tokens [B,L,D]; the camera is added before the self-attention."
         temb = temb if temb.ndim == 4 else temb[:, None]
         table = self.scale_shift_table.to(temb.device)[:, None] + temb.float()            # [B,S,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)

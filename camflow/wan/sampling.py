@@ -22,7 +22,8 @@ def recam_sigmas(steps: int = 50,          # sampling steps
     "Noise levels of ReCamMaster, with the final 0."
     if steps < 1 or not 0 < strength <= 1: raise InputError(f"{steps} steps at strength {strength}; steps must be >= 1 and strength in (0, 1]")
     u = torch.linspace(strength, 0, steps + 1)[:-1]
-    return torch.cat([shift * u / (1 + (shift - 1) * u), torch.zeros(1)])
+    levels = torch.where(u == 1, u, shift * u / (1 + (shift - 1) * u))   # exactly 1 at the top: near it, a stochastic step divides by 1 - sigma
+    return torch.cat([levels, torch.zeros(1)])
 
 # %% ../../nbs/wan/04_sampling.ipynb #4a6889cb
 def training_weights(timesteps: torch.Tensor) -> torch.Tensor:  # the 1000 training timesteps -> loss weights of mean 1
@@ -103,7 +104,7 @@ def guided_by(network: Callable,   # (x, timestep [B], **conditions) -> velocity
               ) -> Callable:       # model_fn (x, sigma) -> velocity, for `euler_sample`
     "Velocity with classifier-free guidance over any conditions."
     names = [name for name, scale in scales.items() if scale != 1]
-    if missing := [name for name in names if name not in without]: raise InputError(f"guidance by {missing[0]} at scale {scales[missing[0]]} needs what stands for no {missing[0]}; give it, or use scale 1")
+    if missing := [name for name in names if name not in without]: raise InputError(f"guidance by {missing[0]} at scale {scales[missing[0]]} compares with a forward without {missing[0]}, and `without` does not say what stands for that; add it, or use scale 1")
     branches = [given] + [given | without[name] for name in names]
     def model_fn(x, sigma):
         timestep, fit, found = torch.full((len(x),), 1000 * sigma), lambda v: v.expand(len(x), *v.shape[1:]), []

@@ -50,9 +50,12 @@ class TextEncoder:
     max_length: int | None = None   # tokens; None: the tokenizer's own limit, at most 512
 
     @property
-    def length(self) -> int: return self.max_length or min(self.tokenizer.model_max_length, MAX_LENGTH)
+    def length(self) -> int:
+        "Tokens that every prompt is padded or cut to."
+        return self.max_length or min(self.tokenizer.model_max_length, MAX_LENGTH)
 
     def tokens(self, prompts: list[str]):  # (ids [B,L], mask [B,L])
+        "Cleaned, padded and cut to `length`."
         out = self.tokenizer([clean_prompt(p) for p in prompts], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         return out.input_ids, out.attention_mask
 

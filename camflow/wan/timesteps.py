@@ -71,12 +71,12 @@ class TimestepSampler:
 
     def __post_init__(self):
         if self.rule not in RULES: raise InputError(f"timestep rule {self.rule!r}; one of {', '.join(RULES)}")
-        if self.density not in ("none", "logit_normal", "mode"): raise InputError(f"density {self.density!r}; none, logit_normal or mode")
+        if self.density not in ("none", "logit_normal", "mode"): raise InputError(f"density {self.density!r}; one of none, logit_normal, mode")
         if not 0 <= self.min_timestep < self.max_timestep <= 1000:
             raise InputError(f"timesteps from {self.min_timestep} to {self.max_timestep}; they lie in 0..1000, the smaller first")
         if self.compat not in (None, "musubi"): raise InputError(f"compat={self.compat!r}; the one known value is 'musubi'")
 
-    def raw(self, u, n, size):
+    def raw(self, u, n, size):  # draws in 0..1; the same draws, standard normal; latent rows and columns, None: not known
         "t before the range is applied."
         if self.rule == "uniform": return u
         if self.rule in LINES: return bend(torch.sigmoid(self.sigmoid_scale * n), shift_of(self.rule, self._size(size)))
@@ -101,15 +101,15 @@ class TimestepSampler:
               size: tuple[int, int] | None = None,       # rows, columns of the latents; rules that depend on the resolution
               ) -> torch.Tensor:                         # t of every draw
         "Noise levels of draws."
-        if (u is None) == (n is None): raise InputError("give uniform draws u or normal draws n, one of them")
-        if self.rule in MIXTURES: raise InputError(f"{self.rule} is a mixture: one number does not say which part; use draw()")
+        if (u is None) == (n is None): raise InputError(f"{'neither u nor n' if u is None else 'both u and n'}; give uniform draws u or normal draws n")
+        if self.rule in MIXTURES: raise InputError(f"timestep rule {self.rule!r} mixes several distributions and one number does not say which; use draw()")
         u, n = (uniform_of(n), n) if u is None else (u, normal_of(u))
         if self.rule == "sigma": return self._table(u, n)
         low, high = self.min_timestep / 1000, self.max_timestep / 1000
         t = self.raw(u, n, size)
         return t if self.preserve_shape else t * (high - low) + low
 
-    def timestep(self, t: torch.Tensor) -> torch.Tensor:
+    def timestep(self, t: torch.Tensor) -> torch.Tensor:  # levels in 0..1
         "What the model is told, 0..1000."
         return 1000 * t + (1 if self.compat == "musubi" and self.rule != "sigma" else 0)
 
@@ -147,7 +147,7 @@ def stratified(count: int,        # draws of the epoch
                epoch: int = 0,    # number
                ) -> torch.Tensor: # [count] uniform draws, for `level(u=...)`
     "Uniform draws of which every `buckets` in a row have one in each part."
-    if buckets < 1: raise InputError(f"{buckets} timestep buckets; at least 1")
+    if buckets < 1: raise InputError(f"{buckets} timestep buckets; give at least 1")
     g, rounds = generator(seed, "timesteps", epoch), -(-count // buckets)
     part = torch.cat([torch.randperm(buckets, generator=g) for _ in range(rounds)])[:count]
     return (part + torch.rand(count, generator=g)) / buckets
@@ -160,7 +160,7 @@ def loss_weight(t: torch.Tensor,          # noise levels
     if scheme == "none": return torch.ones_like(t)
     if scheme == "sigma_sqrt": return t**-2
     if scheme == "cosmap": return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
-    raise InputError(f"weighting {scheme!r}; none, sigma_sqrt or cosmap")
+    raise InputError(f"weighting {scheme!r}; one of none, sigma_sqrt, cosmap")
 
 # %% ../../nbs/wan/23_timesteps.ipynb #53f1339f
 def plot_timesteps(samplers: dict,                        # {label: TimestepSampler}

@@ -40,7 +40,7 @@ class HostTimesteps(nn.Module):
         self.dim, self.__dict__["reader"] = dim, reader  # a look at it, not a part of this module
 
     def forward(self, timestep):
-        "The sinusoid where it is read. Timesteps on the host are better: then nothing waits for the device."
+        "[...] -> sinusoid [...,dim] where it is read. Timesteps on the host are better: then nothing waits for the device."
         place = timestep.device if self.reader is None else next(self.reader.parameters()).device
         return timestep_sinusoid(timestep, self.dim).to(place, non_blocking=True)
 
@@ -51,6 +51,7 @@ class FrameRotary(WanRotaryPosEmbed):
                 height: int,       # token rows
                 width: int,        # token columns
                 ):                 # (cos, sin), each [1, frames*height*width, 1, head_dim]
+        "Rotary tables of all tokens, frame by frame and row by row."
         frames = torch.as_tensor(frames, dtype=torch.long)
         if max(int(frames.max()) + 1, height, width) > self.max_seq_len:
             raise InputError(f"a grid of {len(frames)} x {height} x {width} tokens exceeds rope_max_seq_len {self.max_seq_len}; raise it in the config")
@@ -131,7 +132,8 @@ class PlannedAttention(WanAttnProcessor):
         super().__init__()
         self.score_limit, self.text_length, self.plan, self._plans = score_limit, text_length, None, {}
 
-    def attend(self, q_BLHD, k_BLHD, v_BLHD, parallel):
+    def attend(self, q_BLHD, k_BLHD, v_BLHD, parallel):  # queries; keys; values; diffusers' parallel config, None: one device
+        "-> [B,L,H*D], by the kernel that was planned for these shapes."
         if self._attention_backend is not None or parallel is not None:
             return dispatch_attention_fn(q_BLHD, k_BLHD, v_BLHD, backend=self._attention_backend, parallel_config=parallel).flatten(2)
         q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
@@ -155,7 +157,7 @@ class PlannedAttention(WanAttnProcessor):
         if more: out = self.joined(attn, q, out, **more)
         return attn.to_out[1](attn.to_out[0](out.type_as(q)))
 
-    def joined(self, attn, q_BLHD, out_BLC, **more):
+    def joined(self, attn, q_BLHD, out_BLC, **more):  # attention layer; [B,L,heads,head_dim]; what they have found so far; named arguments of the layer's forward
         "For subclasses: what else the queries look at, added before the output projection."
         raise InputError(f"this attention does not read {', '.join(more)}; give the model the processor that does")
 

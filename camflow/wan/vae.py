@@ -98,7 +98,7 @@ def check_video(video_BCTHW: torch.Tensor, vae: AutoencoderKLWan):  # signed; th
     if video_BCTHW.ndim != 5 or video_BCTHW.shape[1] != 3: raise InputError(f"video is {tuple(video_BCTHW.shape)}; expected [batch, 3, frames, height, width]")
     if (frames - 1) % time: raise InputError(f"a clip of {frames} frames; the VAE needs 1 + {time}k: drop or repeat frames at the end")
     if any(n % space for n in size): raise InputError(f"frames of {size[0]} x {size[1]}; the VAE needs multiples of {space}: crop or resize")
-    if not video_BCTHW.is_floating_point(): raise InputError(f"video is {video_BCTHW.dtype}; pass signed values in [-1, 1]")
+    if not video_BCTHW.is_floating_point(): raise InputError(f"video is {video_BCTHW.dtype}; pass floating-point values in [-1, 1] (Frames.signed)")
 
 # %% ../../nbs/wan/02_vae.ipynb #9be50677
 def encode_moments(vae: AutoencoderKLWan,      # the video VAE
@@ -157,7 +157,7 @@ def ramp(length: int,  # latents of the tile
     "Weights along one axis; no ramp at the border of the video."
     weight, up = torch.ones(length), (torch.arange(width) + 1) / width
     if not first: weight[:width] = up[:length]
-    if not last: weight[-width:] = up.flip(0)[-length:]
+    if not last: weight[max(0, length - width):] = up.flip(0)[-length:]
     return weight
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..assets import licence_note
 from ..device import device, ranks_share
-from ..files import InputError
+from ..files import InputError, atomic_write, whole_files
 from ..training.checkpoint import from_folder, load_checkpoint
 from ..training.loop import TrainConfig, at_least, configuration, fit, item_noise, positions, run_main, shuffled
 from .vae import decode_raw, encode_moments, signed, tiny_vae
@@ -44,9 +44,11 @@ class WorldBank:
     def __len__(self): return len(self.captions)
 
     def images(self, scene: int, camera: int): # row of the scene, camera; uint8 [T,3,H,W]
+        "A clip of the bank."
         return self.parts[scene // self.chunk][0][scene % self.chunk, camera]
 
     def poses(self, scene: int, camera: int): # float64 [T,4,4] relative to the common first pose
+        "Its camera path."
         return self.parts[scene // self.chunk][1][scene % self.chunk, camera]
 
 
@@ -57,7 +59,8 @@ class AutoEncoding(torch.nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, video_BCTHW, noise_BCTHW):
+    def forward(self, video_BCTHW, noise_BCTHW):  # -1..1; standard normal, shape of the latents
+        "(reconstruction [B,3,T,H,W], mean and log-variance of the latents [B,C,f,h,w])."
         mean, logvar = encode_moments(self.vae, video_BCTHW)
         logvar = logvar.float().clamp(-20, 10)
         return decode_raw(self.vae, mean + noise_BCTHW * (0.5 * logvar).exp()), mean.float(), logvar
@@ -82,11 +85,11 @@ def vae_loss(video, output, mean, logvar, # as returned by `AutoEncoding`
 @torch.no_grad()
 def vae_quality(vae,             # AutoencoderKLWan in eval mode
                 bank: WorldBank, # held-out scenes
-                count: int = 32): # clips
+                count: int = 32): # clips, at most those of the bank
     "PSNR of the reconstruction from mean latents (clamped, mean of clips), and raw latent mean and deviation per channel."
     scores, latents = [], []
-    for i in range(count):
-        video = signed(bank.images(i % len(bank), i // len(bank) % bank.cameras))[None]
+    for i in range(min(count, len(bank) * bank.cameras)):
+        video = signed(bank.images(i % len(bank), i // len(bank) % bank.cameras))[None].to(next(vae.parameters()).device)
         mean, _ = encode_moments(vae, video)
         error = decode_raw(vae, mean).clamp(-1, 1) - video
         scores.append(-10 * math.log10(error.square().mean().item() / 4))
@@ -134,7 +137,7 @@ def load_vae(run_dir,    # folder of the run
     ckpt = load_checkpoint(Path(run_dir)/"checkpoints", groups=("model", "ema"))
     vae = starting_vae(start)
     wrong = vae.load_state_dict({name.removeprefix("vae."): value for name, value in ckpt.weights.items()}, strict=not start).unexpected_keys
-    if wrong: raise InputError(f"{ckpt.path} is of another architecture (unexpected: {wrong[:3]}); give the run's own start, or a new run folder")
+    if wrong: raise InputError(f"{ckpt.path} is of another VAE than {start or 'the tiny one'}: it holds {wrong[:3]}; give the `start` of that run, or a new run folder")
     return vae.eval(), ckpt
 
 # %% ../../nbs/wan/08_vae_train.ipynb #7b8542f4
@@ -151,10 +154,10 @@ def export_vae(run_dir,       # folder of the run
     quality = vae_quality(vae, bank, clips)
     if not start: vae.register_to_config(latents_mean=[round(v, 5) for v in quality["mean"]], latents_std=[round(v, 5) for v in quality["std"]])
     out = Path(out)
-    vae.half().save_pretrained(out)
+    with whole_files(out) as folder: vae.half().save_pretrained(folder)
     numbers = {"psnr": quality["psnr"], "psnr_worst": quality["psnr_worst"], "step": ckpt.step, "clips": clips}
     size = sum(p.numel() for p in vae.parameters()) / 1e6
-    (out/"card.md").write_text(CARD.format(parameters=size, scenes=scenes, cameras=cameras, last=scenes - 1, held_out=HELD_OUT, licence=licence_note(start=start), **numbers), encoding="utf-8")
+    with atomic_write(out/"card.md", "w") as file: file.write(CARD.format(parameters=size, scenes=scenes, cameras=cameras, last=scenes - 1, held_out=HELD_OUT, licence=licence_note(start=start), **numbers))
     return numbers
 
 # %% ../../nbs/wan/08_vae_train.ipynb #25fc8787
@@ -169,7 +172,7 @@ def main(config: dict, # overrides of `DEFAULTS` and the fields of TrainConfig
     config = configuration(config, DEFAULTS)
     at_least(config, scenes=1, cameras=1, held_out=1)
     if config["short_frames"] not in (1, 5, 9): raise InputError(f"short_frames={config['short_frames']} must be 1, 5 or 9: 4k + 1, and clips have 9")
-    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; one of all, decoder")
+    if config["trained"] not in ("all", "decoder"): raise InputError(f"trained={config['trained']!r}; 'all' or 'decoder'")
     cfg, folder = TrainConfig.pick(config), Path(config["clips_folder"] or Path(run_dir)/"clips")
     bank = WorldBank(folder, 0, config["scenes"], config["cameras"])
     held_out = WorldBank(folder, HELD_OUT, config["held_out"], config["cameras"])

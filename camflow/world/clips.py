@@ -45,7 +45,9 @@ class SceneClips:
     times_T: np.ndarray        # seconds
 
     @property
-    def caption(self): return self.scene.caption()
+    def caption(self):
+        "Text that describes the scene."
+        return self.scene.caption()
 
     def embedding(self, stride: int = 4): # every stride-th frame
         "ReCam camera input [N,f,12] float32: row-major 3x4 poses relative to the common first pose."
@@ -103,7 +105,7 @@ def clip_bank(seeds,            # scene seeds
               **options):       # passed to `scene_clips`
     "Clips of many scenes: uint8 [S,N,T,3,H,W], poses float64 [S,N,T,4,4], and captions."
     from pathlib import Path
-    from camflow.files import content_hash, one_at_a_time, read_json, write_json
+    from camflow.files import content_hash, one_at_a_time, read_json, whole_files, write_json
     seeds = [int(s) for s in seeds]
     if path is None: return _render_bank(seeds, cameras, options, lambda shape: np.empty(shape, np.uint8))
     folder = Path(path)/content_hash([seeds, cameras, options, "v1"])
@@ -113,6 +115,6 @@ def clip_bank(seeds,            # scene seeds
                 folder.mkdir(parents=True, exist_ok=True)
                 images, poses, captions = _render_bank(seeds, cameras, options, lambda shape: _array_on_disk(folder/"images.npy", shape))
                 images.flush()
-                np.save(folder/"c2w.npy", poses)
+                with whole_files(folder) as place: np.save(place/"c2w.npy", poses)
                 write_json(folder/"captions.json", captions)
     return np.load(folder/"images.npy", mmap_mode="r"), np.load(folder/"c2w.npy"), read_json(folder/"captions.json")

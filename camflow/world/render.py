@@ -74,14 +74,14 @@ class View:
         cast.place(self.kind, self.half, R_P33, t_P3, self.c2w, self.matrices, self.centres)
         cast.bound(self.kind, self.half, self.matrices, self.centres, *self.lens, self.rectangles)
 
-    def see(self, uv_N2):
+    def see(self, uv_N2):  # pixels
         "Surface met through image positions: color [N,3], depth [N], part [N] (-1: nothing), face [N], point in object coordinates [N,3]."
         uv, N = np.ascontiguousarray(_numpy(uv_N2)), len(uv_N2)
         found = np.empty((N, 3)), np.empty(N), np.empty(N, np.int64), np.empty(N, np.int64), np.empty((N, 3))
         cast.sight(self.kind, self.half, self.slot, self.matrices, self.centres, self.rectangles, *self.lens, uv, *self.texture, *found)
         return found
 
-    def land(self, part_N, face_N, where_N3, tolerance=1e-7):
+    def land(self, part_N, face_N, where_N3, tolerance=1e-7):  # of `see`; of `see`, -1: any; of `see`; metres that the surface seen there may lie off
         "Image positions [N,2], z-depth [N] and visibility [N] of surface points in this view."
         N = len(part_N)
         uv, depth, seen = np.empty((N, 2)), np.empty(N), np.empty(N, np.bool_)
@@ -89,7 +89,7 @@ class View:
                   part_N, face_N, where_N3, tolerance, uv, depth, seen)
         return uv, depth, seen
 
-    def world(self, part_N, where_N3):
+    def world(self, part_N, where_N3):  # of `see`
         "World coordinates [N,3] of points given in object coordinates."
         return (self.R[part_N] @ where_N3[..., None])[..., 0] + self.t[part_N]
 

@@ -163,13 +163,19 @@ class WorldStereo:
     right_disparity: torch.Tensor = None # float32 [T,1,H,W], of the right image, where asked for
 
     @property
-    def size(self): return tuple(self.left.shape[-2:])
+    def size(self):
+        "(H, W), pixels."
+        return tuple(self.left.shape[-2:])
 
     @property
-    def name(self): return f"{self.hard or 'world'}-{self.seed}"
+    def name(self):
+        "Hard case, or world, and seed."
+        return f"{self.hard or 'world'}-{self.seed}"
 
     @property
-    def depth(self): return float(self.K[0, 0]) * self.baseline / self.disparity # metres
+    def depth(self):
+        "[T,1,H,W], metres."
+        return float(self.K[0, 0]) * self.baseline / self.disparity
 
     def __len__(self): return len(self.left)
 

@@ -14,8 +14,8 @@ import torch
 
 from ..data.dynamic_replica import annotation, camera_viewpoint, write_annotations
 from ..data.stereo_clip import StereoClip
-from ..data.stereo_files import write_image, write_mask, write_pfm, write_png16, write_replica_depth, write_replica_flow, write_sintel
-from ..files import InputError
+from ..data.stereo_files import usable, write_image, write_mask, write_pfm, write_png16, write_replica_depth, write_replica_flow, write_sintel
+from ..files import InputError, atomic_write
 from ..geometry.rigid import inverse
 from ..geometry.stereo_rig import StereoRig, write_k_txt
 from ..media.frames import Frames
@@ -36,7 +36,7 @@ def as_clip(clip: WorldStereo):  # of the world
     visible = torch.cat([~clip.flow_occlusion, torch.zeros(1, 1, *clip.size, dtype=torch.bool)])
     extras = {"occlusion": clip.occlusion, "moving": clip.moving, "textureless": clip.textureless, "ids": clip.ids, "flow": flow, "flow_visible": visible,
               "c2w": torch.from_numpy(np.asarray(clip.c2w))}
-    if clip.right_disparity is not None: extras["right_disparity"] = clip.right_disparity
+    if clip.right_disparity is not None: extras |= {"right_disparity": clip.right_disparity, "right_valid": usable(clip.right_disparity)}
     return StereoClip(*(Frames(view, "byte", STEREO_FPS) for view in (clip.left, clip.right)), clip.disparity, clip.valid, clip_rig(clip), clip.name, extras)
 
 
@@ -90,8 +90,8 @@ def _track_files(folder, clip, name): # split's folder; relative folder
     followed, paths = clip_tracks(clip), []
     for i in range(len(clip)):
         paths.append(f"{name}/trajectories/{i:06d}.pth")
-        (folder/paths[-1]).parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"traj_2d": torch.from_numpy(followed.uv[i]), "traj_3d_world": torch.from_numpy(followed.world[i]), "verts_inds_vis": torch.from_numpy(followed.visible[i])}, folder/paths[-1])
+        kept = {"traj_2d": followed.uv[i], "traj_3d_world": followed.world[i], "verts_inds_vis": followed.visible[i]}
+        with atomic_write(folder/paths[-1]) as file: torch.save({key: torch.from_numpy(value) for key, value in kept.items()}, file)
     return paths
 
 

@@ -32,7 +32,7 @@ const TASKS = {
     await page.addStyleTag({ content: "#scene{outline:none!important}.bar{height:44px;box-sizing:border-box;flex-shrink:0}.tools{height:88px}" });
     const settle = () => page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)))));
     const shot = async name => { await settle(); const bytes = await scene.screenshot(name ? { path: path.join(folder, name + ".png") } : {}); return sum(bytes) };
-    const step = async (name, act) => { const before = await shot(); await act(); seen.steps[name] = await shot(options.keep ? name : "") !== before };
+    const step = async (name, act) => { const before = await shot(); await act(); for (let i = 0; i < 50 && !(seen.steps[name] = await shot(options.keep ? name : "") !== before); i++) await wait(100) };
     const key = k => () => page.keyboard.press(k), state = () => page.evaluate(() => ({ time: +document.getElementById("time").value, follow: document.getElementById("follow").getAttribute("aria-pressed"),
       movers: document.getElementById("movers").getAttribute("aria-pressed"), playing: document.getElementById("play").getAttribute("aria-pressed"), said: document.getElementById("said").textContent }));
     seen.renderer = await page.evaluate(() => { const gl = document.createElement("canvas").getContext("webgl2"), more = gl && gl.getExtension("WEBGL_debug_renderer_info"); return gl ? gl.getParameter(more ? more.UNMASKED_RENDERER_WEBGL : gl.RENDERER) : null });
@@ -53,22 +53,22 @@ const TASKS = {
     await key("f")(); seen.following = await state(); await shot("follow");
     await key(".")(); seen.next = (await state()).time; await key(",")(); seen.back = (await state()).time;
     await key(" ")(); seen.playing = (await state()).playing; const times = [];
-    for (let i = 0; i < 40 && new Set(times).size < 3; i++) { await wait(100); times.push((await state()).time) }
+    for (let i = 0; i < 400 && new Set(times).size < 3; i++) { await wait(100); times.push((await state()).time) }
     await key(" ")(); seen.times = times; seen.stopped = await state();
     await page.click("#follow"); await step("follow button", () => page.click("#follow"));
     const fits = () => page.evaluate(() => { const c = document.getElementById("scene"); return [c.width, c.height, c.clientWidth, c.clientHeight] });
     await page.addStyleTag({ content: ".tools{height:150px}" }); await settle(); seen.squeezed = await fits();   // as when the list of keys opens
     await page.setViewportSize({ width: 700, height: 420 }); await shot("resized"); seen.resized = await fits();
-    await page.evaluate(() => { document.getElementById("scene").getContext("webgl2").getExtension("WEBGL_lose_context").loseContext() }); await wait(200);
+    await page.evaluate(() => { document.getElementById("scene").getContext("webgl2").getExtension("WEBGL_lose_context").loseContext() }); await page.waitForFunction(() => document.getElementById("message").textContent.includes("lost"), null, { timeout: 30000 }).catch(() => 0);
     seen.lost = await page.textContent("#message"); seen.poster = await page.locator("#poster").isVisible();
     Object.assign(seen, { said, requests }); await close();
     const phone = await open(browser, url, { width: 390, height: 780 }, { hasTouch: true, isMobile: true });
     seen.phone = { overflow: await overflow(phone.page), said: phone.said, ...await phone.page.evaluate(() => { const c = document.getElementById("scene"); return { canvas: [c.clientWidth, c.clientHeight], tools: Math.round(document.querySelector(".tools").getBoundingClientRect().bottom), plain: document.body.classList.contains("plain") } }) };
     await phone.page.screenshot({ path: path.join(folder, "phone.png") });
-    const area = phone.page.locator("#scene"), before = sum(await area.screenshot()), touch = await phone.page.context().newCDPSession(phone.page), at = await area.boundingBox();
+    const area = phone.page.locator("#scene"), other = async last => { let now; for (let i = 0; i < 50 && (now = sum(await area.screenshot())) === last; i++) await wait(100); return now }, before = sum(await area.screenshot()), touch = await phone.page.context().newCDPSession(phone.page), at = await area.boundingBox();
     const finger = (kind, ...points) => touch.send("Input.dispatchTouchEvent", { type: kind, touchPoints: points.map(([dx, dy], id) => ({ x: at.x + at.width / 2 + dx, y: at.y + at.height / 2 + dy, id })) });
-    await finger("touchStart", [0, 0]); await finger("touchMove", [40, 10]); await finger("touchEnd"); await wait(300); const turned = sum(await area.screenshot());
-    await finger("touchStart", [-20, 0], [20, 0]); await finger("touchMove", [-60, 0], [60, 0]); await finger("touchEnd"); await wait(300); const pinched = sum(await area.screenshot());
+    await finger("touchStart", [0, 0]); await finger("touchMove", [40, 10]); await finger("touchEnd"); await wait(300); const turned = await other(before);
+    await finger("touchStart", [-20, 0], [20, 0]); await finger("touchMove", [-60, 0], [60, 0]); await finger("touchEnd"); await wait(300); const pinched = await other(turned);
     seen.phone.touch = turned !== before; seen.phone.pinch = pinched !== turned; await phone.close();
     return seen;
   },
@@ -80,7 +80,7 @@ const TASKS = {
     const clock = () => page.evaluate(() => [...document.querySelectorAll("video")].map(v => v.currentTime));
     await page.evaluate(() => document.querySelectorAll("video").forEach(v => v.scrollIntoView() ?? v.play().catch(() => 0)));
     const before = await clock(); seen.videos = before.map(() => false);
-    for (let i = 0; i < 30 && seen.videos.includes(false); i++) { await wait(200); (await clock()).forEach((t, k) => { seen.videos[k] ||= t !== before[k] }) }
+    for (let i = 0; i < 300 && seen.videos.includes(false); i++) { await wait(200); (await clock()).forEach((t, k) => { seen.videos[k] ||= t !== before[k] }) }
     await page.keyboard.press("Tab"); seen.focus = await page.evaluate(() => document.activeElement.tagName);
     const details = page.locator("details > summary").first();
     if (await details.count()) { await details.focus(); await page.keyboard.press("Enter"); seen.opened = await page.evaluate(() => document.querySelector("details").open) }
@@ -146,7 +146,7 @@ const TASKS = {
   async cameras(browser, url) {
     const { page, said, requests, close } = await open(browser, url, { width: 900, height: 700 }), canvas = page.locator("canvas").first(), seen = { said, requests, steps: {} };
     const settle = () => page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))));
-    const now = async () => { await settle(); return page.evaluate(() => document.querySelector("canvas").toDataURL()) }, step = async (name, act) => { const before = await now(); await act(); seen.steps[name] = await now() !== before };
+    const now = async () => { await settle(); return page.evaluate(() => document.querySelector("canvas").toDataURL()) }, step = async (name, act) => { const before = await now(); await act(); for (let i = 0; i < 100 && !(seen.steps[name] = await now() !== before); i++) await wait(50) };
     const frame = async () => { await settle(); return page.evaluate(() => ({ at: +document.querySelector("input").value, picture: document.querySelector(".cameras img").src.slice(-60), said: document.querySelector("input").getAttribute("aria-valuetext") })) };
     const press = async (...keys) => { for (const k of keys) await page.keyboard.press(k); return frame() };
     seen.drawn = await page.evaluate(() => { const c = document.querySelector("canvas"); return c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v > 0) });
@@ -154,7 +154,7 @@ const TASKS = {
     for (const k of ["ArrowLeft", "ArrowUp", "+", "-"]) await step(k, () => page.keyboard.press(k));
     seen.frames = [await frame(), await press("."), await press(","), await press("End"), await press("Home")];
     await page.keyboard.press("Tab"); seen.button = await page.evaluate(() => document.activeElement.tagName); await press("Enter"); const times = new Set();
-    for (let i = 0; i < 60 && times.size < 3; i++) { await wait(50); times.add((await frame()).at) }
+    for (let i = 0; i < 600 && times.size < 3; i++) { await wait(50); times.add((await frame()).at) }
     await press("Enter"); const still = (await frame()).at; await wait(400); seen.played = times.size; seen.stopped = (await frame()).at === still;
     await page.keyboard.press("Tab"); seen.slider = [await press("Home"), await press("ArrowRight"), await press("End")]; await step("slider", () => page.keyboard.press("Home"));
     const box = await canvas.boundingBox(); await step("drag", async () => { await page.mouse.move(box.x + 50, box.y + 50); await page.mouse.down(); await page.mouse.move(box.x + 90, box.y + 60); await page.mouse.up() });
@@ -175,14 +175,14 @@ const TASKS = {
     const cell = () => page.evaluate(() => [...document.querySelectorAll(".jp-Notebook .jp-Cell")].findIndex(c => c.classList.contains("jp-mod-active")));
     seen.widgets = await page.locator(".jp-OutputArea-output canvas").count(); await page.waitForFunction(() => document.querySelectorAll(".jp-Notebook .jp-InputPrompt").length && ![...document.querySelectorAll(".jp-InputPrompt")].some(p => p.textContent.includes("*")), null, { timeout: 120000 });
     await slider.scrollIntoViewIfNeeded(); await slider.focus(); 
-    const reaches = async start => { for (let i = 0; i < 100 && !(await words()).startsWith(start); i++) await wait(100); return words() };
+    const reaches = async start => { for (let i = 0; i < 600 && !(await words()).startsWith(start); i++) await wait(100); return words() };
     await reaches(options.from); await page.keyboard.press("Home"); seen.words = [await reaches("frame 0;")]; seen.pictures = [await picture()]; seen.cell = await cell();
     for (const k of [1, 2, 3]) { await page.keyboard.press("ArrowRight"); seen.words.push(await reaches(`frame ${k};`)); seen.pictures.push(await picture()) }
     await page.locator(".jp-OutputArea-output canvas").first().focus(); const before = await turned(); for (const k of ["ArrowUp", "ArrowUp", "ArrowLeft"]) await page.keyboard.press(k);
-    for (let i = 0; i < 50 && !(seen.turned = await turned() !== before); i++) await wait(100);
+    for (let i = 0; i < 300 && !(seen.turned = await turned() !== before); i++) await wait(100);
     seen.last_cell = await cell(); await page.screenshot({ path: path.join(folder, "lab.png") });
     await page.locator(".jp-CodeCell").last().locator(".cm-content").click(); await page.keyboard.press("Shift+Enter");   // the last cell says what Python knows
-    await page.waitForFunction(wanted => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.includes(wanted), options.wanted, { timeout: 30000 }).catch(() => 0);
+    await page.waitForFunction(wanted => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.includes(wanted), options.wanted, { timeout: 120000 }).catch(() => 0);
     seen.told = await page.evaluate(() => [...document.querySelectorAll(".jp-OutputArea-output")].at(-1)?.textContent.trim()); seen.errors = await page.locator("[data-mime-type='application/vnd.jupyter.error']").count(); await close();
     return seen;
   },

@@ -16,6 +16,7 @@ SYSTEMS = {
     "joint": ["joint"],
     "stereo-oracle": ["stereo_oracle"],
     "gmflow": ["gmflow"],
+    "raft_stereo": ["raft_stereo"],
 }
 
 

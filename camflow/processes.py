@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['PDEATHSIG', 'SUBREAPER', 'die_with_parent', 'adopt_orphans', 'children', 'descendants', 'started', 'resident',
-           'end_quickly', 'free_port']
+           'end_quickly', 'free_port', 'outgoing_ports']
 
 # %% ../nbs/03_processes.ipynb #88016de6
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
+import secrets
 import signal
 import socket
 from pathlib import Path
+
+from .files import InputError
 
 # %% ../nbs/03_processes.ipynb #97ef6d50
 PDEATHSIG, SUBREAPER = 1, 36 # from linux/prctl.h
@@ -62,8 +66,23 @@ def end_quickly():
     atexit.register(gc.freeze)
 
 # %% ../nbs/03_processes.ipynb #ed5634b6
-def free_port() -> int:
-    "A TCP port that nobody listens on at 127.0.0.1."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port(n: int = 1 # in a row
+             ) -> int:
+    "First of n TCP ports in a row that nobody uses at 127.0.0.1; below those of outgoing connections, one of which could hold it when its server is ready."
+    first = outgoing_ports()[0]
+    low, high = (10000, first) if first >= 12000 + n else (1024, 65535)               # a machine that lends all ports leaves no choice
+    for _ in range(200):
+        port = secrets.randbelow(high - low - n) + low
+        with contextlib.ExitStack() as stack:
+            try:
+                for k in range(n): stack.enter_context(socket.socket()).bind(("127.0.0.1", port + k))
+            except OSError: continue
+            return port
+    raise InputError(f"no {n} free ports in a row were found; this machine; give ports of your choice")
+
+
+def outgoing_ports() -> tuple: # (first, last)
+    "The ports that the system gives to outgoing connections, for as long as these live and a minute more."
+    try: first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except (OSError, ValueError): return 32768, 60999                                 # Linux' default
+    return int(first), int(last)

@@ -148,11 +148,14 @@ def user_folder(folder: Path):
     from camflow.gflow.truth import truth_clip
     from camflow.media.frames import Frames
     from camflow.media.video import write_video
+    from camflow.processes import free_port
     from camflow.world.clips import scene_clips
     from camflow.world.stereo_clips import stereo_clip
     from camflow.world.stereo_write import write_dynamic_replica, write_folders
     from camflow.world.write import write_multicam
     shutil.copytree(ROOT/"servers", folder/"servers")
+    table, port = folder/"servers/servers.toml", free_port(21)                          # servers of somebody's may be up on this machine
+    table.write_text(re.sub(r"port = 187(\d\d)", lambda m: f"port = {port + int(m[1])}", table.read_text(encoding="utf-8")), encoding="utf-8")
     (folder/"data").mkdir()
     (folder/"data/tiny").symlink_to(ROOT/"data/tiny")
     views = scene_clips(7, 4).frames_NT3HW                                              # one scene, four cameras, [4,T,3,H,W]

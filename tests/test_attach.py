@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from camflow.files import InputError
-from camflow.servers.attach import attached, free_ports, planned, toml_value
+from camflow.processes import free_port
+from camflow.servers.attach import attached, planned, toml_value
 from camflow.servers.plan import read_plan
 from camflow.servers.supervisor import ask
 
@@ -21,7 +22,7 @@ SHARP = {"reward": "camflow.rewards.appearance:AppearanceReward", "env": {"OMP_N
 
 
 def test_tables_become_a_plan(tmp_path):
-    tables = {"a": SHARP | {"options": {"floor": 0.5, "weights": {"detail": 2}}, "devices": 2}, "b": SHARP | {"port": free_ports(1), "devices": [0]}}
+    tables = {"a": SHARP | {"options": {"floor": 0.5, "weights": {"detail": 2}}, "devices": 2}, "b": SHARP | {"port": free_port(), "devices": [0]}}
     path, urls = planned(tables, tmp_path)
     plan = read_plan(path)
     assert {k: len(v) for k, v in urls.items()} == {"a": 2, "b": 1} and len({one.port for one in plan.processes}) == 3
@@ -45,6 +46,7 @@ def test_a_server_that_cannot_start_is_named(tmp_path):
 
 RUN = """
 import sys, time
+from camflow.processes import free_port
 from camflow.servers.attach import attached
 with attached(sys.argv[1]): print("ready", flush=True); time.sleep(600)
 """

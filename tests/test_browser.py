@@ -23,6 +23,7 @@ from camflow.gflow.viewer import write_viewer
 from camflow.lab.registry import build_index, close_run, new_run, write_result
 from camflow.lab.report import write_report
 from camflow.lab.views import camera_viewer, video_grid
+from camflow.processes import free_port
 
 HERE = Path(__file__).with_name("browser")
 CHROMIUM = next((found for name in (os.environ.get("CAMFLOW_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome") if name and (found := shutil.which(name))), None)
@@ -181,7 +182,7 @@ def test_camera_paths_turn_and_play_by_keyboard(tmp_path):
 def jupyterlab(tmp_path_factory):
     "A JupyterLab of our own: a folder, and how to open a notebook that lies in it."
     folder = tmp_path_factory.mktemp("lab")
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder/".config"), "JUPYTER_DATA_DIR": str(folder/".data"), "JUPYTER_RUNTIME_DIR": str(folder/".runtime"), "JUPYTERLAB_SETTINGS_DIR": str(folder/".settings"),
            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     words = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly",

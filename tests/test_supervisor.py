@@ -1,8 +1,6 @@
 "camflow serve: eight fake devices on the CPU, what dies is started again, and nothing is left behind."
-import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -11,22 +9,13 @@ import sys
 import pytest
 
 from camflow.files import InputError
-from camflow.processes import die_with_parent, free_port, started
+from camflow.processes import die_with_parent, free_port, outgoing_ports, started
 from camflow.servers import supervisor
 from camflow.servers.plan import check_venvs, read_plan
 from camflow.servers.supervisor import ask, down, prepare, status, supervisor_pid, up
 from tests.serving import ENV, ROOT, wait_for
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def ports(n):
-    "The first of n free ports in a row, below those that the system gives to whoever connects: none is taken between this look and the server's."
-    while True:
-        first = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in range(first, first + n): stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
 
 
 def write(tmp_path, **servers):
@@ -43,7 +32,7 @@ def state(path, name): return next(row for row in status(path) if row["name"] ==
 
 def test_eight_devices(tmp_path):
     "Up, told apart, one killed and back, down by pid; a second `up` is refused while they run."
-    first = ports(8)
+    first = free_port(8)
     path = write(tmp_path, camera={"port": first, "devices": 8})
     rows = up(path, wait_s=240)
     pids = [row["pid"] for row in rows]
@@ -67,7 +56,7 @@ def test_eight_devices(tmp_path):
 
 def test_budget_logs_and_bad_settings(tmp_path):
     "A server that always dies is given up after its budget, with its last line; a wrong configuration at once; logs stay small; the good server goes on."
-    first = ports(4)
+    first = free_port(4)
     path = write(tmp_path, good={"port": first, "chatter": True}, dying={"port": first + 1, "die_after": 0.1}, wrong={"port": first + 2, "wrong": True})
     try:
         up(path, wait_s=0)
@@ -83,7 +72,7 @@ def test_budget_logs_and_bad_settings(tmp_path):
 
 def test_nothing_outlives_the_supervisor(tmp_path):
     "Its servers get a signal when it is killed; `status` says lost and `down` finds nothing."
-    path = write(tmp_path, a={"port": ports(2), "devices": 2})
+    path = write(tmp_path, a={"port": free_port(2), "devices": 2})
     process = subprocess.Popen([sys.executable, "-m", "camflow.lab.cli", "serve", "up", "--foreground", str(path)], env=ENV, cwd=ROOT,
                                preexec_fn=die_with_parent)
     wait_for(lambda: [row["state"] for row in status(path)] == ["ready"] * 2)
@@ -94,11 +83,34 @@ def test_nothing_outlives_the_supervisor(tmp_path):
 
 
 def test_a_port_that_is_taken(tmp_path):
-    first = ports(2)
+    first = free_port(2)
     path = write(tmp_path, a={"port": first, "devices": 2})
     with socket.socket() as s:
         s.bind(("127.0.0.1", first + 1)), s.listen()
-        with pytest.raises(InputError, match=rf"listens on {first + 1} \(a-1\)"): prepare(path)
+        with pytest.raises(InputError, match=rf"taken: {first + 1} \(a-1\); \S*servers.toml"): prepare(path)
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(door.getsockname()) as link:   # an outgoing connection's own port
+        port = link.getsockname()[1]
+        with pytest.raises(InputError, match=rf"taken: {port} \(a-0\); the system gives ports \d+ to \d+ to outgoing connections too"): prepare(write(tmp_path, a={"port": port}))
+    assert all(one.port < 32768 for one in read_plan(ROOT/"servers/servers.toml").processes)                       # Linux' first outgoing port
+
+
+def test_who_knocks_is_not_who_answers():
+    "A connection to a port that nobody listens on may be lent that port as its own; it says nothing, and does not keep the server out."
+    class Same(socket.socket):
+        def connect(self, address):
+            self.bind(address)
+            super().connect(address)
+    port = outgoing_ports()[0] + 2 * (free_port() % 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.create_connection", lambda address, *_, **__: connected(Same(), address))
+        assert ask(port, "/readyz") is None
+    with socket.create_server(("127.0.0.1", port)): pass
+
+
+def connected(link, address):
+    link.connect(address)
+    assert link.getsockname() == link.getpeername() == address
+    return link
 
 
 def test_environments(tmp_path):
@@ -158,18 +170,18 @@ def test_mistakes_in_the_file(tmp_path, text, words):
 
 def test_addresses(tmp_path):
     "A server is asked where it listens; an address that is none is not taken for a busy port."
-    path = write(tmp_path, a={"port": ports(1), "host": "127.0.0.2"})
+    path = write(tmp_path, a={"port": free_port(), "host": "127.0.0.2"})
     row = up(path, wait_s=240)[0]
     try: assert row["state"] == "ready" and ask(row["port"], "/healthz", host="127.0.0.2") and ask(row["port"], "/healthz") is None
     finally: assert down(path)
     for host, words in (("no.such.host.invalid", "is no address"), ("192.0.2.1", "cannot listen on")):
-        path = write(tmp_path, a={"port": ports(1), "host": host})
+        path = write(tmp_path, a={"port": free_port(), "host": host})
         with pytest.raises(InputError, match=words): prepare(path)
 
 
 def test_a_server_whose_worker_is_given_up_is_started_again(tmp_path):
     "/healthz answers, and yet no sample will be judged: that is no server that is ready."
-    path = write(tmp_path, a={"port": ports(1), "broken_after": 0.5})
+    path = write(tmp_path, a={"port": free_port(), "broken_after": 0.5})
     try:
         up(path, wait_s=240)
         wait_for(lambda: state(path, "a-0")["state"] == "failed")
@@ -179,7 +191,7 @@ def test_a_server_whose_worker_is_given_up_is_started_again(tmp_path):
 
 def test_settings_that_the_reward_refuses(tmp_path):
     "Given up at once and with the reward's own words: starting again would not help."
-    (tmp_path/"servers.toml").write_text(f'[servers.a]\nreward = "camflow.servers.fakes:SleepReward"\noptions = {{ speed = 3 }}\nport = {ports(1)}\n')
+    (tmp_path/"servers.toml").write_text(f'[servers.a]\nreward = "camflow.servers.fakes:SleepReward"\noptions = {{ speed = 3 }}\nport = {free_port()}\n')
     try: row = up(tmp_path/"servers.toml", wait_s=600)[0]
     finally: down(tmp_path/"servers.toml")
     assert row["state"] == "failed" and row["restarts"] == 0 and "speed" in row["reason"] and "it takes seconds" in row["reason"]

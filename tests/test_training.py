@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from camflow.files import InputError
+from camflow.processes import free_port
 from camflow.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from camflow.training.loop import TrainConfig, fit, positions
 from camflow.training.metric_writer import read_metrics
@@ -77,12 +77,6 @@ def test_accumulation_equals_large_batch(tmp_path):
     a = main({**plain, "batch_size": 8}, tmp_path/"a")
     b = main({**plain, "batch_size": 2, "accumulation": 4}, tmp_path/"b")
     for p, q in zip(a.loop.bare.parameters(), b.loop.bare.parameters()): torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run(config, run_dir, ranks=1):

@@ -4,4 +4,4 @@ from pathlib import Path
 from camflow.servers.app import make_server
 from camflow.servers.service import ServerConfig
 
-if __name__ == "__main__": make_server(ServerConfig("camflow.rewards.judge:VideoJudge", {"model": "random"}, port=34720, roots=[str(Path.cwd())])).run()
+if __name__ == "__main__": make_server(ServerConfig("camflow.rewards.judge:VideoJudge", {"model": "random"}, port=18720, roots=[str(Path.cwd())])).run()

@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camflow.assets.run_notebook': ('assets.html#run_notebook', 'camflow/assets.py'),
                                 'camflow.assets.tiny_path': ('assets.html#tiny_path', 'camflow/assets.py'),
                                 'camflow.assets.user_path': ('assets.html#user_path', 'camflow/assets.py'),
+                                'camflow.assets.user_paths': ('assets.html#user_paths', 'camflow/assets.py'),
                                 'camflow.assets.weights_folder': ('assets.html#weights_folder', 'camflow/assets.py')},
             'camflow.data.buckets': { 'camflow.data.buckets.Window': ('data/buckets.html#window', 'camflow/data/buckets.py'),
                                       'camflow.data.buckets.Window.latent': ('data/buckets.html#window.latent', 'camflow/data/buckets.py'),

@@ -4830,6 +4830,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'camflow/metrics/streaming.py'),
                                            'camflow.metrics.streaming.StreamMetric.score': ( 'metrics/streaming.html#streammetric.score',
                                                                                              'camflow/metrics/streaming.py'),
+                                           'camflow.metrics.streaming.StreamMetric.told': ( 'metrics/streaming.html#streammetric.told',
+                                                                                            'camflow/metrics/streaming.py'),
                                            'camflow.metrics.streaming.as_metric': ( 'metrics/streaming.html#as_metric',
                                                                                     'camflow/metrics/streaming.py'),
                                            'camflow.metrics.streaming.as_record': ( 'metrics/streaming.html#as_record',

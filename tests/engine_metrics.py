@@ -14,7 +14,8 @@ from camflow.metrics.streaming import Need, SetMetric, StreamMetric
 
 class Flicker(StreamMetric):
     name, needs = "flicker", {"neighbours": Need(Differences())}
-    def score(self, sample, neighbours): return (255 - neighbours["differences"].mean()) / 255
+    scale = 1.0
+    def score(self, sample, neighbours): return self.scale * (255 - neighbours["differences"].mean()) / 255
 
 
 def psnr_values(a, b): return psnr(a, b, "byte", per_frame=True)
@@ -71,6 +72,17 @@ class CrashingFeature(Feature):
 class Needy(StreamMetric):
     name, needs = "needy", {"x": Need(CrashingFeature())}
     def score(self, sample, x): return 2.0
+
+
+class Answer:
+    "A plain metric whose setting stands in the class."
+    name, higher_is_better, inputs, answer = "answer", True, ("video",), 7.0
+    def __call__(self, video): return self.answer
+
+
+class Distance(SetMetric):
+    name, needs, answer = "distance", {"fake": Need(Differences()), "real": Need(Differences())}, 3.5
+    def score(self, fake, real, **labels): return self.answer
 
 
 class Bug:

@@ -17,8 +17,10 @@ from camflow.media.frames import Frames
 from camflow.media.video import write_video
 from camflow.metrics.clips import Clip
 from camflow.metrics.engine import evaluate
+from camflow.metrics.feature_cache import describe
+from camflow.metrics.streaming import as_metric, signature
 from camflow.metrics.table import Table
-from tests.engine_metrics import PSNR, Bug, Crash, Ends, Flicker, Levels, Needy, Slow
+from tests.engine_metrics import PSNR, Answer, Bug, Crash, Distance, Ends, Flicker, Levels, Needy, Slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SAME = ["clip", "video", "cluster", "group", "metric", "value", "status", "reason", "weights", "version", "frames", "fps", "higher_is_better", "details", "job"]
@@ -297,6 +299,31 @@ def test_set_metrics_say_how_many_are_missing(clips, tmp_path):
     for r in rows.itertuples(): assert r.status == "skipped" and "3 generated and 1 real videos" in r.reason and "needs 5" in r.reason
     bad = evaluate(clips, build("fvd_common_metrics", random=True, fvd_frames=16), tmp_path / "out", processes=0)
     assert bad.status.tolist() == ["skipped"] and "12 frames" in bad.reason[0]
+
+
+def test_a_set_metric_may_answer_a_plain_number(clips, tmp_path, monkeypatch):
+    rows = evaluate(clips, [Distance()], tmp_path / "out", processes=0)
+    assert rows.status.tolist() == ["ok"] and rows.value[0] == 3.5 and json.loads(rows.details[0])["clips"] == len(clips)
+    monkeypatch.setattr(Distance, "answer", None)
+    rows = evaluate(clips, [Distance()], tmp_path / "out", processes=0)
+    assert rows.status.tolist() == ["failed"] and "NoneType" in rows.reason[0]
+
+
+@pytest.mark.parametrize("metric, setting", [(Flicker, "scale"), (Answer, "answer")])
+def test_another_setting_of_a_class_is_another_metric(metric, setting, monkeypatch):
+    "Also one that stands in the class, as in `class Mine: threshold = 0.5`."
+    key = lambda: signature(as_metric(metric()))
+    before = key()
+    assert before == key()
+    monkeypatch.setattr(metric, setting, 2.0)
+    assert key() != before
+
+
+def test_a_class_that_holds_itself_has_a_key():
+    class Node:
+        def __init__(self, depth): self.depth = depth
+    Node.first, Node.kind = Node(1), Node
+    assert describe(Node(2)) == describe(Node(2)) != describe(Node(3))
 
 
 MEMORY = """

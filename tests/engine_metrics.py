@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from camflow.files import write_json
 from camflow.metrics.features import Differences, Feature, PairValues
 from camflow.metrics.interface import Result
 from camflow.metrics.perceptual import psnr
@@ -48,14 +49,14 @@ class Slow:
 
 
 class Crash:
-    "Takes the whole process with it where a clip is dark."
+    "Takes the whole process with it where a clip is dark, or hangs there and writes its number into a file."
     name, higher_is_better, inputs = "crash", True, ("video",)
-    def __init__(self, how="abort"): self.how = how
+    def __init__(self, how="abort", mark=""): self.how, self.mark = how, str(mark)
 
     def __call__(self, video):
         if video.float().mean() < 20:
             if self.how == "abort": os.abort()
-            if self.how == "hang": time.sleep(600)
+            if self.how == "hang": write_json(self.mark, os.getpid()), time.sleep(600)
             os.kill(os.getpid(), signal.SIGSEGV)
         return 1.0
 

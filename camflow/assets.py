@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'repo_root', 'list_runs', 'run_notebook', 'list_profiles', 'profile_path', 'list_tiny', 'tiny_path',
-           'licence_note', 'reports_dir', 'weights_folder', 'user_path']
+           'licence_note', 'reports_dir', 'weights_folder', 'user_path', 'user_paths']
 
 # %% ../nbs/02_assets.ipynb #c69a134f
 import os
@@ -106,3 +106,13 @@ def user_path(path # as typed by a person; "" and None stay what they are
     if not path: return path
     place = Path(os.environ.get("CAMFLOW_CWD") or Path.cwd()) / os.path.expanduser(str(path)) # of nobody's home it makes nothing: ~copy.mp4 is a file
     return str(place.resolve() if place.name == ".." else place.parent.resolve()/place.name) # a link keeps its name: that of what it leads to may be a hash
+
+
+def user_paths(settings # options whose meaning others know: dicts and lists of anything
+               ):
+    "The same with every text that names a file or folder that is there made absolute; tiny, random and world stay words."
+    if isinstance(settings, dict): return {key: user_paths(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)): return [user_paths(value) for value in settings]
+    if not isinstance(settings, str) or settings in ("", "tiny", "random", "world"): return settings
+    path = user_path(settings)
+    return path if os.path.exists(path) else settings

@@ -83,22 +83,23 @@ def one_at_a_time(path): # the file or folder that is being made; the lock lies 
         yield
 
 # %% ../nbs/00_files.ipynb #7fba21c9
-def _plain(obj):
-    "JSON-ready copy: numpy and torch scalars and arrays become numbers and lists, paths strings, NaN and infinities null."
-    if isinstance(obj, dict): return {str(k): _plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple)): return [_plain(v) for v in obj]
-    if isinstance(obj, (set, frozenset)): return sorted((_plain(v) for v in obj), key=json.dumps)   # its own order differs from process to process
+def _plain(obj, exact=False):
+    "JSON-ready copy: numpy and torch scalars and arrays become numbers and lists, paths strings, NaN and infinities null unless `exact`."
+    if isinstance(obj, dict): return {str(k): _plain(v, exact) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)): return [_plain(v, exact) for v in obj]
+    if isinstance(obj, (set, frozenset)): return sorted((_plain(v, exact) for v in obj), key=json.dumps)   # its own order differs from process to process
     if isinstance(obj, bool) or obj is None or isinstance(obj, (int, str)): return obj
-    if isinstance(obj, float): return obj if obj == obj and abs(obj) != float("inf") else None
-    if hasattr(obj, "tolist"): return _plain(obj.tolist())
+    if isinstance(obj, float): return obj if exact or (obj == obj and abs(obj) != float("inf")) else None
+    if hasattr(obj, "tolist"): return _plain(obj.tolist(), exact)
     if isinstance(obj, Path): return str(obj)
     raise TypeError(f"{type(obj).__name__} cannot be written as JSON")
 
 
 def write_json(path,  # the file
-               obj):  # dicts, lists, numbers, strings, paths, numpy and torch values
+               obj,   # dicts, lists, numbers, strings, paths, numpy and torch values
+               exact: bool = False): # settings that are to be read back: NaN and infinities stay, in Python's spelling
     "Writes `obj` as indented JSON, atomically; NaN and infinities become null."
-    text = json.dumps(_plain(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(obj, exact), indent=1, ensure_ascii=False, allow_nan=exact)
     with atomic_write(path, "w") as file: file.write(text + "\n")
 
 
@@ -145,4 +146,4 @@ def sha256_file(path): # any file
 def content_hash(obj,              # anything `write_json` takes
                  digits: int = 16): # length of the result
     "Hexadecimal hash of an object's canonical JSON: equal objects, equal hash, whatever the order of keys."
-    return hashlib.sha256(json.dumps(_plain(obj), sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:digits]
+    return hashlib.sha256(json.dumps(_plain(obj, True), sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:digits]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from camflow.files import write_json
 from camflow.metrics.features import Differences, Feature, PairValues
 from camflow.metrics.interface import Result
 from camflow.metrics.perceptual import psnr
@@ -14,7 +15,8 @@ from camflow.metrics.streaming import Need, SetMetric, StreamMetric
 
 class Flicker(StreamMetric):
     name, needs = "flicker", {"neighbours": Need(Differences())}
-    def score(self, sample, neighbours): return (255 - neighbours["differences"].mean()) / 255
+    scale = 1.0
+    def score(self, sample, neighbours): return self.scale * (255 - neighbours["differences"].mean()) / 255
 
 
 def psnr_values(a, b): return psnr(a, b, "byte", per_frame=True)
@@ -47,14 +49,14 @@ class Slow:
 
 
 class Crash:
-    "Takes the whole process with it where a clip is dark."
+    "Takes the whole process with it where a clip is dark, or hangs there and writes its number into a file."
     name, higher_is_better, inputs = "crash", True, ("video",)
-    def __init__(self, how="abort"): self.how = how
+    def __init__(self, how="abort", mark=""): self.how, self.mark = how, str(mark)
 
     def __call__(self, video):
         if video.float().mean() < 20:
             if self.how == "abort": os.abort()
-            if self.how == "hang": time.sleep(600)
+            if self.how == "hang": write_json(self.mark, os.getpid()), time.sleep(600)
             os.kill(os.getpid(), signal.SIGSEGV)
         return 1.0
 
@@ -71,6 +73,17 @@ class CrashingFeature(Feature):
 class Needy(StreamMetric):
     name, needs = "needy", {"x": Need(CrashingFeature())}
     def score(self, sample, x): return 2.0
+
+
+class Answer:
+    "A plain metric whose setting stands in the class."
+    name, higher_is_better, inputs, answer = "answer", True, ("video",), 7.0
+    def __call__(self, video): return self.answer
+
+
+class Distance(SetMetric):
+    name, needs, answer = "distance", {"fake": Need(Differences()), "real": Need(Differences())}, 3.5
+    def score(self, fake, real, **labels): return self.answer
 
 
 class Bug:

@@ -99,6 +99,21 @@ def test_a_sound_table_has_no_findings(tmp_path):
     assert clean(tmp_path/"t.csv").counts == {"header": 1} and len(clean(tmp_path/"t.csv").captions) == 12
 
 
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_columns_may_be_divided_as_spreadsheets_do(tmp_path, sign):
+    "As in the reader of the trainings; what stands between the columns is no defect, and commas in a caption are not."
+    divided = lambda name, text: f"{name}{sign}{text}".encode()
+    rows = [divided(name, f'"{SAY[i % 6]}"') for i, name in enumerate(NAMES)]
+    cleaned = clean(table(tmp_path/"t.csv", rows, divided("file_name", "text")), contradictions=scene_findings)
+    assert cleaned.findings == [] and cleaned.captions == clean(table(tmp_path/"commas.csv", ROWS)).captions == read_captions(tmp_path/"t.csv")[0]
+    assert clean(table(tmp_path/"t.csv", rows[1:], rows[0])).counts == {"header": 1}
+    rows[2:6] = [divided(NAMES[2], f"A person dances{sign} alone."), divided(NAMES[3], "A person dances, alone."), sign.encode(), divided(NAMES[4], '"A person raises one arm.')]
+    cleaned = clean(table(tmp_path/"t.csv", rows, divided("filename", "text")))
+    assert cleaned.counts == {"quoting": 2, "blank": 1} and cleaned.captions[NAMES[3]] == "A person dances, alone." and cleaned.captions[NAMES[4]] == "A person raises one arm."
+    write_clean(cleaned, tmp_path/"t.csv", tmp_path/"out")
+    assert read_captions(tmp_path/"out/metadata.csv")[0] == cleaned.captions
+
+
 def test_a_table_without_a_single_video_is_refused(tmp_path):
     "Empty, or columns in another order: nothing would be kept, and the run would end well."
     for data, words in ((b"", "it is empty"), (b"text,file_name\nA man walks.,a/videos/1.mp4\n", "line 2 is 'A man walks"), (b"<html>\n", "line 1 is .*html")):

@@ -6,19 +6,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from camflow.files import read_json
 from camflow.geometry.camera import Cameras
 from camflow.media.frames import Frames
 from camflow.media.video import write_video
+from camflow.metrics import engine
 from camflow.metrics.clips import Clip
 from camflow.metrics.engine import evaluate
+from camflow.metrics.feature_cache import describe
+from camflow.metrics.streaming import as_metric, signature
 from camflow.metrics.table import Table
-from tests.engine_metrics import PSNR, Bug, Crash, Ends, Flicker, Levels, Needy, Slow
+from tests.engine_metrics import PSNR, Answer, Bug, Crash, Distance, Ends, Flicker, Levels, Needy, Slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SAME = ["clip", "video", "cluster", "group", "metric", "value", "status", "reason", "weights", "version", "frames", "fps", "higher_is_better", "details", "job"]
@@ -100,9 +105,18 @@ def test_a_crash_costs_one_cell(clips, tmp_path, how):
     assert lost.get("n_fake") == 2 and lost["clips_lost"] == 1 and "no source" in lost["lost"]["dark"]
 
 
-def test_a_hang_is_a_timeout(clips, tmp_path):
+def test_a_hang_is_a_timeout(clips, tmp_path, monkeypatch):
+    "The engine's clock runs 10,000 times as fast while the metric hangs, and only then: nothing else can be late on a slow machine."
+    mark, skipped, last = tmp_path / "hangs", [0.0], [time.monotonic()]
+    def clock():
+        now = time.monotonic()
+        if mark.exists() and Path(f"/proc/{read_json(mark)}").exists(): skipped[0] += 10_000 * (now - last[0])
+        last[0] = now
+        return now + skipped[0]
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=clock))
     dark = Clip("dark", video(tmp_path, "dark", noise(5, level=20)))
-    rows = evaluate([dark, clips[1]], [Crash("hang"), Flicker()], tmp_path / "out", processes=1, patience=15)
+    rows = evaluate([dark, clips[1]], [Crash("hang", mark), Flicker()], tmp_path / "out", processes=1, patience=3600)
+    assert skipped[0] > 3600 and "no progress for 3600 s" in value(rows, "dark", "crash").reason
     assert value(rows, "dark", "crash").status == "timeout" and value(rows, "dark", "flicker").status == "ok" and value(rows, "c1", "crash").status == "ok"
 
 
@@ -297,6 +311,31 @@ def test_set_metrics_say_how_many_are_missing(clips, tmp_path):
     for r in rows.itertuples(): assert r.status == "skipped" and "3 generated and 1 real videos" in r.reason and "needs 5" in r.reason
     bad = evaluate(clips, build("fvd_common_metrics", random=True, fvd_frames=16), tmp_path / "out", processes=0)
     assert bad.status.tolist() == ["skipped"] and "12 frames" in bad.reason[0]
+
+
+def test_a_set_metric_may_answer_a_plain_number(clips, tmp_path, monkeypatch):
+    rows = evaluate(clips, [Distance()], tmp_path / "out", processes=0)
+    assert rows.status.tolist() == ["ok"] and rows.value[0] == 3.5 and json.loads(rows.details[0])["clips"] == len(clips)
+    monkeypatch.setattr(Distance, "answer", None)
+    rows = evaluate(clips, [Distance()], tmp_path / "out", processes=0)
+    assert rows.status.tolist() == ["failed"] and "NoneType" in rows.reason[0]
+
+
+@pytest.mark.parametrize("metric, setting", [(Flicker, "scale"), (Answer, "answer")])
+def test_another_setting_of_a_class_is_another_metric(metric, setting, monkeypatch):
+    "Also one that stands in the class, as in `class Mine: threshold = 0.5`."
+    key = lambda: signature(as_metric(metric()))
+    before = key()
+    assert before == key()
+    monkeypatch.setattr(metric, setting, 2.0)
+    assert key() != before
+
+
+def test_a_class_that_holds_itself_has_a_key():
+    class Node:
+        def __init__(self, depth): self.depth = depth
+    Node.first, Node.kind = Node(1), Node
+    assert describe(Node(2)) == describe(Node(2)) != describe(Node(3))
 
 
 MEMORY = """

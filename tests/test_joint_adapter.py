@@ -389,6 +389,23 @@ def test_the_order_of_models_with_and_without_encoder_does_not_matter():
     torch.testing.assert_close(made(a, b), made(b, a), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("skip, again", [(("down_blocks",), False), ((), True)])
+def test_a_removed_model_takes_its_hooks_and_no_other(skip, again):
+    "What a later model keeps of a projection outlives the LoRA that wrapped it; a model that comes again acts once."
+    def answer(adapter):
+        for name, p in adapter.parameters_by_name().items(): p.data = 0.1 * normal(*p.shape, seed=sum(map(ord, name)))
+        with torch.no_grad(), adapter.use(adapter.layout(1)): return adapter.model(normal(2, 4, 8, 8), torch.tensor([5, 5]), normal(2, 5, 32)).sample
+    removed, fresh = (JointAdapter(sd(), empty=True) for _ in range(2))
+    removed.add_model("a", "conv", 2, skip=skip).add_model("b", "conv", 2, y_lora=again)
+    removed.remove_model("a")
+    fresh.add_model("b", "conv", 2, y_lora=again)
+    for adapter in (removed, fresh) if again else (): adapter.add_model("a", "conv", 2, skip=skip)
+    torch.testing.assert_close(answer(removed), answer(fresh), rtol=1e-5, atol=1e-6)
+    plain = removed.remove()
+    assert torch.equal(plain(normal(2, 4, 8, 8), 5, normal(2, 5, 32)).sample, sd()(normal(2, 4, 8, 8), 5, normal(2, 5, 32)).sample)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+
+
 # ---- bad input
 
 def test_a_refused_adapter_leaves_the_model_plain():

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from pathlib import PurePath
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from camflow.data.stereo_files import write_image
 from camflow.device import generator
 from camflow.files import InputError
 from camflow.joint.codecs import FLOW_KINDS, DepthCodec, FlowCodec, codec_from_dict, load_coded, round_trip, save_coded
-from camflow.joint.data import Crop, Source, apply_crop, captions, check_item, draw_crop, draw_size, image_folder, modalities, panda_videos, read_depth, read_panda, video_folder, voc_json, webvid_videos, world_items
+from camflow.joint.data import Crop, Source, _videos, apply_crop, captions, check_item, draw_crop, draw_size, image_folder, modalities, panda_videos, read_depth, read_panda, video_folder, voc_json, webvid_videos, world_items
 from camflow.joint.models import identity_vae, load_sd, load_svd
 from camflow.joint.shapes import shape_clip
 from camflow.media.frames import Depth, Flow, Frames, to_pil
@@ -124,6 +125,20 @@ def test_image_folder_pairs_by_stem_and_lists_what_it_skips(tmp_path):
     assert len(kept) == 2 and kept[0] is entries[0] and kept[1] is entries[2]
     cv2.imwrite(str(tmp_path/"depth"/"a.png"), np.full((6, 10), 2500, np.uint16))
     with pytest.raises(InputError, match="sizes"): source[0]
+
+
+def test_long_folders_and_tables_are_compared_once(tmp_path, monkeypatch):
+    "Every entry against every other would take minutes for a table of 100,000."
+    (tmp_path / "images").mkdir(), (tmp_path / "depth").mkdir()
+    for i in range(200): (tmp_path / f"images/{i}.png").touch()
+    for i in range(0, 200, 2): (tmp_path / f"depth/{i}.png").touch()
+    entries, compared, equal = [(tmp_path / f"{'images' if i % 2 else 'gone'}/{i}.png", 0.0, None, str(i)) for i in range(200)], [], PurePath.__eq__
+    monkeypatch.setattr(PurePath, "__eq__", lambda a, b: (compared.append(0), equal(a, b))[1])
+    pictures, plain, clips = image_folder(tmp_path / "images", tmp_path / "depth"), image_folder(tmp_path / "images"), _videos(entries, 2, 1)
+    assert len(compared) < 600
+    assert [p.name for p in pictures.entries] == [f"{i}.png" for i in range(0, 200, 2)] and list(pictures.skipped) == [f"{i}.png" for i in range(1, 200, 2)]
+    assert len(plain) == 200 and not plain.skipped
+    assert [e[3] for e in clips.entries] == [str(i) for i in range(1, 200, 2)] and list(clips.skipped) == [str(i) for i in range(0, 200, 2)]
 
 
 def test_depth_that_is_none_and_captions_of_editors(tmp_path):

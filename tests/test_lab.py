@@ -1,4 +1,5 @@
 "Runs executed for real: done, failed and resumed, out of time, terminated, killed; and what is left of them."
+import math
 import os
 import signal
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from camflow.files import InputError, read_json, write_json
+from camflow.files import InputError, content_hash, read_json, write_json
 from camflow.lab import run as running
 from camflow.lab.launch import LaunchError, launch
-from camflow.lab.registry import Run, build_index, close_run, find_run, new_run, process_mark, scan
+from camflow.lab.registry import Run, build_index, close_run, find_run, new_run, process_mark, scan, update
 from camflow.lab.report import needs_network, write_report
+from camflow.lab.sweep import known
 
 TRAINING = '''
 import json, os, pathlib, sys, time
@@ -151,6 +153,22 @@ def test_wrong_profiles_name_the_file(lab):
     with pytest.raises(InputError) as error: running.run(str(lab), "bad")
     assert "toy.bad.yaml: steps must be int" in str(error.value) and "did you mean 'lr'" in str(error.value)
     with pytest.raises(InputError, match="its profiles: bad, smoke"): running.run(str(lab), "smke")
+
+
+def test_infinite_parameters_come_back_as_they_were(lab, monkeypatch):
+    monkeypatch.setattr(running, "_execute", lambda run_dir, notebook, injected, *_, **__: (given.append(injected), Run(run_dir))[1])
+    given, inf = [], float("inf")
+    for value in (inf, -inf):
+        one = running.run(str(lab), params={"lr": value})
+        assert one.config["parameters"]["lr"] == one.info["parameters"]["lr"] == value
+        update(one.path, status="failed", sweep="s")
+        assert known("s", one.config["parameters"], lab).path == one.path
+        running.resume(str(one))
+        running.run(str(lab), params=one.config["parameters"])     # as `rerun` does
+    assert given == [{"lr": inf}]*3 + [{"lr": -inf}]*3
+    assert len({content_hash([value]) for value in (None, inf, -inf, float("nan"))}) == 4
+    one = running.run(str(lab), params={"lr": float("nan")})
+    assert math.isnan(one.config["parameters"]["lr"]) and math.isnan(given[-1]["lr"])
 
 
 def test_termination_leaves_no_orphans(hanging):

@@ -152,6 +152,9 @@ clips = ScriptClips(clip[:, 0], clip, still, still, [[]], [""], [None])
 for place in (here, "cpu"):                                             # a notebook's model may have stayed on the host
     model = tiny_omnicam(image_dim=None, added_kv_proj_dim=None).to(place)
     for camera in ("asked", "off"): assert film(model, vae, clips, torch.zeros(1, 4, 64), camera, steps=1).shape == clip.shape
+from camflow.depth.flow_pose import flow_poses
+seen, depth, K = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8), torch.full((48, 80), 3.0), torch.tensor([[60.0, 0, 40], [0, 60, 24], [0, 0, 1]])
+assert torch.equal(flow_poses(seen.to(here), depth.to(here), K.to(here)), flow_poses(seen, depth, K))
 print("judged")
 """
 

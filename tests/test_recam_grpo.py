@@ -97,6 +97,14 @@ def test_settings_are_checked_when_they_are_made(change, words):
     with pytest.raises(InputError, match=words): parse(TINY | change)
 
 
+def test_rewards_of_weight_0_watch_a_fine_tuning():
+    "It learns from true videos; an arm that learns from rewards needs one that counts."
+    watched = TINY | {"rewards": {"camera": 0.0}}
+    assert parse(watched | {"arm": "finetune"})[0].rewards == {"camera": 0.0}
+    for arm in ("grpo", "shuffled"):
+        with pytest.raises(InputError, match=f"all 0, so nothing would be learned in the arm {arm}"): parse(watched | {"arm": arm})
+
+
 def test_a_reward_that_cannot_judge_the_start_ends_the_run_with_its_reason(tmp_path):
     with pytest.raises(InputError, match="could be judged; .*boom: ValueError: row 3 has no cameras; mend"): main(TINY, tmp_path, combine({"boom": Boom()}))
     assert not (tmp_path/"before.json").exists()

@@ -9,9 +9,9 @@ from camflow.assets import tiny_path
 from camflow.files import InputError
 from camflow.geometry.trajectory import preset, rescale, static
 from camflow.rewards.appearance import AppearanceReward
-from camflow.rewards.camera import CameraReward, parse_answer, path_errors, tiny_estimator
+from camflow.rewards.camera import CameraReward, FollowReward, parse_answer, path_errors, tiny_estimator
 from camflow.rewards.combine import combine, report
-from camflow.rewards.protocol import Reward, Sample, Scores
+from camflow.rewards.protocol import Reward, Sample, Scores, run_reward
 from camflow.world.clips import HELD_OUT, scene_clips
 from tests.parity import rewards as parity
 
@@ -89,6 +89,14 @@ def test_failures_mask_samples_and_are_counted():
     with pytest.raises(InputError): Scores([0.0, 1.0], ["failed", "ok"])
 
 
+@pytest.mark.parametrize("reward", [CameraReward, FollowReward])
+def test_one_frame_has_no_path_to_follow(reward):
+    "It is no fault of the reward, and no other clip's."
+    frames = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    scores = run_reward(reward(lambda clips: torch.stack([torch.eye(4).repeat(len(c), 1, 1) for c in clips])), [Sample(frames[:1], static(1)), Sample(frames, static(3))])
+    assert scores.status == ["invalid", "ok"] and math.isnan(scores.values[0]) and "one frame" in scores.details[0]["reason"]
+
+
 def test_broken_frames_score_low():
     source, good = clips([static(9), preset("arc_left", 9)])
     g = torch.Generator().manual_seed(0)
@@ -116,7 +124,6 @@ def test_a_reward_of_weight_0_is_watched_and_may_fail():
 
 def test_where_the_first_frame_stands_does_not_count():
     "Paired data ask for a path relative to the source's camera, and an estimator may put its origin anywhere."
-    from camflow.rewards.camera import FollowReward
     path, away = preset("arc_left", 5).double(), torch.eye(4, dtype=torch.float64)
     away[:3] = torch.tensor([[0.8, 0, 0.6, 1.0], [0, 1, 0, -0.5], [-0.6, 0, 0.8, 2.0]])
     clip = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from camflow.assets import list_profiles, list_runs, tiny_path
+from camflow.assets import list_profiles, list_runs, tiny_path, user_paths
 from camflow.lab.report import needs_network
 from camflow.lab.run import prepare
 from camflow.lab.run import run as execute
@@ -51,6 +51,18 @@ def test_an_estimator_of_flow_may_be_a_relative_path():
         asked += 1
         assert re.search(r"user_path\(flow\)|flow_named\(flow\)", "\n".join(cells[1:])), name
     assert asked == 7
+
+
+def test_options_may_name_relative_files(tmp_path, monkeypatch):
+    "Also those inside of dicts: notebooks run in folders of their own."
+    (tmp_path/"judge").mkdir(), (tmp_path/"tiny").mkdir(), (tmp_path/"keys.txt").write_text("x")
+    monkeypatch.setenv("CAMFLOW_CWD", str(tmp_path))
+    asked = {"vlm": {"model": "judge", "token_file": "./keys.txt", "profile": "aps", "roots": ["judge", "gone/x"]}, "camera": {"estimator": "tiny", "tau": 2.0, "text": "a "*3000}}
+    assert user_paths(asked) == {"vlm": {"model": str(tmp_path/"judge"), "token_file": str(tmp_path/"keys.txt"), "profile": "aps", "roots": [str(tmp_path/"judge"), "gone/x"]},
+                                 "camera": asked["camera"]}
+    for name, kinds in {"judge_reliability": ["options.get(name, {})"], "recam_evaluate": ["options"], "multicam_caption": ["options"], "recam_grpo": ["servers", "reward_options"]}.items():
+        source = prepare(name)[0].read_text(encoding="utf-8")
+        assert all(f"user_paths({kind})" in source for kind in kinds), name
 
 
 # ---- runs that are asked for something beside their profile, from a folder of one's own

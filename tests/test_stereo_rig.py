@@ -92,6 +92,14 @@ def test_depth_and_disparity_are_inverse_and_scale(doffs):
     assert half.of((360, 640)).doffs == pytest.approx(doffs)
 
 
+def test_doffs_of_few_decimals_may_be_resized_at_will():
+    "Whether it agrees with the matrices is a question at the size of the file."
+    K = lambda x: [[1000., 0, x], [0, 1000, 300], [0, 0, 1]]
+    large = StereoRig(K(500), K(531.115), 0.1, (600, 1000), doffs=31.1).resize((2400, 4000))
+    assert large.doffs == pytest.approx(4 * 31.1) and large.of((600, 1000)).doffs == pytest.approx(31.1)
+    with pytest.raises(InputError, match="doffs is 31.000"): StereoRig(K(500), K(531.115), 0.1, (600, 1000), doffs=31.0)
+
+
 def test_half_precision_does_not_shorten_the_reach():
     K = [[1000., 0, 500], [0, 1000, 300], [0, 0, 1]]
     found = StereoRig(K, K, 0.1).depth(torch.tensor([[0.001, 33.3]]).half())

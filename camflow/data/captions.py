@@ -54,34 +54,46 @@ from .multicam import decode_line # GB18030 or Windows-1252, by the likelier cha
 
 # %% ../../nbs/data/12_captions.ipynb #eb9bf671
 _VIDEO = r"\.(?:mp4|mov|mkv|webm|avi)"
-_START = re.compile(rf'^\s*(?:"(?P<quoted>[^"]*?{_VIDEO})"|(?P<plain>[^",]*?{_VIDEO}))\s*,(?P<rest>.*)$', re.I | re.S)
+_SIGNS = {",": "commas", ";": "semicolons", "\t": "tabs"}   # what may divide columns
+_START = {sign: re.compile(rf'^\s*(?:"(?P<quoted>[^"]*?{_VIDEO})"|(?P<plain>[^"{sign}]*?{_VIDEO}))\s*{sign}(?P<rest>.*)$', re.I | re.S) for sign in _SIGNS}
 _WELL_QUOTED = re.compile(r'\s*"((?:[^"]|"")*)"\s*', re.S)
 
 
-def cell_text(rest: str) -> tuple: # what follows the name and its comma -> (caption, what is wrong with its quoting or "")
+def cell_text(rest: str, sign: str = ",") -> tuple: # what follows the name and its comma; that comma -> (caption, what is wrong with its quoting or "")
     "The caption of a record."
     if match := _WELL_QUOTED.fullmatch(rest): return match[1].replace('""', '"'), ""
     bare = rest.strip()
     if not bare.startswith('"'):
-        if bare.rstrip(",") != bare and "," not in bare.rstrip(","): return bare.rstrip(","), "more columns than the header"
-        return (bare, "commas outside quotes") if "," in bare else (bare, "")
-    inner = bare.strip(",").strip()
+        if bare.rstrip(sign) != bare and sign not in bare.rstrip(sign): return bare.rstrip(sign), "more columns than the header"
+        return (bare, f"{_SIGNS[sign]} outside quotes") if sign in bare else (bare, "")
+    inner = bare.strip(sign).strip()
     closed = len(inner) > 1 and inner.endswith('"')
     inner = inner[1:-1] if closed else inner[1:]
     return inner.replace('\\"', '"').replace('""', '"'), "quotes inside are not doubled" if closed else "the quote is not closed"
 
 
-def _rewrapped(line: str) -> str:
+def _rewrapped(line: str, sign: str) -> str:
     "The record inside a row that was quoted as a whole, or the line."
-    if not line.startswith('"') or _START.match(line): return line
-    try: cells = next(csv.reader([line]))
+    if not line.startswith('"') or _START[sign].match(line): return line
+    try: cells = next(csv.reader([line], delimiter=sign))
     except (csv.Error, StopIteration): return line
-    return cells[0] if len(cells) == 1 and _START.match(cells[0]) else line
+    return cells[0] if len(cells) == 1 and _START[sign].match(cells[0]) else line
+
+
+_HEADERS = ["file_name", "text"], ["filename", "text"]
+
+
+def _header(line: str, sign: str) -> list: return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=sign), [])]
+
+
+def _sign_of(line: str) -> str: # the first line
+    "What divides the columns: what makes it a header or a row of a video, else what stands in it."
+    return next((s for s in _SIGNS if _header(line, s) in _HEADERS or _START[s].match(line)), next((s for s in _SIGNS if s in line), ","))
 
 # %% ../../nbs/data/12_captions.ipynb #8b9972d9
 class _Reader:
     "Lines in, rows and findings out."
-    def __init__(self): self.rows, self.findings, self.open = [], [], None # (line number, file name, rest so far)
+    def __init__(self, sign): self.sign, self.rows, self.findings, self.open = sign, [], [], None # (line number, file name, rest so far)
 
     def note(self, kind, name, number, action, detail="", before="", after=""): self.findings.append(Finding(kind, name, number, action, detail, before, after))
 
@@ -89,20 +101,20 @@ class _Reader:
         "Ends the record that is being read."
         if self.open is None: return
         number, name, rest = self.open
-        text, problem = cell_text(rest)
+        text, problem = cell_text(rest, self.sign)
         if problem: self.note("quoting", name, number, "repaired", problem, rest[:200], text[:200])
         self.rows.append(Row(number, name, text))
         self.open = None
 
     def line(self, number: int, line: str):
         "One line of the table."
-        line = _rewrapped(line)
-        begins, unclosed = _START.match(line), self.open is not None and self.open[2].lstrip().startswith('"') and not _WELL_QUOTED.fullmatch(self.open[2])
+        line = _rewrapped(line, self.sign)
+        begins, unclosed = _START[self.sign].match(line), self.open is not None and self.open[2].lstrip().startswith('"') and not _WELL_QUOTED.fullmatch(self.open[2])
         if begins:
             self.finish()
             self.open = (number, normal_name(begins["quoted"] or begins["plain"]), begins["rest"])
         elif unclosed and line.strip(): self.open = (*self.open[:2], self.open[2] + "\n" + line) # a caption of several lines
-        elif not line.strip(' ,"'): self.note("blank", "", number, "dropped")
+        elif not line.strip(f' "{self.sign}'): self.note("blank", "", number, "dropped")
         else:
             self.finish()
             self.note("name", "", number, "dropped", "the row does not begin with a video's name", line[:200])
@@ -117,20 +129,22 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
     "All rows that can be told apart, and what was wrong with the table on the way."
     try: raw = Path(path).read_bytes()
     except FileNotFoundError: raise InputError(f"caption table not found; {path}; check the path") from None
-    reader, lines = _Reader(), raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1].strip(): lines.pop()       # the end of the last line
+    head = "".join(c for c in decode_line(lines[0])[0] if ord(c) >= 32 or c == "\t") if lines else ""
+    reader = _Reader(_sign_of(head))
+    start = _START[reader.sign]
     for number, data in enumerate(lines, 1):
         line, encoding = decode_line(data.rstrip(b"\r"))
-        name = match["quoted"] or match["plain"] if (match := _START.match(line)) else ""
+        name = match["quoted"] or match["plain"] if (match := start.match(line)) else ""
         if encoding != "utf-8":
             strange = " ".join(re.findall(r"\S*[^\x00-\x7f]\S*", line))
             reader.note("encoding", normal_name(name), number, f"read as {encoding}", after=strange[:200])
         if bad := sorted({c for c in line if ord(c) < 32 and c != "\t"}):
             reader.note("control", normal_name(name), number, "removed", "characters " + ", ".join(f"{ord(c):#x}" for c in bad))
             line = "".join(c for c in line if c not in bad)
-        if number == 1 and not _START.match(line):
-            cells = [cell.strip().lower() for cell in next(csv.reader([line]), [])]
-            if cells not in (["file_name", "text"], ["filename", "text"]):
+        if number == 1 and not start.match(line):
+            if (cells := _header(line, reader.sign)) not in _HEADERS:
                 reader.note("header", "", 1, "read as file_name, text", f"columns {cells}; expected file_name (or filename), text")
             continue
         if number == 1: reader.note("header", "", 1, "read as file_name, text", "the table begins without column names")
@@ -139,9 +153,7 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
     strange = [f for f in reader.findings if f.kind in ("name", "header")]
     if not reader.rows and (strange or not raw.strip()):
         where = f"line {strange[-1].row} is {(strange[-1].before or strange[-1].detail)[:60]!r}" if strange else "it is empty"
-        divided = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs")) if sign.encode() in lines[0] and b"," not in lines[0]), "") if lines else ""
-        if divided: where = f"its columns are divided by {divided}"
-        raise InputError(f"no row begins with the name of a video: {where}; {path}; expected the columns file_name (or filename), text, in this order, divided by commas")
+        raise InputError(f"no row begins with the name of a video: {where}; {path}; expected the columns file_name (or filename), text, in this order")
     return reader.rows, sorted(reader.findings, key=lambda f: f.row)
 
 # %% ../../nbs/data/12_captions.ipynb #c21e7241

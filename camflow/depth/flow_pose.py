@@ -103,7 +103,7 @@ def flow_poses(frames,           # Frames or uint8 tensor [T,3,H,W]
                stride: int = 2,  # every stride-th pixel is a point
               ) -> Tensor:
     "Camera-to-world poses relative to frame 0 [T,4,4] float64, metres; all but the first are NaN where a frame shows too little of frame 0."
-    clip, depth, K = clip_bytes(frames).cpu(), torch.as_tensor(depth_HW), np.asarray(K_33, float)
+    clip, depth, K = clip_bytes(frames).cpu(), torch.as_tensor(depth_HW).cpu(), torch.as_tensor(K_33).cpu().double().numpy()
     if depth.dim() != 2: raise InputError(f"depth of shape {tuple(depth.shape)}; flow_poses; give one map [H,W] of the first frame")
     if tuple(depth.shape) != tuple(clip.shape[-2:]): raise InputError(f"depth of {tuple(depth.shape)} pixels for frames of {tuple(clip.shape[-2:])}; flow_poses; give them one size")
     rows = sorted({*range(0, len(clip), every if degree else 1), len(clip) - 1})

@@ -92,7 +92,9 @@ def resize(self: StereoRig,
     "The same rig for images stretched to `size`."
     if self.size is None: raise InputError(f"the calibration does not say for which image size it holds; {self.source or 'StereoRig'}; use rig.of(size) with the size of the original images first")
     scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0], 1], dtype=torch.float64)[:, None]
-    return replace(self, K_left=scale * self.K_left, K_right=scale * self.K_right, size=tuple(size), doffs=self.doffs * size[1] / self.size[1])
+    resized = replace(self, K_left=scale * self.K_left, K_right=scale * self.K_right, size=tuple(size), doffs=None)
+    resized.doffs = self.doffs * size[1] / self.size[1]   # that it agrees with the matrices was asked in pixels of the file
+    return resized
 
 
 @patch

@@ -287,7 +287,7 @@ def last_round(self: Fit, part: int): # 0 or 1
     if part == 0: self.prune(range(T))
     order = torch.cat([torch.randperm(T, generator=rng) for _ in range(max(1, round(c.iterations_global * (0.3 if part == 0 else 0.7))))]).tolist()
     if part == 1:
-        for t in range(0, T, 3): self.grow(t, rng, 0.3)
+        for t in range(0, T, 3): self.grow(t, rng, 0.3)   # what moves of these stays where it is in later frames, which are carried no more: few, they fill what the budget has left
     self.advance(order, *((0.8, 0.5) if part == 0 else (0.6, 0.1)))
     if part == 1: self.prune(range(T))
 

@@ -277,13 +277,16 @@ def load_state_dict(self: JointAdapter, state: dict): # {name: tensor}
 
 @patch
 def remove_model(self: JointAdapter, name: str): # of a trained pair
-    "Takes one trained pair away: its LoRAs, its post projections."
-    ours = {adapter_name(name, kind) for kind in ("xy", "yx", "y")}
+    "Takes one trained pair away: its LoRAs with their hooks, its post projections."
+    ours, hooks = {adapter_name(name, kind) for kind in ("xy", "yx", "y")}, {hook.id for hook in self.hooks}
     for where, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)]:
         for adapter in ours & set(layer.lora_A): layer.delete_adapter(adapter)
+        for key in [k for k, hook in layer._forward_hooks.items() if isinstance(hook, RoleHook) and hook.model == name]: del layer._forward_hooks[key]
         if not layer.lora_A:
             parent, _, leaf = where.rpartition(".")
-            self.model.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
+            base = self.model.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
+            # a branch that was made later keeps what this layer gave: it goes on with the layer below
+            self.hooks += [base.register_forward_hook(hook, prepend=True) for key, hook in layer._forward_hooks.items() if key in hooks]
     for branch in self.branches.values():
         if not name and hasattr(branch.block, "conv1n"): del branch.block.conv1n
         if name and name in getattr(branch.block, "post1n", ()): del branch.block.post1n[name]

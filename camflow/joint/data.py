@@ -208,7 +208,7 @@ def image_folder(folder, depth=None,      # folder of pictures, or one; of depth
     def read(p):
         item = dict(image=read_picture(p), fps=None, caption=texts.get(p.name) or None, id=p.name)
         return item | ({"depth": read_depth(maps[p.stem])} if depth else {})
-    return Source(keep, read, {p.name: f"no depth {p.stem}.png in {depth}" for p in files if p not in keep})
+    return Source(keep, read, {p.name: f"no depth {p.stem}.png in {depth}" for p in files if depth and p.stem not in maps})
 
 
 def voc_json(path, root=None,             # JSON rows {image, depth, hed, pose, caption}; folder of the paths, None: the table's
@@ -239,8 +239,8 @@ def _videos(entries, frames, stride): # [(path, start, caption, id[, end])]
         path, start, caption, name, *end = entry
         video = _clip(path, frames, stride, start, *end)
         return dict(video=video, fps=video.fps, caption=caption, id=name)
-    there = [e for e in entries if Path(e[0]).exists()]
-    return Source(there, read, {e[3]: f"{e[0]} is not there" for e in entries if e not in there})
+    there = [Path(e[0]).exists() for e in entries]
+    return Source([e for e, found in zip(entries, there) if found], read, {e[3]: f"{e[0]} is not there" for e, found in zip(entries, there) if not found})
 
 
 def webvid_videos(table, folder, frames: int = 14, stride: int = 2): # CSV; videos named by videoid

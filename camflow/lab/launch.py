@@ -250,7 +250,7 @@ def launch(module: str,            # module with `main(config, run_dir)`, e.g. c
     "Runs a training in a child process group and follows it; a failure raises `LaunchError` with the real traceback."
     run_dir = Path(run_dir)
     path = _config_path(run_dir, module)
-    write_json(path, config)
+    write_json(path, config, exact=True)
     _show_in_run(run_dir)
     launcher = "torchrun"
     if num_processes*nodes > 1:

@@ -62,7 +62,7 @@ def update(run_dir,  # the run's folder
     "Changes some fields of run.json, atomically."
     path = Path(run_dir)/"run.json"
     info = {**(read_json(path) if path.exists() else {}), **fields}
-    write_json(path, info)
+    write_json(path, info, exact=True)   # it holds parameters
     return info
 
 

@@ -284,7 +284,7 @@ def run(name: str,                    # name of a run notebook, or a path ending
     run_dir = new_run(notebook.stem, values, root, notebook=str(notebook), profile=", ".join(Path(n).stem if n.endswith((".yaml", ".yml")) else n for n in names) or None,
                       changed=changed, timeout=timeout, **info)
     write_json(run_dir/"config.json", {"name": notebook.stem, "notebook": str(notebook), "notebook_sha256": sha256_file(notebook), "profile": names, "parameters": values,
-                                         "cwd": cwd or os.getcwd()})
+                                         "cwd": cwd or os.getcwd()}, exact=True)
     return _execute(run_dir, notebook, changed, timeout, progress)
 
 # %% ../../nbs/lab/03_run.ipynb #c9543007

@@ -172,7 +172,7 @@ def sweep(name: str,                # run notebook
     for point in points: prepare(name, profile, point)              # every point is refused before any is run
     folder = sweep_folder(name, profile, fixed, axes, root)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder/"sweep.json", {"name": name, "profile": profile, "fixed": fixed, "axes": axes})
+    write_json(folder/"sweep.json", {"name": name, "profile": profile, "fixed": fixed, "axes": axes}, exact=True)
     notebook, runs = find_notebook(name), {}
     for number, point in enumerate(points): runs[number] = known(folder.name, prepare(name, profile, point)[1], notebook, root)
     table = lambda: write_table(folder, f"{Path(name).stem}: {' x '.join(axes)}", rows_of(axes, runs), axes)

@@ -61,12 +61,13 @@ def _name(obj): # a function or class; methods of built-in types have no module,
 
 
 def _definition(obj, inside): # a function or class
-    "Its name; of what `code_hash` does not read, or what shares its name (lambdas, functions within functions), also its code and what it has captured."
+    "Its name; of what `code_hash` does not read, or what shares its name (lambdas, functions within functions), also its code, what it has captured and a class's settings."
     name, functions = _name(obj), [obj]
     if name.startswith("camflow.") and "<" not in name: return name
     if inspect.isclass(obj): functions = [getattr(f, "fget", None) or getattr(f, "__func__", f) for _, f in sorted(vars(obj).items())]
     bases = [b for b in (obj.__bases__ if inspect.isclass(obj) else ()) if b.__module__ not in ("builtins", "typing")]
-    return [name, *([_code(f.__code__), describe([f.__defaults__, f.__kwdefaults__, *_captured(f)], inside)] for f in functions if inspect.isfunction(f)),
+    settings = {k: v for k, v in vars(obj).items() if not k.startswith("_") and not hasattr(v, "__get__") and not inspect.isclass(v)} if inspect.isclass(obj) else {}
+    return [name, *([describe(settings, inside)] if settings else []), *([_code(f.__code__), describe([f.__defaults__, f.__kwdefaults__, *_captured(f)], inside)] for f in functions if inspect.isfunction(f)),
             *(_definition(b, inside) for b in bases)]
 
 
@@ -94,7 +95,7 @@ def describe(obj,         # any setting
     if inspect.ismethod(obj): return [part(obj.__func__), part(obj.__self__)]
     if inspect.isroutine(obj) or inspect.isclass(obj): return _definition(obj, (*inside, obj))
     if not hasattr(obj, "__dict__"): return [name, re.sub(" at 0x[0-9a-f]+", "", repr(obj))]
-    return [_definition(type(obj), inside), {k: part(v) for k, v in sorted(vars(obj).items()) if not k.startswith("_")}]
+    return [_definition(type(obj), (*inside, obj)), {k: part(v) for k, v in sorted(vars(obj).items()) if not k.startswith("_")}]
 
 # %% ../../nbs/metrics/40_feature_cache.ipynb #ee89eaec
 class FeatureCache:

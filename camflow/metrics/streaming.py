@@ -70,11 +70,13 @@ class StreamMetric:
 
     def results(self, sample, found) -> list:  # a `Sample`; name of a need -> its arrays
         "`score` as a list of Results, which name their weights."
-        value = self.score(sample, **found)
+        return self.told(self.score(sample, **found), **({"frames": sample.info.frames} if sample.info else {}))
+
+    def told(self, value, **details) -> list:  # a number, a Result or a list of Results; of a number
+        "What `score` answered as a list of Results."
         if isinstance(value, list): return value
         if isinstance(value, Result): return [value]
         nets = [n for need in self.needs.values() for n in need.feature.networks] + list(self.networks)
-        details = {"frames": sample.info.frames} if sample.info else {}
         return [answer(self.name, value, nets, **details) if nets else Result(self.name, value, details=details)]
 
     def __call__(self, video=None, source=None, reference=None, # bytes [T,3,H,W]
@@ -299,9 +301,8 @@ def score_set(metric: SetMetric, clips, cache: FeatureCache,  # a metric of the 
             groups[side].append(clip.group)
     of = {f"{side}_sources": labels[side] for side in sides} | ({f"{side}_groups": groups[side] for side in sides} if metric.by_group else {})
     started = time.perf_counter()
-    try: results = [] if not sides["fake"] else metric.score(**sides, **of)
-    except Exception as error: results = failure(metric, error)
-    results = results if isinstance(results, list) else [results]
+    try: results = metric.told(metric.score(**sides, **of)) if sides["fake"] else []
+    except Exception as error: results = [failure(metric, error)]
     if not sides["fake"]: results = [Result(metric.name, status="skipped", reason=f"none of {len(clips)} clips has the features; first: {next(iter(lost.values()), 'no clips')}")]
     for r in results:
         r.seconds = time.perf_counter() - started

@@ -81,6 +81,7 @@ class CameraReward:
     def one(self, sample: Sample, estimate: Tensor):  # with a target path, else it is invalid; poses [T,4,4] of its clip
         "(value, status, details) of one sample; `meta['metres']` brings an up-to-scale estimator to metres, one factor per source clip."
         if sample.target is None: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has no target path"}
+        if len(sample.target) < 2: return math.nan, "invalid", {"reason": f"sample {sample.id!r} has one frame; a path has at least two"}
         estimate = torch.as_tensor(estimate).double().clone()
         estimate[:, :3, 3] *= sample.meta.get("metres", 1.0)
         try: errors = path_errors(sample.target.double(), estimate, self.gaps)

@@ -36,7 +36,6 @@ def check_rewards(rewards, options): # {name: weight}, {name: {option: value}}
     "Refuses rewards that do not exist, weights that are no numbers, options that the class does not know."
     if not isinstance(rewards, dict) or not rewards: raise InputError("no reward is configured; set rewards, e.g. {'camera': 1.0, 'appearance': 0.5}")
     if not isinstance(options, dict) or set(options) - set(rewards): raise InputError(f"reward_options={options!r} must be {{reward: {{option: value}}}} of the configured rewards {', '.join(rewards)}")
-    if not any(rewards.values()): raise InputError(f"rewards: the weights of {', '.join(rewards)} are all 0, so nothing would be learned; give one of them a weight")
     for name, weight in rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight): raise InputError(f"rewards: the weight {weight!r} of {name!r} is not a finite number")
         given = {k: v for k, v in options.get(name, {}).items() if k != "weights" or name not in ("camera", "follow")}   # weights: folder of the camera judge
@@ -107,6 +106,8 @@ class Settings:
         for name in ("shift", "finetune_shift", "finetune_batch", "finetune_lr"):
             if getattr(self, name) is not None and not getattr(self, name) > 0: raise InputError(f"{name}={getattr(self, name)} must be above 0, or null for the usual value")
         check_rewards(self.rewards, self.reward_options)
+        if self.arm != "finetune" and not any(self.rewards.values()):   # fine-tuning is only watched by rewards
+            raise InputError(f"rewards: the weights of {', '.join(self.rewards)} are all 0, so nothing would be learned in the arm {self.arm}; give one of them a weight")
 
 # %% ../../nbs/rl/12_recam_config.ipynb #3bb00aa0
 def parse(config: dict): # of the run; keys of Settings and RLConfig

@@ -89,7 +89,7 @@ def film(model, vae,               # OmniCamTransformer3DModel and AutoencoderKL
          context_MLD,              # text
          camera: str = "asked",    # "asked", "wrong", "off"
          steps: int = 12, shift: float = 3.0, camera_guidance: float = 1.0, seed: int = 0, # as for `sample`
-         batch: int = 16,          # clips at a time
+         batch: int = 16,          # clips at a time; they share a draw of the noise, so that another number gives other videos
          depth=None,               # of `omnicam_train.depth_net`
          warp_start: float = 1.0,  # as for `sample`
          detail: float = 0.0):     # as for `restore_detail`

@@ -137,6 +137,17 @@ def test_unknown_key_is_an_error(base, tmp_path):
     with pytest.raises(InputError, match=r"\['shfit'\]"): main({**base, "shfit": 3.}, tmp_path)
 
 
+def test_held_out_scenes_count_once_and_have_a_wrong_camera(base, tmp_path):
+    "With one clip the wrong camera would be its own."
+    seen = []
+    class Held(list):
+        def batch(self, triples): seen.extend(triples); raise StopIteration
+    with pytest.raises(StopIteration): finetune.compare(tiny_recam(0, num_layers=1), Held("ab"), None, None, count=5)
+    assert seen == [(0, 0, 1), (1, 0, 1)]
+    for name in ("held_out", "validation_clips"):
+        with pytest.raises(InputError, match=f"{name}=1 must be at least 2"): main({**base, name: 1}, tmp_path)
+
+
 def test_condition_is_that_of_cameras():
     from camflow.geometry.camera import Cameras
     from camflow.geometry.trajectory import random_trajectory

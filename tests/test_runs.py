@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from camflow.assets import list_profiles, list_runs, tiny_path
+from camflow.files import InputError
 from camflow.lab.report import needs_network
 from camflow.lab.run import prepare
 from camflow.lab.run import run as execute
@@ -51,6 +52,44 @@ def test_an_estimator_of_flow_may_be_a_relative_path():
         asked += 1
         assert re.search(r"user_path\(flow\)|flow_named\(flow\)", "\n".join(cells[1:])), name
     assert asked == 7
+
+
+# ---- what cannot be done is said before anything is trained
+
+def cells_of(name, run_dir, **params):
+    "(code cells behind the parameters, their variables) of a run on its smoke profile; nothing is executed yet."
+    notebook, values, _ = prepare(name, "smoke", params)
+    first, *cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    space = {"display": lambda *shown: None}
+    exec(first, space)
+    return cells, space | values | {"run_dir": str(run_dir)}
+
+
+@pytest.mark.parametrize("name, params, words", [
+    ("motion_ablation", dict(data="world"), "drawn shapes only"), ("motion_ablation", dict(measure="nosuch"), "no known name"), ("motion_ablation", dict(asked=[20]), "two different buckets"),
+    ("motion_ablation", dict(data="videos", measure="dis"), "give folder"), ("svd_interpolate", dict(data="videos", base_steps=1), "give folder"),
+    ("motion_buckets", dict(map="nosuch.json"), "does not exist"), ("video_edit", dict(keyframes=[0, 9], interpolator_steps=1), "frames 0 to 3"),
+    ("video_edit", dict(join="adapter", interpolator_steps=1), "appearance"), ("judge_reliability", dict(groups=0), "at least 1"), ("judge_reliability", dict(judges={}), "at least 1"),
+    ("tiny_pose", dict(clips=0), "clips=0"), ("tiny_vae", dict(clips=0), "clips=0"), ("da3_smoke", dict(frames=1), "at least two"), ("da3_smoke", dict(views=1), "at least two"),
+    ("gflow_fit", dict(heldout=1), "at least 2")])
+def test_refused_before_anything_is_trained(name, params, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    for way in ("camflow.lab.launch.launch", "camflow.flow.motion_bucket.sampled_speed", "camflow.rewards.reliability.retest", "camflow.world.write.write_scene", "camflow.gflow.truth.truth_clip"):
+        monkeypatch.setattr(way, lambda *args, **more: pytest.fail("work was begun"))
+    cells, space = cells_of(name, tmp_path/"run", **params)
+    with pytest.raises(InputError, match=words):
+        for cell in cells: exec(cell, space)
+
+
+def test_clips_that_stand_still_have_buckets(tmp_path, monkeypatch):
+    "They have no logarithm; the quantiles stay."
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    speeds = iter([0.0, 0.0, 0.3])
+    monkeypatch.setattr("camflow.flow.motion_bucket.sampled_speed", lambda *args: next(speeds))
+    cells, space = cells_of("motion_buckets", tmp_path, clips=3)
+    for cell in cells: exec(cell, space)
+    assert set(space["maps"]) == {"quantile"} and sorted(b["quantile"] for b in space["result"]["buckets"].values())[-1] == 255
 
 
 # ---- runs that are asked for something beside their profile, from a folder of one's own

@@ -225,9 +225,9 @@ def clip_psnr(video, truth): # signed [B,3,T,H,W] -> dB per clip [B], frames 1..
 @torch.no_grad()
 def compare(model, scenes: LatentScenes, vae, # in eval mode
             truth,                            # (scene, camera) -> signed [3,T,H,W]
-            count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, sampler
+            count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, at least 2: the wrong camera is another's; sampler
     "Mean PSNR of the sample and of what it must beat, and the share of clips that beat them."
-    triples = [(s % len(scenes), 0, 1) for s in range(count)]
+    triples = [(s, 0, 1) for s in range(min(count, len(scenes)))] # a scene counts once
     where = next(model.parameters()).device
     _, source, camera, context = (part.to(where) for part in scenes.batch(triples))
     true, copied = (torch.stack([truth(t[0], t[k]) for t in triples]) for k in (2, 1))
@@ -293,7 +293,8 @@ def checked(config: dict): # full configuration
     if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError(f"tiles={config['tiles']} with data = world, whose clips are encoded whole; leave tiles out, or set data=multicam")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
-    at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
+    least = 2 if config["data"] == "world" else 1                         # another clip's camera is the wrong one
+    at_least(config, scenes=1, cameras=2, held_out=least, validation_clips=least, sample_steps=1, lora_rank=1, frames=1)
     for name in ("shift", "sample_shift"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; the published model has 5, and 1 leaves the noise levels uniform")
     return config

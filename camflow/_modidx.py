@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camflow.assets.reports_dir': ('assets.html#reports_dir', 'camflow/assets.py'),
                                 'camflow.assets.run_notebook': ('assets.html#run_notebook', 'camflow/assets.py'),
                                 'camflow.assets.tiny_path': ('assets.html#tiny_path', 'camflow/assets.py'),
+                                'camflow.assets.user_options': ('assets.html#user_options', 'camflow/assets.py'),
                                 'camflow.assets.user_path': ('assets.html#user_path', 'camflow/assets.py'),
                                 'camflow.assets.weights_folder': ('assets.html#weights_folder', 'camflow/assets.py')},
             'camflow.data.buckets': { 'camflow.data.buckets.Window': ('data/buckets.html#window', 'camflow/data/buckets.py'),

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from camflow.assets import list_profiles, list_runs, tiny_path
+from camflow.assets import list_profiles, list_runs, tiny_path, user_options
 from camflow.files import InputError
 from camflow.lab.report import needs_network
 from camflow.lab.run import prepare
@@ -71,7 +71,7 @@ def cells_of(name, run_dir, **params):
     ("motion_buckets", dict(map="nosuch.json"), "does not exist"), ("video_edit", dict(keyframes=[0, 9], interpolator_steps=1), "frames 0 to 3"),
     ("video_edit", dict(join="adapter", interpolator_steps=1), "appearance"), ("judge_reliability", dict(groups=0), "at least 1"), ("judge_reliability", dict(judges={}), "at least 1"),
     ("tiny_pose", dict(clips=0), "clips=0"), ("tiny_vae", dict(clips=0), "clips=0"), ("da3_smoke", dict(frames=1), "at least two"), ("da3_smoke", dict(views=1), "at least two"),
-    ("gflow_fit", dict(heldout=1), "at least 2")])
+    ("gflow_fit", dict(heldout=1), "at least 2"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
 def test_refused_before_anything_is_trained(name, params, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
@@ -80,6 +80,22 @@ def test_refused_before_anything_is_trained(name, params, words, tmp_path, monke
     cells, space = cells_of(name, tmp_path/"run", **params)
     with pytest.raises(InputError, match=words):
         for cell in cells: exec(cell, space)
+
+
+def test_options_may_name_relative_folders(tmp_path, monkeypatch):
+    "Notebooks run in folders of their own; what is no folder here, or a name on a server, stays."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAMFLOW_CWD", str(tmp_path))
+    (tmp_path/"models/qwen").mkdir(parents=True)
+    asked = {"vlm": {"model": "models/qwen", "profile": "models", "frames": 4}, "far": {"model": "models/qwen", "endpoint": "http://127.0.0.1:1/v1"}, "untrained": {"weights": "random"}}
+    assert user_options(asked) == asked | {"vlm": asked["vlm"] | {"model": str(tmp_path.resolve()/"models/qwen")}}
+    cells, space = cells_of("judge_reliability", tmp_path/"a", options=asked)
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    exec(cells[0], space)
+    assert space["options"] == user_options(asked)
+    cells, space = cells_of("recam_grpo", tmp_path/"b", reward_options=asked, arms=[])
+    with pytest.raises(InputError, match="no arm"): exec(cells[0], space)
+    assert space["reward_options"] == user_options(asked)
 
 
 def test_clips_that_stand_still_have_buckets(tmp_path, monkeypatch):

@@ -82,6 +82,14 @@ def test_refused_before_anything_is_trained(name, params, words, tmp_path, monke
         for cell in cells: exec(cell, space)
 
 
+def test_the_worlds_videos_are_as_long_as_asked(tmp_path, monkeypatch):
+    "Without a table the run ends with whatever is asked of the videos, as by default."
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    cells, space = cells_of("webvid_prepare", tmp_path, min_seconds=25.0)
+    for cell in cells: exec(cell, space)
+    assert space["result"]["videos"] == 2
+
+
 def test_options_may_name_relative_folders(tmp_path, monkeypatch):
     "Notebooks run in folders of their own; what is no folder here, or a name on a server, stays."
     monkeypatch.chdir(tmp_path)

@@ -1039,6 +1039,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'camflow/flow/estimators.py'),
                                          'camflow.flow.estimators.estimate_flow': ( 'flow/estimators.html#estimate_flow',
                                                                                     'camflow/flow/estimators.py'),
+                                         'camflow.flow.estimators.flow_named': ( 'flow/estimators.html#flow_named',
+                                                                                 'camflow/flow/estimators.py'),
                                          'camflow.flow.estimators.load_flow': ( 'flow/estimators.html#load_flow',
                                                                                 'camflow/flow/estimators.py')},
             'camflow.flow.evaluate': { 'camflow.flow.evaluate.endpoint_error': ( 'flow/evaluate.html#endpoint_error',

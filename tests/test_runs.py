@@ -8,6 +8,7 @@ import torch
 
 from camflow.assets import list_profiles, list_runs, tiny_path, user_options
 from camflow.files import InputError
+from camflow.flow.estimators import flow_named
 from camflow.lab.report import needs_network
 from camflow.lab.run import prepare
 from camflow.lab.run import run as execute
@@ -50,8 +51,15 @@ def test_an_estimator_of_flow_may_be_a_relative_path():
         cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
         if not re.search(r"^flow: .*(estimator|path)", cells[0], re.M): continue
         asked += 1
-        assert re.search(r"user_path\(flow\)|flow_named\(flow\)", "\n".join(cells[1:])), name
+        assert re.search(r"flow_named\(flow[,)]", "\n".join(cells[1:])), name
     assert asked == 7
+
+
+def test_a_published_flow_network_lies_in_the_folder_itself(tmp_path, monkeypatch):
+    "Its file's name begins with what is also a name of an estimator."
+    monkeypatch.setenv("CAMFLOW_CWD", str(tmp_path))
+    for name in ("gmflow-scale2-regrefine6-mixdata-train320x576-4e7b215d.pth", "tiny-mine"): assert flow_named(name, "gmflow") == str(tmp_path.resolve()/name)
+    assert [flow_named(name, "gmflow") for name in ("dis", "dis-fast", "tiny", "random", "gmflow")] == ["dis", "dis-fast", "tiny", "random", "gmflow"]
 
 
 # ---- what cannot be done is said before anything is trained

@@ -251,6 +251,14 @@ def test_finetune_on_a_multicam_folder(base, tmp_path):
     torch.testing.assert_close(scenes.latents[1][0], encoded, atol=2e-3, rtol=2e-3)
 
 
+def test_texts_of_another_encoder_are_refused_before_videos_are_encoded(base, tmp_path):
+    from camflow.world.write import write_multicam
+    write_multicam(tmp_path/"data", scenes=1, frames=5, cameras=2, size=(32, 48), val=False)
+    LatentCache(tmp_path/"cache/text", {"text": "another"})
+    with pytest.raises(InputError, match="text was made with other"): main({**base, "data": "multicam", "root": str(tmp_path/"data"), "frames": 5, "size": [32, 48], "cache_folder": str(tmp_path/"cache")}, tmp_path/"run")
+    assert not list((tmp_path/"cache").rglob("*.safetensors"))
+
+
 def test_activation_checkpointing_changes_no_gradient():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g)

@@ -199,12 +199,13 @@ def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiC
         return path[clip_indices(len(path), frames, where=str(data.path(scene, camera)))[::4]]
     captions = [data.caption(scene, data.videos(scene)[0]) for scene in data.scenes]
     path = [torch.stack([poses(scene, camera) for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
+    words = cached_texts(Path(folder)/"text", text, captions)                # likewise: texts of another encoder are refused
     rank, world, wait = _shares()
     made = prepare_videos(folder, items, video_identity(vae, tiles), latent_encoder(vae, tiles), frames, size, rank=rank, world=world, wait=wait)
     if made.failed: raise InputError(f"{len(made.failed)} of {len(items)} videos cannot be encoded, first: {next(iter(made.failed.values()))}; mend or remove them")
     cache, keys = LatentCache(Path(folder)/"latents"), iter(made.keys.values())
     latents = [CachedLatents(cache, [next(keys) for _ in data.videos(scene)]) for scene in data.scenes]
-    return LatentScenes(latents, path, cached_texts(Path(folder)/"text", text, captions), captions)
+    return LatentScenes(latents, path, words, captions)
 
 # %% ../../nbs/wan/07_finetune.ipynb #38716e98
 @torch.no_grad()

@@ -802,6 +802,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'camflow/depth/da3_head.py'),
                                         'camflow.depth.da3_head.Fusion.forward': ( 'depth/da3_head.html#fusion.forward',
                                                                                    'camflow/depth/da3_head.py'),
+                                        'camflow.depth.da3_head.NoMetre': ('depth/da3_head.html#nometre', 'camflow/depth/da3_head.py'),
                                         'camflow.depth.da3_head.ResidualUnit': ( 'depth/da3_head.html#residualunit',
                                                                                  'camflow/depth/da3_head.py'),
                                         'camflow.depth.da3_head.ResidualUnit.__init__': ( 'depth/da3_head.html#residualunit.__init__',

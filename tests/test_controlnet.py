@@ -224,7 +224,7 @@ def test_resume_and_export(family, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [(dict(family="svd", frames=1), "at least two"), (dict(captions_missing="skip"), "'empty' or 'error'"), (dict(dropout=0.6), "at most 1/3"),
-                                           (dict(depth_folder="x"), "unknown configuration"), (dict(data="voc"), "give folder or table"), (dict(size=[15, 16]), "multiples of")])
+                                           (dict(depth_folder="x"), "unknown configuration"), (dict(data="voc"), "give table"), (dict(size=[15, 16]), "multiples of")])
 def test_bad_configurations(changes, words, tmp_path):
     "An unknown flag (the public README names one that does not exist) is an error."
     with pytest.raises(InputError, match=words): ct.main(SMALL | dict(steps=1) | changes, tmp_path)

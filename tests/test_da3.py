@@ -11,6 +11,7 @@ from camflow.depth.da3 import CONFIGS, DepthAnything3, init_weights
 from camflow.depth.da3_files import TOY, NestedDA3, convert_raw, load_da3, load_state, random_da3, save_da3
 from camflow.depth.da3_video import DA3Cameras, predict
 from camflow.files import InputError
+from camflow.media.frames import Frames
 from tests.parity import da3 as parity
 
 GOLDENS = Path(__file__).parent / "goldens" / "da3"
@@ -133,6 +134,21 @@ def test_nested_folders_load_and_answer_in_metres(tmp_path):
     assert parity.compare("nested", got, {k: want[k] for k in ("depth", "depth_conf", "extrinsics", "intrinsics")})[3]
     seen = predict(load_da3(tmp_path), torch.randint(0, 255, (5, 3, 42, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), views=3, process_res=56)
     assert seen.unit == 1 and seen.maps().kind == "metric" and seen.sky.shape == seen.depth.shape
+
+
+def test_a_clip_of_the_sky_has_no_score_and_ends_nothing():
+    "A reward meets such clips: they are missing, the others of the batch are judged."
+    from camflow.geometry.trajectory import preset
+    from camflow.rewards.protocol import Sample
+    from camflow.rewards.segments import SegmentReward
+    goldens = parity.Folder(GOLDENS)
+    pair = NestedDA3(*(goldens.model("tiny_nested")[name].config for name in ("da3", "da3_metric")))
+    load_state(pair, goldens.weights("tiny_nested"))
+    real, clip = pair.da3_metric.forward, torch.randint(0, 255, (3, 3, 42, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = iter([True, False])
+    pair.da3_metric.forward = lambda x, **how: (found := real(x, **how)) | {"sky": torch.full_like(found["sky"], float(next(seen)))}
+    scores = SegmentReward(estimator=DA3Cameras(pair.eval(), 3, 56, depth=True), scale="metric")([Sample(Frames(clip, "byte"), target=preset("pan_left", 3)) for _ in range(2)])
+    assert [status == "ok" for status in scores.status] == [False, True], scores
 
 
 def test_incomplete_downloads_are_named(tmp_path):

@@ -137,6 +137,17 @@ def test_unknown_key_is_an_error(base, tmp_path):
     with pytest.raises(InputError, match=r"\['shfit'\]"): main({**base, "shfit": 3.}, tmp_path)
 
 
+def test_held_out_scenes_count_once_and_have_a_wrong_camera(base, tmp_path):
+    "With one clip the wrong camera would be its own."
+    seen = []
+    class Held(list):
+        def batch(self, triples): seen.extend(triples); raise StopIteration
+    with pytest.raises(StopIteration): finetune.compare(tiny_recam(0, num_layers=1), Held("ab"), None, None, count=5)
+    assert seen == [(0, 0, 1), (1, 0, 1)]
+    for name in ("held_out", "validation_clips"):
+        with pytest.raises(InputError, match=f"{name}=1 must be at least 2"): main({**base, name: 1}, tmp_path)
+
+
 def test_condition_is_that_of_cameras():
     from camflow.geometry.camera import Cameras
     from camflow.geometry.trajectory import random_trajectory
@@ -238,6 +249,14 @@ def test_finetune_on_a_multicam_folder(base, tmp_path):
     torch.testing.assert_close(scenes.condition(1, 2, 0), item.camera, atol=1e-5, rtol=1e-5)
     encoded = finetune.latent_encoder(vae)([item.target.signed().data.transpose(0, 1)])["latents"][0]
     torch.testing.assert_close(scenes.latents[1][0], encoded, atol=2e-3, rtol=2e-3)
+
+
+def test_texts_of_another_encoder_are_refused_before_videos_are_encoded(base, tmp_path):
+    from camflow.world.write import write_multicam
+    write_multicam(tmp_path/"data", scenes=1, frames=5, cameras=2, size=(32, 48), val=False)
+    LatentCache(tmp_path/"cache/text", {"text": "another"})
+    with pytest.raises(InputError, match="text was made with other"): main({**base, "data": "multicam", "root": str(tmp_path/"data"), "frames": 5, "size": [32, 48], "cache_folder": str(tmp_path/"cache")}, tmp_path/"run")
+    assert not list((tmp_path/"cache").rglob("*.safetensors"))
 
 
 def test_activation_checkpointing_changes_no_gradient():

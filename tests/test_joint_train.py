@@ -79,7 +79,7 @@ def test_export_and_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(family="sd", data="videos", folder="x"), "videos for svd"), (dict(data="images"), "give folder or table"), (dict(family="svd", frames=1), "at least two"),
+    (dict(family="sd", data="videos", folder="x"), "videos for svd"), (dict(data="images"), "give folder"), (dict(family="svd", data="videos", table="x"), "give folder"), (dict(family="svd", frames=1), "at least two"),
     (dict(size=[15, 16]), "multiples of 2"), (dict(data="nothing"), "one of"), (dict(rank=0), "at least 1"),
     (dict(gradient_checkpointing=True, joint_dropout=0.1), "joint_dropout"), (dict(no_such_knob=1), "no_such_knob")])
 def test_bad_configurations(tmp_path, change, message):

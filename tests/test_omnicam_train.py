@@ -99,6 +99,13 @@ def test_paths_do_not_collide_with_held_out():
         scripted(script_cases(1), first=5)
 
 
+def test_a_script_alone_is_compared_with_the_way_back():
+    "The wrong camera is another one's; of one clip it would be its own."
+    from camflow.wan.omnicam_evaluate import script_cases, scripted
+    clips = scripted(script_cases(1), frames=5, size=(16, 32))
+    assert abs(clips.wrong_MT44[0, -1] - clips.c2w_MT44[0, -1]).max() > 0.1
+
+
 @pytest.mark.parametrize("change, words", [
     ({"data": "files"}, "needs items"), ({"frames": 8}, r"4k \+ 1"), ({"size": [50, 80]}, "multiples of"), ({"camera_dropout": 1.5}, "no share"),
     ({"lora_rank": 2}, r"muon=\[\]"),
@@ -360,6 +367,8 @@ def test_training_with_the_warp_reads_it_and_measures_wrong_cameras_with_theirs(
     from camflow.wan.depth_warp import model_camera
     asked = model_camera(model, vae, depth, truth[:1, :, 0], held.c2w_SNT44[:1, 0], held.K_S4[:1])
     torch.testing.assert_close(camera, asked, atol=5e-3, rtol=1e-3)             # the cache keeps half precision
+    alone = compare(result.loop.bare.eval(), held, vae, truth[:1], 1, depth=depth)
+    assert alone["psnr_wrong_camera"] != alone["psnr_sample"]                   # of one clip the wrong camera is the way back
     assert (tmp_path/"out/depth/model.safetensors").exists()
     with pytest.raises(InputError, match="takes its depth"): compare(model, held, vae, truth, 1)
     with pytest.raises(InputError, match="as depth/"): omnicam_generate.Generator(model, vae, build_tiny_text(["a room"]))

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from camflow.assets import list_profiles, list_runs, tiny_path, user_paths
+from camflow.assets import list_profiles, list_runs, tiny_path, user_options
+from camflow.files import InputError
+from camflow.flow.estimators import flow_named
 from camflow.lab.report import needs_network
 from camflow.lab.run import prepare
 from camflow.lab.run import run as execute
@@ -49,20 +51,77 @@ def test_an_estimator_of_flow_may_be_a_relative_path():
         cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
         if not re.search(r"^flow: .*(estimator|path)", cells[0], re.M): continue
         asked += 1
-        assert re.search(r"user_path\(flow\)|flow_named\(flow\)", "\n".join(cells[1:])), name
+        assert re.search(r"flow_named\(flow[,)]", "\n".join(cells[1:])), name
     assert asked == 7
 
 
-def test_options_may_name_relative_files(tmp_path, monkeypatch):
-    "Also those inside of dicts: notebooks run in folders of their own."
-    (tmp_path/"judge").mkdir(), (tmp_path/"tiny").mkdir(), (tmp_path/"keys.txt").write_text("x")
+def test_a_published_flow_network_lies_in_the_folder_itself(tmp_path, monkeypatch):
+    "Its file's name begins with what is also a name of an estimator."
     monkeypatch.setenv("CAMFLOW_CWD", str(tmp_path))
-    asked = {"vlm": {"model": "judge", "token_file": "./keys.txt", "profile": "aps", "roots": ["judge", "gone/x"]}, "camera": {"estimator": "tiny", "tau": 2.0, "text": "a "*3000}}
-    assert user_paths(asked) == {"vlm": {"model": str(tmp_path/"judge"), "token_file": str(tmp_path/"keys.txt"), "profile": "aps", "roots": [str(tmp_path/"judge"), "gone/x"]},
-                                 "camera": asked["camera"]}
-    for name, kinds in {"judge_reliability": ["options.get(name, {})"], "recam_evaluate": ["options"], "multicam_caption": ["options"], "recam_grpo": ["servers", "reward_options"]}.items():
-        source = prepare(name)[0].read_text(encoding="utf-8")
-        assert all(f"user_paths({kind})" in source for kind in kinds), name
+    for name in ("gmflow-scale2-regrefine6-mixdata-train320x576-4e7b215d.pth", "tiny-mine"): assert flow_named(name, "gmflow") == str(tmp_path.resolve()/name)
+    assert [flow_named(name, "gmflow") for name in ("dis", "dis-fast", "tiny", "random", "gmflow")] == ["dis", "dis-fast", "tiny", "random", "gmflow"]
+
+
+# ---- what cannot be done is said before anything is trained
+
+def cells_of(name, run_dir, **params):
+    "(code cells behind the parameters, their variables) of a run on its smoke profile; nothing is executed yet."
+    notebook, values, _ = prepare(name, "smoke", params)
+    first, *cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    space = {"display": lambda *shown: None}
+    exec(first, space)
+    return cells, space | values | {"run_dir": str(run_dir)}
+
+
+@pytest.mark.parametrize("name, params, words", [
+    ("motion_ablation", dict(data="world"), "drawn shapes only"), ("motion_ablation", dict(measure="nosuch"), "no known name"), ("motion_ablation", dict(asked=[20]), "two different buckets"),
+    ("motion_ablation", dict(data="videos", measure="dis"), "give folder"), ("svd_interpolate", dict(data="videos", base_steps=1), "give folder"),
+    ("motion_buckets", dict(map="nosuch.json"), "does not exist"), ("video_edit", dict(keyframes=[0, 9], interpolator_steps=1), "frames 0 to 3"),
+    ("video_edit", dict(join="adapter", interpolator_steps=1), "appearance"), ("judge_reliability", dict(groups=0), "at least 1"), ("judge_reliability", dict(judges={}), "at least 1"),
+    ("tiny_pose", dict(clips=0), "clips=0"), ("tiny_vae", dict(clips=0), "clips=0"), ("da3_smoke", dict(frames=1), "at least two"), ("da3_smoke", dict(views=1), "at least two"),
+    ("gflow_fit", dict(heldout=1), "at least 2"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
+def test_refused_before_anything_is_trained(name, params, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    for way in ("camflow.lab.launch.launch", "camflow.flow.motion_bucket.sampled_speed", "camflow.rewards.reliability.retest", "camflow.world.write.write_scene", "camflow.gflow.truth.truth_clip"):
+        monkeypatch.setattr(way, lambda *args, **more: pytest.fail("work was begun"))
+    cells, space = cells_of(name, tmp_path/"run", **params)
+    with pytest.raises(InputError, match=words):
+        for cell in cells: exec(cell, space)
+
+
+def test_the_worlds_videos_are_as_long_as_asked(tmp_path, monkeypatch):
+    "Without a table the run ends with whatever is asked of the videos, as by default."
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    cells, space = cells_of("webvid_prepare", tmp_path, min_seconds=25.0)
+    for cell in cells: exec(cell, space)
+    assert space["result"]["videos"] == 2
+
+
+def test_options_may_name_relative_folders(tmp_path, monkeypatch):
+    "Notebooks run in folders of their own; what is no folder here, or a name on a server, stays."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAMFLOW_CWD", str(tmp_path))
+    (tmp_path/"models/qwen").mkdir(parents=True)
+    asked = {"vlm": {"model": "models/qwen", "profile": "models", "frames": 4}, "near": {"roots": ["models", "gone/x"]}, "far": {"model": "models/qwen", "endpoint": "http://127.0.0.1:1/v1"}, "untrained": {"weights": "random"}}
+    assert user_options(asked) == asked | {"vlm": asked["vlm"] | {"model": str(tmp_path.resolve()/"models/qwen")}, "near": {"roots": [str(tmp_path.resolve()/"models"), "gone/x"]}}
+    cells, space = cells_of("judge_reliability", tmp_path/"a", options=asked)
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    exec(cells[0], space)
+    assert space["options"] == user_options(asked)
+    cells, space = cells_of("recam_grpo", tmp_path/"b", reward_options=asked, arms=[])
+    with pytest.raises(InputError, match="no arm"): exec(cells[0], space)
+    assert space["reward_options"] == user_options(asked)
+
+
+def test_clips_that_stand_still_have_buckets(tmp_path, monkeypatch):
+    "They have no logarithm; the quantiles stay."
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    speeds = iter([0.0, 0.0, 0.3])
+    monkeypatch.setattr("camflow.flow.motion_bucket.sampled_speed", lambda *args: next(speeds))
+    cells, space = cells_of("motion_buckets", tmp_path, clips=3)
+    for cell in cells: exec(cell, space)
+    assert set(space["maps"]) == {"quantile"} and sorted(b["quantile"] for b in space["result"]["buckets"].values())[-1] == 255
 
 
 # ---- runs that are asked for something beside their profile, from a folder of one's own

@@ -159,7 +159,7 @@ def test_resume_is_exact(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [(dict(frames=1), "at least two"), (dict(target="depth"), "video, flow"), (dict(trained="some"), "lora, temporal, full"),
                                            (dict(motion_bucket=300), "0..255"), (dict(noise_aug=-1), "from 0"), (dict(dropout=0.5), "at most 1/3"),
-                                           (dict(data="images"), "videos for svd"), (dict(data="webvid"), "give folder or table"), (dict(rnk=3), "unknown configuration")])
+                                           (dict(data="images"), "videos for svd"), (dict(data="webvid"), "give table and folder"), (dict(data="panda", table="x"), "give folder"), (dict(rnk=3), "unknown configuration")])
 def test_bad_configurations(changes, words, tmp_path):
     with pytest.raises(InputError, match=words): svd_train.main(SMALL | changes, tmp_path)
 

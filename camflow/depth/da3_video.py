@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .da3 import REF_VIEWS, invert_pose
-from .da3_head import fill_sky
+from .da3_head import NoMetre, fill_sky
 from ..device import compute_dtype
 from ..files import InputError
 from ..geometry.camera import Cameras
@@ -246,8 +246,9 @@ class DA3Cameras:
         return self.read(clip_T3HW)[0]
 
     def read(self, clip_T3HW: Tensor): # uint8
-        "(poses [T,4,4], median depth of the first frame or NaN) of one clip."
-        seen = predict(self.model, clip_T3HW, self.views, self.process_res, self.ref_view, self.rays, [0] if self.depth else [])
+        "(poses [T,4,4], median depth of the first frame or NaN) of one clip; all NaN where the network cannot say."
+        try: seen = predict(self.model, clip_T3HW, self.views, self.process_res, self.ref_view, self.rays, [0] if self.depth else [])
+        except NoMetre: return torch.full((len(clip_T3HW), 4, 4), torch.nan, dtype=torch.float64), torch.nan   # one picture of the sky does not end a training
         path = seen.path(len(clip_T3HW))
         path[:, :3, 3] *= self.metres
         return path, float(seen.depth[0].median()) * self.metres if self.depth else torch.nan

@@ -49,7 +49,8 @@ def checked(config: dict): # full configuration
     still = config["data"] in ("images", "voc")
     if still and config["family"] == "svd" or config["data"] in ("videos", "webvid", "panda") and config["family"] == "sd":
         raise InputError(f"data={config['data']!r} with family={config['family']!r}; joint_finetune; pictures with depth are for sd, videos for svd")
-    if config["data"] not in ("shapes", "world") and not (config["table"] or config["folder"]): raise InputError(f"data={config['data']!r} needs the files; joint_finetune; give folder or table")
+    needed = dict(images=["folder"], voc=["table"], videos=["folder"], webvid=["table", "folder"], panda=["table", "folder"]).get(config["data"], [])
+    if missing := [name for name in needed if not config[name]]: raise InputError(f"data={config['data']!r} needs the files; joint_finetune; give {' and '.join(missing)}")
     if config["family"] == "svd" and config["frames"] < 2: raise InputError(f"frames={config['frames']}; joint_finetune; a clip with flow has at least two")
     if config.get("gradient_checkpointing") and config["joint_dropout"]: raise InputError(f"joint_dropout={config['joint_dropout']} with gradient_checkpointing; joint_finetune; the branch would be off in the forward pass and on when it is repeated: set joint_dropout=0, or gradient_checkpointing=false")
     if config["base"] and config["unet"]: raise InputError(f"unet={config['unet']} with base={config['base']}; joint_finetune; a folder says itself what its network is, changes are for the tiny one (base=None)")

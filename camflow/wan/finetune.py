@@ -199,12 +199,13 @@ def multicam_scenes(folder, data, vae, text: TextEncoder, # cache folder, MultiC
         return path[clip_indices(len(path), frames, where=str(data.path(scene, camera)))[::4]]
     captions = [data.caption(scene, data.videos(scene)[0]) for scene in data.scenes]
     path = [torch.stack([poses(scene, camera) for camera in data.videos(scene)]) for scene in data.scenes]  # before the slow part: errors first
+    words = cached_texts(Path(folder)/"text", text, captions)                # likewise: texts of another encoder are refused
     rank, world, wait = _shares()
     made = prepare_videos(folder, items, video_identity(vae, tiles), latent_encoder(vae, tiles), frames, size, rank=rank, world=world, wait=wait)
     if made.failed: raise InputError(f"{len(made.failed)} of {len(items)} videos cannot be encoded, first: {next(iter(made.failed.values()))}; mend or remove them")
     cache, keys = LatentCache(Path(folder)/"latents"), iter(made.keys.values())
     latents = [CachedLatents(cache, [next(keys) for _ in data.videos(scene)]) for scene in data.scenes]
-    return LatentScenes(latents, path, cached_texts(Path(folder)/"text", text, captions), captions)
+    return LatentScenes(latents, path, words, captions)
 
 # %% ../../nbs/wan/07_finetune.ipynb #38716e98
 @torch.no_grad()
@@ -225,9 +226,9 @@ def clip_psnr(video, truth): # signed [B,3,T,H,W] -> dB per clip [B], frames 1..
 @torch.no_grad()
 def compare(model, scenes: LatentScenes, vae, # in eval mode
             truth,                            # (scene, camera) -> signed [3,T,H,W]
-            count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, sampler
+            count: int = 32, steps: int = 8, shift: float = 3.0): # scenes, at least 2: the wrong camera is another's; sampler
     "Mean PSNR of the sample and of what it must beat, and the share of clips that beat them."
-    triples = [(s % len(scenes), 0, 1) for s in range(count)]
+    triples = [(s, 0, 1) for s in range(min(count, len(scenes)))] # a scene counts once
     where = next(model.parameters()).device
     _, source, camera, context = (part.to(where) for part in scenes.batch(triples))
     true, copied = (torch.stack([truth(t[0], t[k]) for t in triples]) for k in (2, 1))
@@ -293,7 +294,8 @@ def checked(config: dict): # full configuration
     if tiling(config["tiles"]) and config["data"] != "multicam": raise InputError(f"tiles={config['tiles']} with data = world, whose clips are encoded whole; leave tiles out, or set data=multicam")
     hidden_of(config)
     if config["frames"] % 4 != 1: raise InputError(f"frames={config['frames']} must be 4k + 1: 5, 9, ..., 81")
-    at_least(config, scenes=1, cameras=2, held_out=1, validation_clips=1, sample_steps=1, lora_rank=1, frames=1)
+    least = 2 if config["data"] == "world" else 1                         # another clip's camera is the wrong one
+    at_least(config, scenes=1, cameras=2, held_out=least, validation_clips=least, sample_steps=1, lora_rank=1, frames=1)
     for name in ("shift", "sample_shift"):
         if not config[name] > 0: raise InputError(f"{name}={config[name]} must be above 0; the published model has 5, and 1 leaves the noise levels uniform")
     return config

@@ -62,7 +62,7 @@ class ScriptClips:
     image_M3HW: torch.Tensor      # uint8
     truth_MT3HW: torch.Tensor     # uint8
     c2w_MT44: np.ndarray          # asked, relative to the first frame, metres
-    wrong_MT44: np.ndarray        # of the next clip's script
+    wrong_MT44: np.ndarray        # of the next clip's script; of a clip alone the way back
     scripts: list                 # Segments of each clip
     captions: list                # of the clips
     scenes: list = field(repr=False)  # of the world
@@ -80,7 +80,8 @@ def scripted(scripts,             # Segments of each clip
     scenes = [random_scene(first + i, detail=DETAIL) for i in range(len(scripts))]
     K, times = default_K(size), np.arange(frames) / fps
     videos = torch.from_numpy(np.stack([render_clips(scene, [(scene.start @ path, K)], times, size=size)[0] for scene, path in zip(scenes, paths)]))
-    return ScriptClips(videos[:, 0], videos, paths, np.roll(paths, -1, 0), list(scripts), [scene.caption() for scene in scenes], scenes, fps)
+    wrong = np.roll(paths, -1, 0) if len(paths) > 1 else np.linalg.inv(paths)
+    return ScriptClips(videos[:, 0], videos, paths, wrong, list(scripts), [scene.caption() for scene in scenes], scenes, fps)
 
 # %% ../../nbs/wan/27_omnicam_evaluate.ipynb #c86fec3a
 @torch.no_grad()

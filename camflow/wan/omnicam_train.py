@@ -196,7 +196,9 @@ def compare(model, clips: ImageClips, vae, truth, # in eval mode; held-out clips
     grid = tuple(n // (8 * p) for n, p in zip(truth.shape[-2:], patch))
     target, image, rays, context, clip = (None if part is None else part.to(where) for part in clips.batch([s * clips.cameras for s in range(len(truth))],
         grid))
-    wrong = model_camera(model, vae, depth, truth[:, :, 0], clips.c2w_SNT44[:len(truth), 0].roll(1, 0), clips.K_S4[:len(truth)]).to(where)
+    paths = clips.c2w_SNT44[:len(truth), 0]
+    other = paths.roll(1, 0) if len(paths) > 1 else torch.linalg.inv(paths)   # of a clip alone the way back
+    wrong = model_camera(model, vae, depth, truth[:, :, 0], other, clips.K_S4[:len(truth)]).to(where)
     decode = lambda z: decode_latents(vae, z.to(next(vae.parameters()).device)).float().cpu()
     run = lambda camera: decode(sample(model, image, camera, context, clip, steps, shift))
     made = {"sample": run(rays), "camera_off": run(None), "wrong_camera": run(wrong), "still": truth[:, :, :1].expand_as(truth),

@@ -19,6 +19,7 @@ from camflow.rl.recam_export import save_parts
 from camflow.rl.recam_grpo import build, main, parse
 from camflow.wan.generate import load_pipeline
 from camflow.world.write import write_multicam
+from tests.phone import phone_video, shown
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,16 @@ def test_held_out_requests_come_from_whole_scenes(multicam, tmp_path):
     assert len(scenes(held, 7)) == 2 and scenes(load, 6).isdisjoint(scenes(held, 7)) and len({held(i).id for i in range(7)}) == 7
     for change, words in [({"conditions": 7}, "at most 6"), ({"eval_conditions": 13}, "eval_conditions lower or add scenes"), ({"conditions": 100, "eval_conditions": 1}, "at most 12")]:
         with pytest.raises(InputError, match=words): open_data(parse({**config_of(s), **change})[0], 0, tmp_path)
+
+
+def test_a_video_of_variable_rate_is_spread_over_its_time(tmp_path):
+    "Each frame is what was on screen within half a mean frame of its share of the video's length."
+    times = phone_video(tmp_path/"phone.mp4")
+    for frames in (9, 33):
+        s = parse(TINY | {"data": "videos", "root": str(tmp_path), "frames": frames})[0]
+        seen, half = open_data(s, 0, tmp_path)[0](0).source.data[:, 0, 0, 0].tolist(), times[-1] / (len(times) - 1) / 2
+        asked = [k * times[-1] / (frames - 1) for k in range(frames)]
+        assert len(seen) == frames and all(shown(times, max(0, t - half)) <= value <= shown(times, t + half) for t, value in zip(asked, seen))
 
 
 def config_of(s): return {name: getattr(s, name) for name in ("data", "root", "cameras", "conditions", "eval_conditions", "model", "groups", "k", "micro_batch")}

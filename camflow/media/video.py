@@ -12,6 +12,7 @@ __all__ = ['SIZE_TAG', 'CONTAINERS', 'VideoError', 'VideoInfo', 'probe', 'frame_
 import base64
 import os
 import tempfile
+import warnings
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,7 +23,7 @@ import torch
 
 from ..files import InputError
 from .frames import Frames, strided_fps
-from .video_facts import list_packets, promised, readers_differ, reason, shown, spacing, squaring
+from .video_facts import list_packets, promised, readers_differ, reason, shown, spacing, squaring, unlike_players
 
 # %% ../../nbs/media/01_video.ipynb #a1880880
 class VideoError(InputError):
@@ -96,6 +97,7 @@ def _scan(path: Path, stamp: tuple) -> _Index: # stamp: size and time of change,
         times, count, hidden, keys, open_gop, problem = list_packets(container, stream)
         tick = float(stream.time_base)
         fps, duration, variation = spacing(times, tick, stream.average_rate) if times else (float(stream.average_rate or "nan"), float("nan"), 0)
+        if other := unlike_players(stream, first): warnings.warn(f"{path} {other}", stacklevel=4)
         problem = problem or promised(container, stream, count + hidden, duration, times[0] * tick if times else 0.0)
         info = VideoInfo(str(path), count, fps, _true_size(container.metadata, (h, w)), duration, variation > 1, turned, stream.codec_context.name,
                          container.format.name, problem, open_gop, stretch, readers_differ(container, stream, first, variation, stretch))

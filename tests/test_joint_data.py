@@ -19,7 +19,8 @@ from camflow.joint.data import Crop, Source, _videos, apply_crop, captions, chec
 from camflow.joint.models import identity_vae, load_sd, load_svd
 from camflow.joint.shapes import shape_clip
 from camflow.media.frames import Depth, Flow, Frames, to_pil
-from camflow.media.video import write_video
+from camflow.media.video import probe, write_video
+from tests.phone import phone_video, shown
 
 
 def _item(size=(24, 32), frames=3):
@@ -183,6 +184,21 @@ def test_a_panda_clip_ends_where_the_table_says(tmp_path):
     first, second = (lambda i, frames=frames: panda_videos(tmp_path/"panda.csv", tmp_path, frames, 1)[i] for frames in (3, 4))
     assert float(first(0)["video"].unit().data.max()) < 0.1 and float(second(1)["video"].unit().data.min()) > 0.9
     with pytest.raises(InputError, match="from 0.7 to 1 s has 3 frames, 4 are needed"): second(0)
+
+
+def test_a_clip_of_variable_rate_is_what_was_on_screen(tmp_path):
+    times = phone_video(tmp_path/"abc.mp4")
+    fps = probe(tmp_path/"abc.mp4").fps
+    item = video_folder(tmp_path, frames=9, stride=3)[0]
+    assert item["video"].data[:, 0, 0, 0].tolist() == [shown(times, 3 * k / fps) for k in range(9)]
+    assert item["fps"] == item["video"].fps == pytest.approx(fps / 3)                       # the clip has a rate, as of its mean
+    for cut in range(15, 45):                                                               # shots of one picture each
+        start, end = (f"0:00:0{time:.3f}" for time in times[cut:cut + 13:12])
+        (tmp_path/"panda.csv").write_text(f"""videoID,url,timestamp,caption,matching_score\nabc,u,"[['{start}', '{end}']]",[],[]\n""")
+        seen = panda_videos(tmp_path/"panda.csv", tmp_path, 3, 1)[0]["video"].data[:, 0, 0, 0].tolist()
+        first = math.ceil(times[cut] * fps)
+        assert seen == [shown(times, (first + k) / fps) for k in range(3)] and seen[0] >= shown(times, times[cut]) and seen[-1] < shown(times, times[cut + 12])
+    with pytest.raises(InputError, match="frames, 119 are needed"): video_folder(tmp_path, frames=60, stride=2)[0]
 
 
 def test_short_and_mixed_videos_say_so(tmp_path):

@@ -254,6 +254,16 @@ def test_variable_rate(tmp_path):
     assert regular == [sum(t <= k / 60 + 1e-6 for t in times.tolist()) - 1 for k in range(len(regular))] and len(regular) / 60 <= times[-1] + 1 / 60
 
 
+def test_what_players_show_differently_is_said_once(tmp_path):
+    import warnings
+    params = lambda curve: {"x264-params": f"transfer={curve}:colorprim=bt2020:colormatrix=bt2020nc"}
+    for name, words, options in (("pq", r"pq.mp4 is HDR \(PQ\)", params("smpte2084")), ("hlg", r"hlg.mp4 is HDR \(HLG\)", params("arib-std-b67")), ("woven", "woven.mp4 is interlaced", {"x264-params": "interlaced=1"})):
+        path = encode(tmp_path / f"{name}.mp4", frames=3, pixels="yuv420p" if name == "woven" else "yuv420p10le", **options)
+        with pytest.warns(UserWarning, match=words): read_video(path, [0])
+        with warnings.catch_warnings(action="error"): read_video(path, [1])
+    with warnings.catch_warnings(action="error"): read_video(encode(tmp_path / "ten_bits.mp4", frames=3, pixels="yuv420p10le", **params("bt2020-10")))
+
+
 def test_damage_is_reported_with_what_is_left(tmp_path):
     whole = encode(tmp_path / "whole.mp4", container={"movflags": "faststart"})
     data, truth = whole.read_bytes(), sequential(whole)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from camflow.data import omnicam_cache
 from camflow.data.buckets import EXTRACTIONS, bucket_sizes, cut, kept_frames, select_bucket, video_windows
 from camflow.data.musubi import Dataset, camera_name, latent_name, parse_latent_name, read_cache_file, read_toml
-from camflow.data.musubi_exchange import write_musubi
+from camflow.data.musubi_exchange import take_musubi, write_musubi
 from camflow.data.omnicam_cache import CacheOptions, OmniCamCache, gc, load_frames, make_cache, read_manifest, verify_cache
 from camflow.data.omnicam_items import list_clips
 from camflow.files import InputError
@@ -19,8 +19,9 @@ from camflow.geometry.camera import Cameras, focal_K
 from camflow.geometry.rigid import homogeneous, inverse
 from camflow.geometry.script import parse, script_path
 from camflow.media.frames import Frames
-from camflow.media.video import write_video
+from camflow.media.video import probe, write_video
 from tests.parity.omnicam_cache import check
+from tests.phone import phone_video, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/"shared"
@@ -130,6 +131,36 @@ def test_pixels_and_poses_of_a_window(tmp_path):
         item = cache[i]
         assert torch.allclose(item["c2w"][:, 0, 3], torch.arange(9.0))
         assert (item["latents"][0, :, 0, 0] / 4 - torch.tensor(row["frames"][::4])).abs().max() < 1    # brightness says which frames were encoded
+
+
+@pytest.mark.parametrize("source_fps", [None, 12.0, 30.0])
+def test_pixels_and_poses_of_a_variable_rate(tmp_path, source_fps):
+    times = phone_video(tmp_path/"phone.mp4")
+    rate = min(16, source_fps) if source_fps else probe(tmp_path/"phone.mp4").fps
+    dataset = Dataset("set", video_jsonl_file="metadata.jsonl", cache_directory="cache", resolution=(80, 48), target_frames=(17,), frame_extraction="uniform", frame_sample=3, source_fps=source_fps)
+    made(tmp_path, [("phone.mp4", f"Object: A box. ; {SCRIPT}")], dataset=dataset)
+    cache = OmniCamCache(tmp_path/"cache")
+    assert len(cache.rows) == 3 and cache.rows[-1]["first"] > 10
+    for i, row in enumerate(cache.rows):
+        ticks = [row["first"] + k for k in range(17)]
+        assert row["fps"] == pytest.approx(rate) and cache[i]["latents"][0, :, 0, 0].tolist() == [shown(times, tick / rate) for tick in ticks[::4]]
+        assert torch.allclose(cache[i]["c2w"], script_path(parse(SCRIPT), ticks, rate).float(), atol=1e-6)
+    # a ledger from before it was asked how the frames lie in time is asked again
+    part, = (tmp_path/"cache/ledger").glob("part-*.jsonl")
+    facts = json.loads(part.read_text())
+    part.write_text(json.dumps({name: value for name, value in facts.items() if name != "times"}) + "\n")
+    again, counting = made(tmp_path, [("phone.mp4", f"Object: A box. ; {SCRIPT}")], dataset=dataset)
+    assert again["opened"] == 1 and counting.clips == 0 and OmniCamCache(tmp_path/"cache").rows == cache.rows
+
+
+def test_what_musubi_tuner_counted_is_not_taken_for_a_variable_rate(tmp_path):
+    phone_video(tmp_path/"phone.mp4"), write_video(tmp_path/"even.mp4", numbered(20, (48, 80)), 8)
+    rows = [("even.mp4", f"Object: A box. ; {SCRIPT}"), ("phone.mp4", f"Object: A box. ; {SCRIPT}")]
+    made(tmp_path, rows, dataset=Dataset("set", video_jsonl_file="metadata.jsonl", cache_directory="cache", resolution=(80, 48), target_frames=(9,)))
+    cache = OmniCamCache(tmp_path/"cache")
+    write_musubi(cache, tmp_path/"musubi")
+    took = take_musubi(tmp_path/"other", cache.rows, tmp_path/"musubi", {"vae": "test"})
+    assert took["taken"] == 1 and list(took["bad"]) == ["phone.mp4"] and "the rate of" in took["bad"]["phone.mp4"]
 
 
 def test_long_videos_are_read_in_pieces(tmp_path, monkeypatch):

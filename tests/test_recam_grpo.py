@@ -12,6 +12,7 @@ import torch
 from camflow.files import InputError
 from camflow.lab.launch import command, free_port
 from camflow.lab.run import run
+from camflow.media.video import probe
 from camflow.processes import die_with_parent, end_quickly  # noqa: F401 (of the programs)
 from camflow.rewards.combine import combine
 from camflow.rl.recam_data import open_data
@@ -19,6 +20,7 @@ from camflow.rl.recam_export import save_parts
 from camflow.rl.recam_grpo import build, main, parse
 from camflow.wan.generate import load_pipeline
 from camflow.world.write import write_multicam
+from tests.phone import phone_video, shown
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +171,16 @@ def test_held_out_requests_come_from_whole_scenes(multicam, tmp_path):
     assert len(scenes(held, 7)) == 2 and scenes(load, 6).isdisjoint(scenes(held, 7)) and len({held(i).id for i in range(7)}) == 7
     for change, words in [({"conditions": 7}, "at most 6"), ({"eval_conditions": 13}, "eval_conditions lower or add scenes"), ({"conditions": 100, "eval_conditions": 1}, "at most 12")]:
         with pytest.raises(InputError, match=words): open_data(parse({**config_of(s), **change})[0], 0, tmp_path)
+
+
+def test_a_video_of_variable_rate_is_spread_over_its_time(tmp_path):
+    "Each frame is what was on screen at its share of the video's length, rounded to a tick; the last tick may lie up to one before the last frame."
+    times = phone_video(tmp_path/"phone.mp4")
+    for frames in (9, 33):
+        s = parse(TINY | {"data": "videos", "root": str(tmp_path), "frames": frames})[0]
+        seen, tick = open_data(s, 0, tmp_path)[0](0).source.data[:, 0, 0, 0].tolist(), 1 / probe(tmp_path/"phone.mp4").fps
+        asked = [k * times[-1] / (frames - 1) for k in range(frames)]
+        assert len(seen) == frames and all(shown(times, max(0, t - 1.5 * tick)) <= value <= shown(times, t + 0.5 * tick) for t, value in zip(asked, seen))
 
 
 def config_of(s): return {name: getattr(s, name) for name in ("data", "root", "cameras", "conditions", "eval_conditions", "model", "groups", "k", "micro_batch")}

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..files import InputError
+from ..media.video import on_screen
 
 # Sizes are (W, H) in this module, as in the files of musubi-tuner; everywhere else in this library they are (H, W).
 
@@ -113,10 +114,11 @@ def video_windows(total: int, size,        # frames and (W, H) of the file
                   fps: float,              # frames per second of the file
                   resolution, enable_bucket: bool = False, no_upscale: bool = False, # of `select_bucket`
                   source_fps: float | None = None,      # frames per second where the file's is not to be trusted; also: reduce to 16
+                  times=None,              # seconds of each frame, where they are not evenly spaced
                   **extraction) -> list:   # of `windows`
     "The Windows of a video."
-    kept, bucket = kept_frames(total, source_fps), select_bucket(size, resolution, enable_bucket, no_upscale)
     rate = fps if source_fps is None else min(16.0, source_fps)
+    kept, bucket = kept_frames(total, source_fps) if times is None else on_screen(times, rate), select_bucket(size, resolution, enable_bucket, no_upscale)
     return [Window(first, tuple(kept[first:first + n]), bucket, float(rate)) for first, n in windows(len(kept), **extraction)]
 
 

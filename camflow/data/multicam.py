@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..files import InputError, listed, natural, read_json
 from ..geometry.camera import Cameras, focal_K
 from ..media.frames import Frames
-from ..media.video import probe, read_video
+from ..media.video import even_frames, probe, read_video
 
 # %% ../../nbs/data/00_multicam.ipynb #f3b2b755
 _MARKS = "‘’“”–—…"
@@ -335,17 +335,22 @@ class UnpairedVideos:
 
     def _skip(self):
         for name in list(self.names):
-            try: clip_indices(probe(self.folder / name).frames, self.frames, where=str(self.folder / name))
+            try: self.indices(name)
             except InputError as error:
                 self.names.remove(name)
                 self.skipped.append((name, str(error)))
 
     def __len__(self): return len(self.names)
 
+    def indices(self, name: str, start: int = 0, stride: int = 1) -> list: # of a file; as for `clip_indices`
+        "Frame numbers of a clip; where the rate varies, of what is on screen at the ticks of its mean."
+        numbers = even_frames(self.folder / name)
+        return [numbers[i] for i in clip_indices(len(numbers), self.frames, start, stride, str(self.folder / name))]
+
     def load(self, item, size=(48, 80), start: int = 0, stride: int = 1): # index or file name; (H, W); first frame; step, None: the whole video
         "Reads one clip, scaled to cover `size` and cut in the middle."
         name = self.names[item] if isinstance(item, int) else item
         file = self.folder / name
         if not file.exists(): raise InputError(f"video not found; {file}; check the name")
-        indices = clip_indices(probe(file).frames, self.frames, start, stride, str(file))
+        indices = self.indices(name, start, stride)
         return UnpairedItem(read_video(file, indices).cover(size), self.captions.get(name, ""), name, indices)

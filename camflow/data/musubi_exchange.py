@@ -45,7 +45,8 @@ def take_musubi(folder, rows, directory,      # cache folder; of `plan`; directo
         if at not in named or key in cache: continue
         try: found = read_cache_file(named[at])[0]
         except InputError as error: bad[row["name"]] = str(error); continue
-        if uses[at] > 1: bad[row["name"]] = f"{named[at].name} fits {uses[at]} videos of one name; encode them"
+        if row.get("by_time"): bad[row["name"]] = f"{named[at].name} holds frames by number, and the rate of {row['path']} varies; encode it"
+        elif uses[at] > 1: bad[row["name"]] = f"{named[at].name} fits {uses[at]} videos of one name; encode them"
         elif "latents" not in found or list(found["latents"].shape[1:]) != row["latent"]:
             bad[row["name"]] = f"{named[at].name} was made with another size or length; encode it"
         else:

@@ -72,7 +72,7 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
     if not text: return [_dropped(item, "no_text", "nothing is left for the text encoder; describe the video")]
     rate = d.source_fps or facts["fps"]
     clips = video_windows(facts["frames"], facts["size"], facts["fps"] or float("nan"), d.resolution, d.enable_bucket, d.bucket_no_upscale, d.source_fps,
-                          **d.extraction())
+                          facts["times"], **d.extraction())
     if not clips:
         at = f" at {d.source_fps:g} a second" if d.source_fps else ""
         return [_dropped(item, "too_short", f"{facts['frames']} frames{at}; target_frames {list(d.target_frames)}")]
@@ -87,12 +87,13 @@ def plan_item(item: CacheItem, facts: dict, options: CacheOptions, cameras, made
     for window in clips:
         key = "clip:" + content_hash([facts["sha256"], window.frames, window.bucket], 32)
         row = dict(name=item.name, line=item.line, dataset=d.name, status="ok", reason="", path=str(item.path), first=window.first, frames=list(window.frames),
-                   fps=window.fps, bucket=list(window.bucket), latent=list(window.latent), source_size=facts["size"], repeats=d.num_repeats, text=text,
+                   fps=window.fps, bucket=list(window.bucket), latent=list(window.latent), source_size=facts["size"], by_time=bool(facts["times"]), repeats=d.num_repeats, text=text,
                    key=key, text_key=text_key(text), camera_key="")
         if source:
             said = hashes(source[1]) if source[0] == "file" else source[1]
             of = [source[0], said, window.frames, window.bucket, facts["size"], facts["frames"], rate, options.fov, options.unit]
             if focal and focal.source != "given": of.append(focal.pixels)
+            if facts["times"]: of += [window.first, window.fps]
             row["camera_key"] = ck = "camera:" + content_hash(of, 32)
             if ck not in cameras and ck not in made:
                 try: made[ck] = clip_camera(source, window, facts, rate, focal, options.unit)

@@ -22,7 +22,7 @@ from ..geometry.camera import Cameras
 from ..geometry.focal import Focal, choose_focal, one_lens
 from ..geometry.script import parse, script_path
 from ..media.images import picture_facts
-from ..media.video import VideoError, probe
+from ..media.video import VideoError, frame_times, probe
 
 # Shapes: T video frames, H W pixels
 
@@ -67,15 +67,16 @@ def _place(name: str, base: Path, root: Path) -> Path: # as in the table; the ta
 
 # %% ../../nbs/data/19_omnicam_items.ipynb #a7b3f41b
 def _facts(path: Path) -> dict:
-    "Hash, frames, size (W, H) and rate of a video or image; what is wrong with it."
+    "Hash, frames, size (W, H), rate, and times of the frames where it varies, of a video or image; what is wrong with it."
     if path.suffix.lower() in IMAGES:
         try: seen = picture_facts(path)
         except InputError as error: return dict(problem=str(error))
-        return dict(sha256=sha256_file(path), frames=1, size=[seen["size"][1], seen["size"][0]], fps=None, lens=seen["lens"])
+        return dict(sha256=sha256_file(path), frames=1, size=[seen["size"][1], seen["size"][0]], fps=None, times=None, lens=seen["lens"])
     try: seen = probe(path)
     except VideoError as error: return dict(problem=str(error))
     if seen.damage: return dict(problem=f"{path} is damaged ({seen.damage}); copy it again")
-    return dict(sha256=sha256_file(path), frames=seen.frames, size=[seen.size[1], seen.size[0]], fps=seen.fps if seen.fps == seen.fps else None)
+    return dict(sha256=sha256_file(path), frames=seen.frames, size=[seen.size[1], seen.size[0]], fps=seen.fps if seen.fps == seen.fps else None,
+                times=[round(t, 6) for t in frame_times(path).tolist()] if seen.variable_rate else None)
 
 
 def survey(items, ledger: Ledger,            # of `list_clips`; where facts are kept
@@ -87,7 +88,8 @@ def survey(items, ledger: Ledger,            # of `list_clips`; where facts are 
         try: stamps[path] = stamp(path)
         except InputError: stamps[path] = None
     for path, mark in list(stamps.items())[rank::world]:
-        if mark is None or ledger.rows.get(f"facts:{path}", {}).get("stamp") == mark: continue
+        known = ledger.rows.get(f"facts:{path}", {})
+        if mark is None or known.get("stamp") == mark and ("times" in known or "problem" in known): continue # older ledgers do not say where a rate varies
         ledger.add(f"facts:{path}", stamp=mark, **_facts(path))
         opened += 1
     wait()
@@ -127,6 +129,7 @@ def clip_camera(source, window: Window, # of `camera_source`; the clip
         cameras = cut(one_lens(Cameras.from_omnicam(value, size, video_frames=facts["frames"])), window)
     else:
         if not rate: raise InputError("the video does not say its frame rate, and a script is in seconds; set source_fps in the data set file")
-        cameras = Cameras(script_path(parse(value), list(window.frames), rate, unit), (focal or choose_focal(size, fov=60.0)).K, size, window.frames).cover(window.size)
+        numbers = window.frames if not facts.get("times") else range(window.first, window.first + len(window.frames)) # the ticks of an even clock
+        cameras = Cameras(script_path(parse(value), list(numbers), window.fps if facts.get("times") else rate, unit), (focal or choose_focal(size, fov=60.0)).K, size, window.frames).cover(window.size)
     (H, W), K = window.size, cameras.K[0]
     return {"c2w": cameras.c2w.float(), "intrinsics": torch.stack([K[0, 0] / W, K[1, 1] / H, K[0, 2] / W, K[1, 2] / H]).float()}

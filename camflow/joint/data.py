@@ -22,7 +22,7 @@ from ..data.webvid import read_webvid
 from ..device import generator
 from ..files import InputError, listed, read_json, read_json_lines
 from ..media.frames import Depth, Flow, Frames, from_pil
-from ..media.video import probe, read_video
+from ..media.video import even_frames, probe, read_video
 # Shapes: T frames, C channels, H rows, W columns
 
 # %% ../../nbs/joint/22_data.ipynb #1ad13778
@@ -225,13 +225,15 @@ def voc_json(path, root=None,             # JSON rows {image, depth, hed, pose, 
 
 # %% ../../nbs/joint/22_data.ipynb #3884d311
 def _clip(path, frames: int, stride: int, start: float = 0.0, end: float = math.inf): # seconds
-    seen = probe(path)
-    first = round(start * seen.fps) if start else 0
+    seen, numbers = probe(path), even_frames(path)
+    place = math.ceil if seen.variable_rate else round # a cut falls between ticks: what is on screen at the one before it is another clip
+    first = place(start * seen.fps) if start else 0
     last = first + (frames - 1) * stride
     if frames < 2: raise InputError(f"frames={frames}; a clip with flow has at least two; raise frames")
-    if last >= seen.frames: raise InputError(f"{path} has {seen.frames} frames, {last + 1} are needed from frame {first} on; lower frames or stride, or leave the video out")
-    if end < math.inf and last >= round(end * seen.fps): raise InputError(f"{path} from {start:g} to {end:g} s has {round(end * seen.fps) - first} frames, {last + 1 - first} are needed, and what follows is another clip; lower frames or stride, or leave the clip out")
-    return read_video(path, range(first, last + 1, stride))
+    if last >= len(numbers): raise InputError(f"{path} has {len(numbers)} frames, {last + 1} are needed from frame {first} on; lower frames or stride, or leave the video out")
+    if end < math.inf and last >= place(end * seen.fps): raise InputError(f"{path} from {start:g} to {end:g} s has {place(end * seen.fps) - first} frames, {last + 1 - first} are needed, and what follows is another clip; lower frames or stride, or leave the clip out")
+    video = read_video(path, numbers[first:last + 1:stride])
+    return Frames(video.data, video.range, seen.fps / stride) if seen.variable_rate else video
 
 
 def _videos(entries, frames, stride): # [(path, start, caption, id[, end])]

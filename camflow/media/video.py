@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SIZE_TAG', 'CONTAINERS', 'VideoError', 'VideoInfo', 'probe', 'frame_times', 'decodable_frames', 'has_decord',
-           'read_video', 'video_chunks', 'x264_options', 'write_video', 'sample_indices', 'resample_indices',
-           'to_data_uri', 'video_html']
+           'read_video', 'video_chunks', 'x264_options', 'write_video', 'sample_indices', 'on_screen',
+           'resample_indices', 'even_frames', 'to_data_uri', 'video_html']
 
 # %% ../../nbs/media/01_video.ipynb #20590e51
 # Shapes: T frames, C channels, H rows, W columns
 import base64
 import os
 import tempfile
+import warnings
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,7 +23,7 @@ import torch
 
 from ..files import InputError
 from .frames import Frames, strided_fps
-from .video_facts import list_packets, promised, readers_differ, reason, shown, spacing, squaring
+from .video_facts import list_packets, promised, readers_differ, reason, shown, spacing, squaring, unlike_players
 
 # %% ../../nbs/media/01_video.ipynb #a1880880
 class VideoError(InputError):
@@ -96,6 +97,7 @@ def _scan(path: Path, stamp: tuple) -> _Index: # stamp: size and time of change,
         times, count, hidden, keys, open_gop, problem = list_packets(container, stream)
         tick = float(stream.time_base)
         fps, duration, variation = spacing(times, tick, stream.average_rate) if times else (float(stream.average_rate or "nan"), float("nan"), 0)
+        if other := unlike_players(stream, first): warnings.warn(f"{path} {other}", stacklevel=4)
         problem = problem or promised(container, stream, count + hidden, duration, times[0] * tick if times else 0.0)
         info = VideoInfo(str(path), count, fps, _true_size(container.metadata, (h, w)), duration, variation > 1, turned, stream.codec_context.name,
                          container.format.name, problem, open_gop, stretch, readers_differ(container, stream, first, variation, stretch))
@@ -399,13 +401,26 @@ def sample_indices(total: int,               # frames in the file
     return [start + round(i * (total - 1 - start) / max(1, n - 1)) for i in range(n)]
 
 
+def on_screen(times,       # [T] seconds of each frame, of `frame_times`
+              fps: float   # ticks per second
+             ) -> list:
+    "Number of the frame on screen at each tick of a constant rate."
+    times = torch.as_tensor(times, dtype=torch.float64)
+    ticks = torch.arange(int(times[-1] * fps + 1e-6) + 1, dtype=torch.float64) / fps
+    return (torch.searchsorted(times, ticks + 1e-6, right=True) - 1).tolist()
+
+
 def resample_indices(path,        # video file, of any rate
                      fps: float   # rate wanted
                     ) -> list:
-    "Number of the frame on screen at each tick of a constant rate: how a file of variable rate becomes a regular one."
-    times = frame_times(path)
-    ticks = torch.arange(int(times[-1] * fps + 1e-6) + 1, dtype=torch.float64) / fps
-    return (torch.searchsorted(times, ticks + 1e-6, right=True) - 1).tolist()
+    "`on_screen` of a file: how one of variable rate becomes a regular one."
+    return on_screen(frame_times(path), fps)
+
+
+def even_frames(path) -> list: # video file
+    "Frame numbers that are evenly spaced in time: all of them, or where the rate varies those on screen at the ticks of its mean."
+    info = probe(path)
+    return resample_indices(path, info.fps) if info.variable_rate else list(range(info.frames))
 
 # %% ../../nbs/media/01_video.ipynb #d4f1d323
 def to_data_uri(frames: Frames,            # a short, small clip

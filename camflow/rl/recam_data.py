@@ -103,12 +103,11 @@ def multicam_clips(s: Settings, seed: int, data, held: bool = False): # of the r
 # %% ../../nbs/rl/13_recam_data.ipynb #47f76e43
 def check_videos(s: Settings, run_dir):  # settings of the run; folder of the run
     "Probes every video and decodes its last frame, before training; what is left out is listed in skipped.json."
-    from camflow.data.multicam import UnpairedVideos, clip_indices
-    from camflow.media.video import probe, read_video
+    from camflow.data.multicam import UnpairedVideos
+    from camflow.media.video import read_video
     data, bad = UnpairedVideos(s.root, frames=s.frames, skip_bad=s.skip_bad), []
     for name in list(data.names):
-        file = data.folder/name
-        try: read_video(file, clip_indices(probe(file).frames, s.frames, stride=None, where=str(file))[-1:])
+        try: read_video(data.folder/name, data.indices(name, stride=None)[-1:])
         except InputError as error: bad.append((name, str(error)))
     if bad and not s.skip_bad: raise InputError(f"{len(bad)} of {len(data)} videos of {data.folder} cannot be used, first: {bad[0][1]}; mend or remove them, or set skip_bad=true to leave them out")
     data.names, data.skipped = [name for name in data.names if name not in dict(bad)], data.skipped + bad

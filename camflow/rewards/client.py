@@ -205,8 +205,10 @@ def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Sc
     self.hold(url, left())
     found = []
     for part in (items[i:i + self.chunk] for i in range(0, len(items), self.chunk)):
-        scores = self.ask(url, part, put, left())
-        while "timeout" in scores.status and time.monotonic() < end: scores = self.ask(url, part, put, left())
+        scores, attempt = self.ask(url, part, put, left()), 0
+        while "timeout" in scores.status and time.monotonic() < end:
+            time.sleep(max(0.0, min(end - time.monotonic(), backoff(attempt, self.backoff_s, self.backoff_max_s, self.random.random))))   # a reward may say so at once
+            scores, attempt = self.ask(url, part, put, left()), attempt + 1
         found.append(scores)
     return join(found)
 

@@ -179,6 +179,7 @@ class Worker:
         self.deaths, self.died, self.reason, self.info = deque(), 0, "", {}
         self.state, self.lock = "off", None        # off, starting, active, parked, broken
         self.wrong = False                         # the reward refused its settings: starting again will not help
+        self.closed = False                        # nothing is started any more
 
     @property
     def alive(self) -> bool:
@@ -205,16 +206,21 @@ async def start(self: Worker):
     self.lock = self.lock or asyncio.Lock()
     async with self.lock:
         if self.alive and self.state != "starting": return
+        if self.closed: raise Broken("the server is shutting down")
         if self.writer is not None:                # the last child's end is not noticed yet: it would be taken for the new one's
             self.strike()
             while self.writer is not None: await asyncio.sleep(0.005)
         self.spend()
         self.state, self.reason = "starting", ""
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())],
-                                        pass_fds=[theirs.fileno()],
-                                        start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, **self.env})
-        theirs.close()
+        with theirs:
+            try: self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())],
+                                                 pass_fds=[theirs.fileno()],
+                                                 start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, **self.env})
+            except OSError as error:               # no memory, or too many processes: a matter of time
+                ours.close()
+                self.state, self.reason = "dead", f"its process could not be started ({error.strerror})"
+                raise Broken(f"the worker is dead: {self.reason}; it is tried again") from None
         reader, self.writer = await asyncio.open_unix_connection(sock=ours)
         ready = self.post(asdict(self.spec), 0)
         self.tasks = [asyncio.create_task(self.listen(reader)), asyncio.create_task(self.watch())]

@@ -1,5 +1,6 @@
 "ReCam by GRPO: seeded adapters on every rank and at every start, checked settings, scenes held out, the model that comes out."
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from camflow.lab.launch import command, free_port
 from camflow.lab.run import run
 from camflow.processes import die_with_parent, end_quickly  # noqa: F401 (of the programs)
 from camflow.rewards.combine import combine
+from camflow.rl.faults import NonFiniteError
 from camflow.rl.recam_data import open_data
 from camflow.rl.recam_export import save_parts
 from camflow.rl.recam_grpo import build, main, parse
+from camflow.training.metric_writer import read_records
 from camflow.wan.generate import load_pipeline
 from camflow.world.write import write_multicam
 
@@ -95,6 +98,19 @@ REFUSED = [({"eval_conditions": 0}, "eval_conditions=0"), ({"checkpoint_every": 
 @pytest.mark.parametrize("change, words", REFUSED, ids=[f"{next(iter(change))} {n}" for n, (change, _) in enumerate(REFUSED)])
 def test_settings_are_checked_when_they_are_made(change, words):
     with pytest.raises(InputError, match=words): parse(TINY | change)
+
+
+def test_a_finetuning_that_did_nothing_has_no_loss(tmp_path):
+    "Batches larger than a rollout's worth of compute: some rollouts pay for no step."
+    main(TINY | {"arm": "finetune", "finetune_batch": 40, "steps": 4}, tmp_path, brightness)
+    rows = read_records(tmp_path)
+    assert {row["updates"] for row in rows} == {0, 1}
+    assert all((row["loss"] is None) == (row["grad_norm"] is None) == (row["updates"] == 0) for row in rows)
+
+
+def test_a_finetuning_whose_gradient_is_no_number_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("camflow.wan.finetune.flow_loss", lambda network, clean, *rest: math.nan * sum(p.sum() for p in network.parameters() if p.requires_grad) + clean.flatten(1).sum(1))
+    with pytest.raises(NonFiniteError, match="after 0 steps.*finetune_lr"): main(TINY | {"arm": "finetune"}, tmp_path, brightness)
 
 
 def test_a_reward_that_cannot_judge_the_start_ends_the_run_with_its_reason(tmp_path):
@@ -220,6 +236,13 @@ def test_a_run_can_keep_its_rollouts_and_clip_in_units_of_velocity(tmp_path):
     other = build(config | {"seed": 1}, tmp_path, brightness)[0]
     other.step()
     assert other.cache.hits == 0 and trainer.cfg.clip_unit == "velocity"
+
+
+def test_kept_rollouts_are_of_one_guidance(tmp_path):
+    for guidance in (3.0, 5.0):
+        trainer = build(TINY | {"cache": True, "guidance": guidance}, tmp_path, brightness)[0]
+        trainer.step()
+        assert trainer.cache.hits == 0
 
 
 def test_exploring_cameras_are_larger_and_smaller_alike():

@@ -20,6 +20,7 @@ from ..device import collective_backend, compute_dtype, device, generator, memor
 from ..files import InputError, atomic_write, read_json, write_json
 from ..media.frames import Frames
 from .estimate import remembered
+from .faults import NonFiniteError
 from .health import collapse, finite_mean
 from .recam_config import Settings, parse, reward_class
 from .recam_data import evaluation_clips, open_data
@@ -196,9 +197,10 @@ def finetune_step(trainer, s: Settings, cfg: RLConfig):  # of the run; settings 
                 loss.backward()
                 total = total + loss.detach()
             losses.append((float(total), trainer.update()))
+            if not math.isfinite(losses[-1][1]): raise NonFiniteError(f"the gradient is not finite after {trainer.done} steps. The weights are those before this update; lower finetune_lr or mend the data and resume")
     trainer.done += 1
     trainer.model.eval()
-    mean = lambda n: sum(pair[n] for pair in losses) / max(1, len(losses))
+    mean = lambda n: sum(pair[n] for pair in losses) / len(losses) if losses else math.nan
     return {"loss": sum(everywhere(mean(0))), "grad_norm": mean(1), "updates": len(losses), "lr": cfg.lr, **clock}
 
 # %% ../../nbs/rl/15_recam_grpo.ipynb #8f2501f1
@@ -270,7 +272,7 @@ def build(config: dict, run_dir, reward_fn=None): # reward_fn: instead of the co
     ref_fn = reference(network, make_fn(s.guidance)) if cfg.kl else None
     trainer = Trainer(network, make_fn(s.guidance)(network), conditions, s.conditions, decoder(parts.vae), reward_fn, recam_sigmas(s.sampling_steps, s.shift),
                       conditions(0)["source"].shape, counts, cfg, ref_fn, to_sample, frame_statistics, s.rewards if cfg.combine == "each" else None,
-                      RolloutCache(Path(run_dir) / "rollouts") if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None, run_dir=run_dir)
+                      RolloutCache(Path(run_dir) / "rollouts", {"guidance": s.guidance, "dtype": str(compute_dtype())}) if s.cache else None, device=device(), explore_fn=explore_cameras(s.explore) if s.explore else None, run_dir=run_dir)
     trainer.network, trainer.bare, trainer.vae = network, parts.transformer, parts.vae
     if clips is None: clips, held = evaluation_clips(s)
     return trainer, s, Conditions(clips, s.eval_conditions, parts, s.guidance, remembered(s.eval_conditions, s.frames, s.size)), held

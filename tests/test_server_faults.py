@@ -2,11 +2,14 @@
 import asyncio
 import contextlib
 import errno
+import io
 import json
 import os
+import queue
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -22,9 +25,9 @@ import torch
 from camflow.processes import die_with_parent, resident, started
 from camflow.rewards.client import RemoteReward
 from camflow.rewards.protocol import RewardStop, Sample, no_scores, run_reward
-from camflow.rewards.wire import SHM
+from camflow.rewards.wire import SHM, Limits
 from camflow.servers.service import ServerConfig, Service
-from camflow.servers.worker import Broken, Worker, WorkerSpec
+from camflow.servers.worker import Broken, Worker, WorkerSpec, read_ahead
 from tests.serving import ENV, GATE, ROOT, Process, clip, running, wait_for
 
 
@@ -74,6 +77,12 @@ def test_a_batch_in_the_moment_of_a_death():
         await worker.stop()
         return found
     assert asyncio.run(run()) == ([], "active", 1, True)
+
+
+def test_a_reader_that_ends_badly_ends_its_process():
+    todo = queue.Queue(1)
+    with pytest.raises(ValueError): read_ahead(io.BytesIO(struct.pack(">I", 2) + b"{]"), todo, (), Limits())
+    assert todo.get_nowait() is None
 
 
 def test_a_server_that_is_closed_under_a_batch_starts_no_worker(folder):

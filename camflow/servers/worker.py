@@ -81,12 +81,12 @@ def receive(file): # binary file
 
 def decode(message: dict, roots, limits):  # of the parent, changed in place; folders that may be read; of what is accepted
     "The samples of a batch, or the reason why one cannot be had, in the message's place `samples`."
-    from pydantic import ValidationError
     from camflow.rewards.wire import Item, item_to_sample
     message["samples"] = []
     for item in message["items"]:
         try: message["samples"].append(item_to_sample(Item.model_validate(item), roots, limits, message.get("parts")))
-        except (InputError, ValidationError, OSError, MemoryError, ValueError) as error: message["samples"].append(f"{error}"[:500] or type(error).__name__)
+        except InputError as error: message["samples"].append(f"{error}"[:500])
+        except Exception as error: message["samples"].append(f"the sample cannot be read ({type(error).__name__}: {error})"[:500]) # of libraries, about whatever stands in a file
 
 # %% ../../nbs/servers/01_worker.ipynb #afb847ef
 def judge(reward, message: dict) -> list: # rows
@@ -157,11 +157,12 @@ def reuse_memory():
 
 def read_ahead(file, todo, roots, limits):  # pipe from the parent; queue for the reward; folders that may be read; of what is accepted
     "Reads messages and decodes their samples while the reward is busy."
-    while message := receive(file):
-        if message["op"] == "score": decode(message, roots, limits)
-        todo.put(message)
-        del message
-    todo.put(None)
+    try:
+        while message := receive(file):
+            if message["op"] == "score": decode(message, roots, limits)
+            todo.put(message)
+            del message
+    finally: todo.put(None)                        # or the process would wait for a reader that is no more
 
 # %% ../../nbs/servers/01_worker.ipynb #1bcc54bc
 class Broken(RuntimeError):

@@ -5833,6 +5833,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'camflow/servers/supervisor.py'),
                                             'camflow.servers.supervisor.systemd_unit': ( 'servers/supervisor.html#systemd_unit',
                                                                                          'camflow/servers/supervisor.py'),
+                                            'camflow.servers.supervisor.tend': ( 'servers/supervisor.html#tend',
+                                                                                 'camflow/servers/supervisor.py'),
                                             'camflow.servers.supervisor.up': ( 'servers/supervisor.html#up',
                                                                                'camflow/servers/supervisor.py')},
             'camflow.servers.worker': { 'camflow.servers.worker.Broken': ('servers/worker.html#broken', 'camflow/servers/worker.py'),

@@ -110,7 +110,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch):
             return real(*words, **options)
         monkeypatch.setattr("camflow.servers.worker.subprocess.Popen", popen)
         os.kill(service.worker.pid, signal.SIGKILL)
-        while len(refused) < 2: await asyncio.sleep(0.01)
+        while len(refused) < 2 and not service.keeper.done(): await asyncio.sleep(0.01)
         while service.worker.state != "active" and not service.keeper.done(): await asyncio.sleep(0.01)
         found = service.worker.state, service.keeper.done()
         await service.close()
@@ -192,6 +192,14 @@ def liar():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield f"http://127.0.0.1:{server.server_port}", asked
     finally: server.shutdown(), server.server_close()
+
+
+def test_clips_of_a_killed_training_do_not_stay(server, folder):
+    "Servers look for them when they begin; one that lives on would let the shared memory fill up."
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed: pass
+    left = SHM/f"camflow-{os.getuid()}"/f"{killed.pid}-left.npy"
+    left.write_bytes(b"clip")
+    assert RemoteReward(server.url)([sample(51)]).status == ["ok"] and not left.exists()
 
 
 def test_a_reward_that_gives_up_at_once_is_asked_again_after_a_pause(monkeypatch):

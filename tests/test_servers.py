@@ -239,7 +239,7 @@ def test_half_a_body_and_slow_writers(server, folder):
 def test_strange_uploads(server):
     "Refused with a reason, and nothing of them is left in the spool folder."
     left = lambda: list(server.service.config.folder.glob(f"{os.getpid()}-*"))
-    for text in ("", "[]", '{"id": "a", "video": "x"}', '{"id": "a", "video": [1]}'):
+    for text in ("", "[]", '{"id": "a", "video": "x"}', '{"id": "a", "video": [1]}', "[" * 20_000):
         reply = server.http.post("/v1/score", content=b"x" * 100, headers={"content-type": "application/octet-stream", "x-item": text})
         assert reply.status_code == 400 and "x-item" in reply.json()["detail"]
     sha = hashlib.sha256(b"same").hexdigest()

@@ -265,6 +265,7 @@ def __call__(self: RemoteReward, samples: list) -> Scores:
     "Scores in the order of the samples; `RewardStop` when too many have none."
     if not samples: return Scores([], [])
     end, put = time.monotonic() + self.deadline_s, SharedMemory() if self.transport == "shm" else Parts()
+    if isinstance(put, SharedMemory): put.sweep()      # clips of trainings that were killed; servers that live on do not look again
     groups = {}
     for n, sample in enumerate(samples): groups.setdefault(str(sample.meta.get("group", "")), []).append(n)
     try:

@@ -5533,6 +5533,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'camflow.rl.recam_grpo.make_fn': ('rl/recam_grpo.html#make_fn', 'camflow/rl/recam_grpo.py'),
                                        'camflow.rl.recam_grpo.read_clips': ('rl/recam_grpo.html#read_clips', 'camflow/rl/recam_grpo.py'),
                                        'camflow.rl.recam_grpo.reward_from': ('rl/recam_grpo.html#reward_from', 'camflow/rl/recam_grpo.py'),
+                                       'camflow.rl.recam_grpo.same_judgement': ( 'rl/recam_grpo.html#same_judgement',
+                                                                                 'camflow/rl/recam_grpo.py'),
                                        'camflow.rl.recam_grpo.save_clips': ('rl/recam_grpo.html#save_clips', 'camflow/rl/recam_grpo.py'),
                                        'camflow.rl.recam_grpo.to_sample': ('rl/recam_grpo.html#to_sample', 'camflow/rl/recam_grpo.py')},
             'camflow.rl.rollout': { 'camflow.rl.rollout.Batch': ('rl/rollout.html#batch', 'camflow/rl/rollout.py'),

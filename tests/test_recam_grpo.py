@@ -1,5 +1,6 @@
 "ReCam by GRPO: seeded adapters on every rank and at every start, checked settings, scenes held out, the model that comes out."
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from camflow.files import InputError
+from camflow.files import InputError, write_json
 from camflow.lab.launch import command, free_port
 from camflow.lab.run import run
 from camflow.media.video import probe
 from camflow.processes import die_with_parent, end_quickly  # noqa: F401 (of the programs)
 from camflow.rewards.combine import combine
+from camflow.rl.faults import NonFiniteError
 from camflow.rl.recam_data import open_data
 from camflow.rl.recam_export import save_parts
-from camflow.rl.recam_grpo import build, main, parse
+from camflow.rl.recam_grpo import build, finetune_step, main, parse, same_judgement
 from camflow.wan.generate import load_pipeline
 from camflow.world.write import write_multicam
 from tests.phone import phone_video, shown
@@ -105,6 +107,30 @@ def test_rewards_of_weight_0_watch_a_fine_tuning():
     assert parse(watched | {"arm": "finetune"})[0].rewards == {"camera": 0.0}
     for arm in ("grpo", "shuffled"):
         with pytest.raises(InputError, match=f"all 0, so nothing would be learned in the arm {arm}"): parse(watched | {"arm": arm})
+
+
+def test_a_finetuning_that_did_nothing_has_no_loss(tmp_path):
+    "Batches larger than a rollout's worth of compute: some rollouts pay for no step, and were logged with a loss of 0."
+    trainer, s, *_ = build(TINY | {"arm": "finetune", "finetune_batch": 10}, tmp_path, brightness)
+    rows = [finetune_step(trainer, s, trainer.cfg) for _ in range(2)]
+    assert [row["updates"] for row in rows] == [0, 1]
+    assert [math.isnan(row["loss"]) for row in rows] == [math.isnan(row["grad_norm"]) for row in rows] == [True, False]
+
+
+def test_a_finetuning_whose_gradient_is_no_number_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("camflow.wan.finetune.flow_loss", lambda network, clean, *rest: math.nan * sum(p.sum() for p in network.parameters() if p.requires_grad) + clean.flatten(1).sum(1))
+    trainer, s, *_ = build(TINY | {"arm": "finetune"}, tmp_path, brightness)
+    with pytest.raises(NonFiniteError, match="after 0 rollouts.* finetune_lr"): finetune_step(trainer, s, trainer.cfg)
+
+
+def test_the_last_judgement_is_as_the_first(tmp_path):
+    "A resume with more requests ended in an error after the training, one with other sampling steps compared two different things."
+    s = parse(TINY)[0]
+    write_json(tmp_path/"judged.json", same_judgement(s, tmp_path))
+    same_judgement(parse(TINY | {"steps": 9, "keep": 5})[0], tmp_path)
+    with pytest.raises(InputError, match=r"eval_conditions 1 -> 2\).*new run folder"): main(TINY | {"eval_conditions": 2}, tmp_path, brightness)
+    for changes in ({"sampling_steps": 3}, {"rewards": {"camera": 0.5}}, {"size": [64, 80]}):
+        with pytest.raises(InputError, match=f"{next(iter(changes))} .* -> "): same_judgement(parse(TINY | changes)[0], tmp_path)
 
 
 def test_a_reward_that_cannot_judge_the_start_ends_the_run_with_its_reason(tmp_path):
@@ -240,6 +266,13 @@ def test_a_run_can_keep_its_rollouts_and_clip_in_units_of_velocity(tmp_path):
     other = build(config | {"seed": 1}, tmp_path, brightness)[0]
     other.step()
     assert other.cache.hits == 0 and trainer.cfg.clip_unit == "velocity"
+
+
+def test_kept_rollouts_are_of_one_guidance(tmp_path):
+    for guidance in (3.0, 5.0):
+        trainer = build(TINY | {"cache": True, "guidance": guidance}, tmp_path, brightness)[0]
+        trainer.step()
+        assert trainer.cache.hits == 0
 
 
 def test_exploring_cameras_are_larger_and_smaller_alike():

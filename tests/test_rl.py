@@ -1,5 +1,9 @@
 """RL: parity with the reference implementations, plans, rollouts, the trainer, resume."""
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from camflow.rl.sampler import plan
 from tests.parity.rl import check
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = Path(__file__).parent / "goldens" / "rl"
 
 
@@ -65,6 +70,41 @@ def test_invalid_rewards_are_masked_and_counted():
     metrics = trainer.step()
     assert metrics["status_invalid"] == 4 and metrics["kept"] == 12 and metrics["invalid_ratio"] == .25
     assert all(torch.isfinite(p).all() for p in trainer.params.values())
+
+
+TWO_RANKS = """
+import json, os, sys, torch
+from camflow.processes import end_quickly
+from camflow.rewards.protocol import Scores
+from tests.test_rl import tiny_trainer
+end_quickly()
+torch.set_num_threads(1)
+
+def reward(samples): # of every other group one cannot be judged: all of them on rank 1
+    bad = [item.group % 2 == 1 and item.member == 3 for _, _, item in samples]
+    return Scores([float("nan") if b else float(frames[0]) for (frames, _, _), b in zip(samples, bad)], ["invalid" if b else "ok" for b in bad], [{"height": float(frames[1])} for frames, _, _ in samples])
+
+def step(world):
+    trainer = tiny_trainer(world, 8 // world, reward)
+    trainer.health_fn = lambda frames: {"width": frames[2]}
+    return {name: value for name, value in trainer.step().items() if name.split("_")[0] in ("status", "detail", "frames", "reward")}
+
+alone = step(1)
+rank = 0 if (child := os.fork()) else 1
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+found = step(2)
+if rank: os._exit(0)
+os.waitpid(child, 0)
+print(json.dumps([alone, found]))
+"""
+
+
+def test_what_a_rollout_tells_is_of_all_ranks(tmp_path):
+    done = subprocess.run([sys.executable, "-c", TWO_RANKS, str(tmp_path/"store")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, found = json.loads(done.stdout)
+    assert alone["status_invalid"] == 2 and {"detail_height", "frames_width", "reward_mean"} <= alone.keys()
+    assert found == pytest.approx(alone, rel=1e-6)
 
 
 def test_no_signal_no_update():

@@ -1,17 +1,22 @@
 "What goes wrong with reward servers, made to go wrong: no sample lost, none judged into the books twice, no number that nobody measured."
 import asyncio
 import contextlib
+import errno
+import io
 import json
 import os
+import queue
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -19,9 +24,10 @@ import torch
 
 from camflow.processes import die_with_parent, resident, started
 from camflow.rewards.client import RemoteReward
-from camflow.rewards.protocol import RewardStop, Sample, run_reward
-from camflow.rewards.wire import SHM
-from camflow.servers.worker import Worker, WorkerSpec
+from camflow.rewards.protocol import RewardStop, Sample, no_scores, run_reward
+from camflow.rewards.wire import SHM, Limits
+from camflow.servers.service import ServerConfig, Service
+from camflow.servers.worker import Broken, Worker, WorkerSpec, read_ahead
 from tests.serving import ENV, GATE, ROOT, Process, clip, running, wait_for
 
 
@@ -71,6 +77,45 @@ def test_a_batch_in_the_moment_of_a_death():
         await worker.stop()
         return found
     assert asyncio.run(run()) == ([], "active", 1, True)
+
+
+def test_a_reader_that_ends_badly_ends_its_process():
+    todo = queue.Queue(1)
+    with pytest.raises(ValueError): read_ahead(io.BytesIO(struct.pack(">I", 2) + b"{]"), todo, (), Limits())
+    assert todo.get_nowait() is None
+
+
+def test_a_server_that_is_closed_under_a_batch_starts_no_worker(folder):
+    "What flew was put back into the queue, and the queue started a worker that nobody ended; `close` could wait for that one for good."
+    async def run():
+        service = Service(ServerConfig(GATE, {"gate": str(folder/"never"), "seconds": 0}, roots=[str(folder)]))
+        await service.begin()
+        asking = asyncio.create_task(service.score([{"id": "a", "video": clip(folder)}], time.monotonic() + 240))
+        while not service.batcher.flying: await asyncio.sleep(0.01)
+        stop = service.worker.stop
+        service.worker.stop = lambda: stop(grace=0)
+        await asyncio.wait_for(service.close(), 60)
+        with pytest.raises(Broken, match="shutting down"): await asyncio.wait_for(asking, 60)
+        return service.worker.alive, service.worker.state
+    assert asyncio.run(run()) == (False, "off")
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch):
+    "For want of memory, say: the keeper ended with that error, and nothing was parked or started again."
+    async def run():
+        service, refused, real = Service(ServerConfig("camflow.servers.fakes:SleepReward", {"seconds": 0.0})), [], subprocess.Popen
+        await service.begin()
+        def popen(*words, **options):
+            if len(refused) < 2: refused.append(1); raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            return real(*words, **options)
+        monkeypatch.setattr("camflow.servers.worker.subprocess.Popen", popen)
+        os.kill(service.worker.pid, signal.SIGKILL)
+        while len(refused) < 2 and not service.keeper.done(): await asyncio.sleep(0.01)
+        while service.worker.state != "active" and not service.keeper.done(): await asyncio.sleep(0.01)
+        found = service.worker.state, service.keeper.done()
+        await service.close()
+        return found
+    assert asyncio.run(run()) == ("active", False)
 
 
 def test_a_sample_that_always_kills(server):
@@ -147,6 +192,29 @@ def liar():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try: yield f"http://127.0.0.1:{server.server_port}", asked
     finally: server.shutdown(), server.server_close()
+
+
+def test_clips_of_a_killed_training_do_not_stay(server, folder):
+    "Servers look for them when they begin; one that lives on would let the shared memory fill up."
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed: pass
+    left = SHM/f"camflow-{os.getuid()}"/f"{killed.pid}-left.npy"
+    left.write_bytes(b"clip")
+    assert RemoteReward(server.url)([sample(51)]).status == ["ok"] and not left.exists()
+
+
+def test_a_reward_that_gives_up_at_once_is_asked_again_after_a_pause(monkeypatch):
+    "Without one, a judge that does not answer was asked a hundred times a second until the deadline."
+    now, asked, url = [0.0], [], "http://127.0.0.1:9"
+    def sleep(seconds): now[0] += seconds
+    def ask(url, items, put, limit):
+        asked.append(limit)
+        sleep(0.01)
+        return no_scores(len(items), "timeout")
+    monkeypatch.setattr("camflow.rewards.client.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    reward = RemoteReward(url)
+    monkeypatch.setattr(reward, "ask", ask)
+    assert reward.try_server(url, [{}], None, 60.0).status == ["timeout"]
+    assert 10 < len(asked) < 50 and 60 <= now[0] < 61
 
 
 def test_garbage_answers(server):

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -166,17 +167,22 @@ def test_bombs(server, folder):
     np.save(folder/"empty.npy", np.zeros((0, 32, 32, 3), np.uint8))
     np.save(folder/"long.npy", np.zeros((17, 8, 8, 3), np.uint8))
     (folder/"header.npy").write_bytes(b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b" " * 1000)
+    def npy(header): return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    (folder/"half.npy").write_bytes(npy(b"{'descr': ("))                     # each of these ended the thread that reads, and the server with it was silent
+    (folder/"list.npy").write_bytes(npy(b"{[]: 1}"))
+    (folder/"true.npy").write_bytes(npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (True, 4, 8, 3)}") + b"\0" * 96)
     black = Frames(torch.zeros(400, 3, 64, 64, dtype=torch.uint8), "byte", 8)
     write_video(folder/"bomb.mp4", black)                                   # a few kB, 400 frames
     write_video(folder/"wide.mp4", Frames(torch.zeros(1, 3, 128, 256, dtype=torch.uint8), "byte", 8))
     (folder/"cut.mp4").write_bytes((folder/"bomb.mp4").read_bytes()[:2000])
+    (folder/"codec.mp4").write_bytes((folder/"bomb.mp4").read_bytes().replace(b"avc1", b"none"))
     (folder/"list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
     before, names = resident(server.service.worker.pid), ["bomb.npy", "short.npy", "objects.npy", "nan.npy", "grey.npy", "empty.npy", "long.npy",
-                                                          "header.npy", "bomb.mp4", "wide.mp4", "cut.mp4", "list.mp4"]
+                                                          "header.npy", "half.npy", "list.npy", "true.npy", "bomb.mp4", "wide.mp4", "cut.mp4", "codec.mp4", "list.mp4"]
     rows = ask(server, *({"video": {"path": str(folder/name)}} for name in names))
     assert {name: row["status"] for name, row in zip(names, rows)} == dict.fromkeys(names, "invalid")
     assert resident(server.service.worker.pid) - before < 100 * 2**20
-    for name, words in {"bomb.npy": "allowed", "objects.npy": "array of object", "nan.npy": "array of float32", "bomb.mp4": "400 frames",
+    for name, words in {"bomb.npy": "allowed", "objects.npy": "array of object", "nan.npy": "array of float32", "half.npy": "not a .npy file", "true.npy": "(True, 4, 8, 3)", "codec.mp4": "shows nothing", "bomb.mp4": "400 frames",
                         "wide.mp4": "128x256", "list.mp4": "no mp4"}.items():
         assert words in reason(rows[names.index(name)]), reason(rows[names.index(name)])
 
@@ -233,7 +239,7 @@ def test_half_a_body_and_slow_writers(server, folder):
 def test_strange_uploads(server):
     "Refused with a reason, and nothing of them is left in the spool folder."
     left = lambda: list(server.service.config.folder.glob(f"{os.getpid()}-*"))
-    for text in ("", "[]", '{"id": "a", "video": "x"}', '{"id": "a", "video": [1]}'):
+    for text in ("", "[]", '{"id": "a", "video": "x"}', '{"id": "a", "video": [1]}', "[" * 20_000):
         reply = server.http.post("/v1/score", content=b"x" * 100, headers={"content-type": "application/octet-stream", "x-item": text})
         assert reply.status_code == 400 and "x-item" in reply.json()["detail"]
     sha = hashlib.sha256(b"same").hexdigest()

@@ -1,10 +1,12 @@
 "camflow serve: eight fake devices on the CPU, what dies is started again, and nothing is left behind."
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -80,6 +82,18 @@ def test_nothing_outlives_the_supervisor(tmp_path):
     process.kill(), process.wait()
     wait_for(lambda: all(started(pid) is None for pid in pids))
     assert {row["state"] for row in status(path)} == {"lost"} and down(path) is False
+
+
+def test_a_full_disk_ends_no_server(tmp_path, monkeypatch, capsys):
+    "One that cannot be started again, or written down, waits; the supervisor and the others go on."
+    plan = read_plan(write(tmp_path, camera={"port": free_port(2), "devices": 2}))
+    first, second = children = [supervisor.Child(plan, supervisor.Process(**vars(one))) for one in plan.processes]
+    for child in children: child.state = "waiting"
+    def no_room(child): raise OSError(errno.ENOSPC, "No space left on device") if child is first else AssertionError("started")
+    monkeypatch.setattr(supervisor.Child, "start", no_room)
+    supervisor.tend(first)
+    assert first.state == "waiting" and "No space left" in first.reason and first.next > time.monotonic() + 4 and "camera-0" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="started"): supervisor.tend(second)
 
 
 def test_a_port_that_is_taken(tmp_path):

@@ -205,8 +205,10 @@ def try_server(self: RemoteReward, url: str, items: list, put, end: float) -> Sc
     self.hold(url, left())
     found = []
     for part in (items[i:i + self.chunk] for i in range(0, len(items), self.chunk)):
-        scores = self.ask(url, part, put, left())
-        while "timeout" in scores.status and time.monotonic() < end: scores = self.ask(url, part, put, left())
+        scores, attempt = self.ask(url, part, put, left()), 0
+        while "timeout" in scores.status and time.monotonic() < end:
+            time.sleep(max(0.0, min(end - time.monotonic(), backoff(attempt, self.backoff_s, self.backoff_max_s, self.random.random))))   # a reward may say so at once
+            scores, attempt = self.ask(url, part, put, left()), attempt + 1
         found.append(scores)
     return join(found)
 
@@ -263,6 +265,7 @@ def __call__(self: RemoteReward, samples: list) -> Scores:
     "Scores in the order of the samples; `RewardStop` when too many have none."
     if not samples: return Scores([], [])
     end, put = time.monotonic() + self.deadline_s, SharedMemory() if self.transport == "shm" else Parts()
+    if isinstance(put, SharedMemory): put.sweep()      # clips of trainings that were killed; servers that live on do not look again
     groups = {}
     for n, sample in enumerate(samples): groups.setdefault(str(sample.meta.get("group", "")), []).append(n)
     try:

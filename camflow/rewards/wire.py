@@ -151,7 +151,9 @@ def read_npy(file, dtype, most: int) -> np.ndarray: # an open, unbuffered .npy f
         file.seek(at)
         if length > 10_000: raise ValueError(f"its header has {length} bytes")
         shape, fortran, kind = npy_header(version, file.read(length))
-    except (ValueError, EOFError, struct.error) as error: raise InputError(f"not a .npy file ({error}); write it with numpy.save") from None
+        if any(type(n) is not int or n < 0 for n in shape): raise ValueError(f"its shape is {shape}")
+    except Exception as error: # a header is Python's words, read by Python's parser, which has many ways to fail
+        raise InputError(f"not a .npy file ({error}); write it with numpy.save") from None
     if kind != np.dtype(dtype) or fortran: raise InputError(f"array of {kind}{', Fortran order' if fortran else ''}; give {np.dtype(dtype)} in C order")
     size = math.prod(shape) * kind.itemsize
     if size > most: raise InputError(f"array {shape} needs {size} bytes, {most} are allowed; send a smaller clip")
@@ -191,7 +193,7 @@ def decode_video(path: str, limits: Limits):  # of the file; of what is accepted
     import av
     from camflow.media.video import probe, read_video
     try:
-        with av.open(path) as container: size = max(((s.height, s.width) for s in container.streams.video), key=math.prod, default=(0, 0))
+        with av.open(path) as container: size = max(((getattr(s, "height", 0), getattr(s, "width", 0)) for s in container.streams.video), key=math.prod, default=(0, 0))   # a stream of no known codec has neither
     except av.FFmpegError as error: raise InputError(f"{path} cannot be opened as a video ({error.strerror}); it was cut off or is no video") from None
     check_size(1, size, limits)
     info = probe(path)

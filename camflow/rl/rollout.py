@@ -171,6 +171,7 @@ def digest(tensors): # {name: tensor} or nested dicts; other values by their rep
 class RolloutCache:
     "Trajectories on disk, one safetensors file per key."
     folder: Path     # created on the first write
+    about: dict = None # what else decides a rollout and is no tensor, such as the guidance; anything JSON
     hits: int = 0    # files served so far
 
     def path(self, weights, inputs, extra=None): # {name: tensor} of the model; inputs of the rollout; anything JSON

@@ -90,7 +90,7 @@ def sample(self, items, window, purpose=""):  # of one micro-batch; steps with n
     make = lambda: rollout(self.model_fn, x_T, sigmas, cond, window, self.kernel, self.generators(purpose + "step", items), twins=twins, means=self.cfg.loss in ("guard", "dppo"), solver=solver)
     if self.cache is None: return Batch(items, asked, parts, make(), {})
     names = {"cond": cond, "x_T": x_T, "sigmas": sigmas, "items": tuple(items), "window": window}
-    path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__])
+    path = self.cache.path(self.model.state_dict(), names, [asdict(self.cfg), type(self.model).__name__, self.cache.about])
     return Batch(items, asked, parts, self.cache.get(path, make, window, self.device), {})
 
 
@@ -124,7 +124,7 @@ def learn(self, batches, adv, keep, everyone):  # of a rollout; [n] of this rank
             count += n
             gap = max(gap, metrics.get("ratio_gap", 0.0)) if not norms else gap
             for name, value in metrics.items(): sums[name] = sums.get(name, 0.0) + value * n
-        if not norms: check_ratio(self.largest(gap), cfg.ratio_tol)
+        if not norms: check_ratio(gap := self.largest(gap), cfg.ratio_tol)
         norms.append(self.update())
         if not math.isfinite(norms[-1]): stop_for(self, work[u], total)
     return self.averaged(sums, count) | {"first_ratio_gap": gap, "grad_norm": sum(norms) / len(norms) if norms else math.nan, "updates": len(norms)}
@@ -263,11 +263,14 @@ def step(self):
     with clock("rollout"), sampling: batches = [self.sample(items[i:i + p.micro_batch], window) for i in range(0, len(items), p.micro_batch)]
     values, status, details, frames = self.score(batches, clock)[:4]
     if cfg.loss not in FORWARD: batches = [spent(batch) for batch in batches]
-    health = [self.health_fn(one) for one in frames] if self.health_fn else []
+    health = [{name: float(value) for name, value in self.health_fn(one).items()} for one in frames] if self.health_fn else []
     del frames                                                          # judged: the update needs the memory
     self.beat("waiting for rewards", self.done)
     values = {name: gather(one.to(self.device)).cpu() for name, one in values.items()}
     groups = gather(torch.tensor([item.group for item in items], device=self.device)).cpu()
+    told = everywhere((status, {name: one.tolist() for name, one in details.items()}, health))   # what a log tells is of all ranks, as the rewards are
+    status, health = ([one for part in told for one in part[n]] for n in (0, 2))
+    details = {name: [v for _, part, _ in told for v in part.get(name, [])] for name in dict.fromkeys(name for _, part, _ in told for name in part)}
     if cfg.shuffle_rewards:
         order = torch.randperm(len(groups), generator=generator(cfg.seed, "shuffle", self.done))
         values = {name: one[order] for name, one in values.items()}
@@ -280,8 +283,8 @@ def step(self):
     if self.old:
         self.old.decay = old_decay(self.done, cfg.old_decay)
         self.old.update(self.params)
-    pictures = {f"frames_{name}": sum(float(h[name]) for h in health) / len(health) for name in (health[0] if health else {})}
-    parts = {f"detail_{name}": float(one.nanmean()) for name, one in details.items()}
+    pictures = {f"frames_{name}": sum(h[name] for h in health) / len(health) for name in (health[0] if health else {})}
+    parts = {f"detail_{name}": float(torch.tensor(one, dtype=torch.float64).nanmean()) for name, one in details.items()}
     failures = {f"status_{one}": status.count(one) for one in sorted(set(status) - {"ok"})}
     self.beat("between steps", self.done)
     return stats | learned | parts | pictures | failures | dict(clock) | {"window_start": window[0], "kept": int(keep.sum()), "samples": len(keep), "lr": cfg.lr}

@@ -186,7 +186,7 @@ async def read_request(request: Request, service: Service) -> tuple: # dict, {sh
 def single(path: Path, text: str) -> tuple: # body; header x-item
     "The request of a raw clip: its item without a video stands in the header `x-item`."
     try: item = json.loads(text)
-    except ValueError: item = None
+    except (ValueError, RecursionError): item = None
     if not isinstance(item, dict) or not isinstance(item.get("video", {}), dict):
         remove([path])
         raise Refused(400, "application/octet-stream is one clip; give its item as JSON in the header x-item, e.g. {\"id\": \"a\"}")

@@ -350,7 +350,7 @@ async def begin(self: Service):
 @patch
 async def close(self: Service):
     "Ends the worker."
-    self.draining = True
+    self.draining = self.worker.closed = True       # what flies is lost with the worker: it would be sent to a new one
     if self.keeper: self.keeper.cancel()
     await self.worker.stop()
 

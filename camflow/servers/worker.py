@@ -81,12 +81,12 @@ def receive(file): # binary file
 
 def decode(message: dict, roots, limits):  # of the parent, changed in place; folders that may be read; of what is accepted
     "The samples of a batch, or the reason why one cannot be had, in the message's place `samples`."
-    from pydantic import ValidationError
     from camflow.rewards.wire import Item, item_to_sample
     message["samples"] = []
     for item in message["items"]:
         try: message["samples"].append(item_to_sample(Item.model_validate(item), roots, limits, message.get("parts")))
-        except (InputError, ValidationError, OSError, MemoryError, ValueError) as error: message["samples"].append(f"{error}"[:500] or type(error).__name__)
+        except InputError as error: message["samples"].append(f"{error}"[:500])
+        except Exception as error: message["samples"].append(f"the sample cannot be read ({type(error).__name__}: {error})"[:500]) # of libraries, about whatever stands in a file
 
 # %% ../../nbs/servers/01_worker.ipynb #afb847ef
 def judge(reward, message: dict) -> list: # rows
@@ -157,11 +157,12 @@ def reuse_memory():
 
 def read_ahead(file, todo, roots, limits):  # pipe from the parent; queue for the reward; folders that may be read; of what is accepted
     "Reads messages and decodes their samples while the reward is busy."
-    while message := receive(file):
-        if message["op"] == "score": decode(message, roots, limits)
-        todo.put(message)
-        del message
-    todo.put(None)
+    try:
+        while message := receive(file):
+            if message["op"] == "score": decode(message, roots, limits)
+            todo.put(message)
+            del message
+    finally: todo.put(None)                        # or the process would wait for a reader that is no more
 
 # %% ../../nbs/servers/01_worker.ipynb #1bcc54bc
 class Broken(RuntimeError):
@@ -179,6 +180,7 @@ class Worker:
         self.deaths, self.died, self.reason, self.info = deque(), 0, "", {}
         self.state, self.lock = "off", None        # off, starting, active, parked, broken
         self.wrong = False                         # the reward refused its settings: starting again will not help
+        self.closed = False                        # nothing is started any more
 
     @property
     def alive(self) -> bool:
@@ -205,16 +207,21 @@ async def start(self: Worker):
     self.lock = self.lock or asyncio.Lock()
     async with self.lock:
         if self.alive and self.state != "starting": return
+        if self.closed: raise Broken("the server is shutting down")
         if self.writer is not None:                # the last child's end is not noticed yet: it would be taken for the new one's
             self.strike()
             while self.writer is not None: await asyncio.sleep(0.005)
         self.spend()
         self.state, self.reason = "starting", ""
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())],
-                                        pass_fds=[theirs.fileno()],
-                                        start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, **self.env})
-        theirs.close()
+        with theirs:
+            try: self.process = subprocess.Popen([sys.executable, "-m", "camflow.servers.worker", "--child", str(theirs.fileno()), str(os.getpid())],
+                                                 pass_fds=[theirs.fileno()],
+                                                 start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, **self.env})
+            except OSError as error:               # no memory, or too many processes: a matter of time
+                ours.close()
+                self.state, self.reason = "dead", f"its process could not be started ({error.strerror})"
+                raise Broken(f"the worker is dead: {self.reason}; it is tried again") from None
         reader, self.writer = await asyncio.open_unix_connection(sock=ours)
         ready = self.post(asdict(self.spec), 0)
         self.tasks = [asyncio.create_task(self.listen(reader)), asyncio.create_task(self.watch())]

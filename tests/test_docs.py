@@ -136,6 +136,18 @@ def test_every_system_has_a_picture_and_says_how_it_is_made():
         assert path.stat().st_size < 61_000 and f"](../pictures/{path.name})" in page and f"`python -m tools.doc_pictures {name}`" in page and "## Measured" in page, name
 
 
+def test_pictures_are_taken_from_small_and_large_clips_of_a_report():
+    import torch
+    from camflow.lab.views import video_grid
+    from camflow.media.frames import Frames
+    from tools.doc_pictures import page_clips
+    grey = Frames(torch.stack([torch.full((3, 32, 48), value, dtype=torch.uint8) for value in (40, 120, 200)]), "byte", 8)
+    for kind in ("webp", "mp4"): # video_grid chooses by size; a report of gflow_fit has been both
+        clips = page_clips(video_grid({"a": grey, "b": grey}, kind=kind)._repr_html_())
+        assert [tuple(c.shape) for c in clips] == [(3, 3, 32, 48)] * 2
+        for clip in clips: assert (clip.float().mean((1, 2, 3)) - torch.tensor([40., 120., 200.])).abs().max() < 4
+
+
 def test_what_would_be_fetched_is_found(tmp_path):
     (tmp_path / "a.html").write_text('<a href="https://x.org">no</a> <script src="/local.js"></script> <link rel="stylesheet" href="https://cdn.org/a.css">')
     (tmp_path / "b.css").write_text("@import url(//fonts.org/f.css); a {background: url(https://x.org/p.png)} b {background: url(data:image/png;base64,aa)}")

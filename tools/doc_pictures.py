@@ -3,11 +3,12 @@ import argparse
 import base64
 import io
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, PAPER, GAP = "#222222", "#ffffff", 4
@@ -68,15 +69,26 @@ def omnicam() -> Image.Image:
     return sheet(rows, ["first frame", *words], ["generated", "truth"] * 2, zoom=2)
 
 
+def page_clips(page: str) -> list: # HTML of a report
+    "Its clips in their order, uint8 [T,3,H,W] each: small ones are animated pictures, larger ones mp4."
+    from camflow.media.video import read_video
+    def decoded(kind, data):
+        if kind == "image/webp":
+            clip = Image.open(io.BytesIO(data))
+            return torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))).permute(2, 0, 1) for frame in ImageSequence.Iterator(clip)])
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+            file.write(data), file.flush()
+            return read_video(file.name).data
+    return [decoded(kind, base64.b64decode(data)) for kind, data in re.findall(r"data:(image/webp|video/mp4);base64,([A-Za-z0-9+/=]+)", page)]
+
+
 def gflow() -> Image.Image:
     "Frames 0, 6 and 11 of the clips in the gallery's report of `camflow run gflow_fit -f tiny`."
-    page = (ROOT/"reports/gallery/gflow_fit.html").read_text(encoding="utf-8")
-    clips = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)]
+    clips = page_clips((ROOT/"reports/gallery/gflow_fit.html").read_text(encoding="utf-8"))
     if len(clips) != 5: raise SystemExit(f"gflow: {len(clips)} clips in reports/gallery/gflow_fit.html where five were expected (video, drawn, depth, moves, trajectories)")
-    def frame(clip, t):
-        clip.seek(min(t, clip.n_frames - 1))
-        return torch.from_numpy(np.array(clip.convert("RGB").resize(clips[0].size))).permute(2, 0, 1)
-    return sheet([[frame(clip, t) for clip in clips] for t in (0, 6, 11)], ["video", "drawn", "depth", "what moves", "points followed"], ["frame 0", "6", "11"], scale=200 / clips[0].width)
+    size = clips[0].shape[:1:-1] # columns, rows
+    def frame(clip, t): return torch.from_numpy(np.array(Image.fromarray(pixels(clip[min(t, len(clip) - 1)])).resize(size))).permute(2, 0, 1)
+    return sheet([[frame(clip, t) for clip in clips] for t in (0, 6, 11)], ["video", "drawn", "depth", "what moves", "points followed"], ["frame 0", "6", "11"], scale=200 / size[0])
 
 
 def joint() -> Image.Image:

@@ -48,15 +48,19 @@ def command(found: dict) -> str: # of `facts`
 
 
 def thumbnail(page: str, width: int = 320): # HTML; pixels
-    "The first picture in the page as a small JPEG data URI; None without one."
+    "The first picture in the page, in one of large clips alone the first frame, as a small JPEG data URI; None without one."
     from PIL import Image
-    found = re.search(r"data:image/(?:webp|png|jpeg);base64,([A-Za-z0-9+/=]+)", page)
+    found = re.search(r"data:(image)/(?:webp|png|jpeg);base64,([A-Za-z0-9+/=]+)", page) or re.search(r"data:(video)/mp4;base64,([A-Za-z0-9+/=]+)", page)
     if not found: return None
-    image = Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB")
+    file = io.BytesIO(base64.b64decode(found[2]))
+    if found[1] == "image": image = Image.open(file).convert("RGB")
+    else:
+        import av
+        with av.open(file) as container: image = next(container.decode(video=0)).to_image()
     image.thumbnail((width, width))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    small = io.BytesIO()
+    image.save(small, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
 
 # %% ../../nbs/lab/15_gallery.ipynb #c1a70002
 def adopted(page: str) -> str: # HTML of a report

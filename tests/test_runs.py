@@ -79,7 +79,7 @@ def cells_of(name, run_dir, **params):
     ("motion_buckets", dict(map="nosuch.json"), "does not exist"), ("video_edit", dict(keyframes=[0, 9], interpolator_steps=1), "frames 0 to 3"),
     ("video_edit", dict(join="adapter", interpolator_steps=1), "appearance"), ("judge_reliability", dict(groups=0), "at least 1"), ("judge_reliability", dict(judges={}), "at least 1"),
     ("tiny_pose", dict(clips=0), "clips=0"), ("tiny_vae", dict(clips=0), "clips=0"), ("da3_smoke", dict(frames=1), "at least two"), ("da3_smoke", dict(views=1), "at least two"),
-    ("gflow_fit", dict(heldout=1), "at least 2"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
+    ("gflow_fit", dict(heldout=1), "at least 2"), ("gflow_fit", dict(preset="paper"), "has no setting"), ("gflow_fit", dict(window=2), "at least 3"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
 def test_refused_before_anything_is_trained(name, params, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAMFLOW_RUN_DIR", "")

@@ -98,6 +98,18 @@ def test_the_worlds_videos_are_as_long_as_asked(tmp_path, monkeypatch):
     assert space["result"]["videos"] == 2
 
 
+def test_videos_of_several_lengths_are_compared_over_the_same_frames(tmp_path, monkeypatch):
+    from camflow.media.video import read_video, write_video
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    write_multicam(tmp_path/"set", scenes=1, frames=9, cameras=2, size=(32, 48), val=False)
+    scene = next((tmp_path/"set/train").glob("*/*"))
+    short = scene/"videos/cam02.mp4"
+    write_video(short, read_video(short, range(6)), 8)
+    cells, space = cells_of("da3_smoke", tmp_path/"run", videos=str(scene/"videos"), cameras=str(scene/"cameras/camera_extrinsics.json"), frames=0)
+    for cell in cells[:2]: exec(cell, space)
+    assert [len(clip) for clip in space["clips"].values()] == [len(path) for path in space["truth"].values()] == [6, 6]
+
+
 def test_options_may_name_relative_folders(tmp_path, monkeypatch):
     "Notebooks run in folders of their own; what is no folder here, or a name on a server, stays."
     monkeypatch.chdir(tmp_path)
@@ -204,3 +216,14 @@ def test_depth_of_pictures_that_have_none(ask):
     for i in range(4):
         to_pil(shape_clip(100000 + i).frames, 0).save(f"{i}.png")
     assert "silhouettes_gap" not in (found := ask("joint_sample", mode="second_given_first", data="images", source=".")[1]) and found["calls"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recam_finetune", "tiny_vae"])
+def test_no_held_out_clip_counts_twice(ask, name):
+    assert ask(name, clips=5)[1]["held_out_clips"] == 2
+
+
+@pytest.mark.slow
+def test_priors_of_small_clips_of_the_world(ask):
+    assert ask("gflow_priors", world=["odd"], short=48, masks="epipolar")[1]["failed"] == 0

@@ -100,6 +100,12 @@ def test_flow_of_another_size_is_refused(clip):
     assert np.isfinite(path.c2w_T44).all() and not np.isnan(path.odds_THW).any()
 
 
+def test_unknown_names_are_refused_before_the_flow_is_measured(clip, monkeypatch):
+    monkeypatch.setattr("camflow.gflow.priors.both_flows", lambda *args: pytest.fail("the flow was measured"))
+    for how, word in ((dict(depth="midas"), "depth prior 'midas'"), (dict(masks="sam"), "mask prior 'sam'")):
+        with pytest.raises(InputError, match=word): gather_priors(clip.frames, truth=clip, **how)
+
+
 def test_unknown_names_and_missing_means(clip):
     for how, word in ((dict(depth="midas"), "depth prior 'midas'"), (dict(flow="raft"), "flow estimator 'raft'"), (dict(depth="mono", masks="sam"), "mask prior 'sam'"), (dict(depth="truth"), "needs `truth`"),
                       (dict(depth="files"), "needs `folder`"), (dict(depth="da3"), "needs `weights`"), (dict(depth="mono", masks=np.zeros((3, 9, 9), bool)), "moving mask is"),

@@ -79,7 +79,7 @@ def cells_of(name, run_dir, **params):
     ("motion_buckets", dict(map="nosuch.json"), "does not exist"), ("video_edit", dict(keyframes=[0, 9], interpolator_steps=1), "frames 0 to 3"),
     ("video_edit", dict(join="adapter", interpolator_steps=1), "appearance"), ("judge_reliability", dict(groups=0), "at least 1"), ("judge_reliability", dict(judges={}), "at least 1"),
     ("tiny_pose", dict(clips=0), "clips=0"), ("tiny_vae", dict(clips=0), "clips=0"), ("da3_smoke", dict(frames=1), "at least two"), ("da3_smoke", dict(views=1), "at least two"),
-    ("gflow_fit", dict(heldout=1), "at least 2"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
+    ("gflow_fit", dict(heldout=1), "at least 2"), ("gflow_fit", dict(preset="paper"), "has no setting"), ("gflow_fit", dict(window=2), "at least 3"), ("recam_grpo", dict(data="videos", arms=["finetune"]), "no arm"), ("gflow_evaluate", dict(data="davis", root="x", fits=["a", "b"], names=["bear"] * 2), "more than once")])
 def test_refused_before_anything_is_trained(name, params, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
@@ -96,6 +96,18 @@ def test_the_worlds_videos_are_as_long_as_asked(tmp_path, monkeypatch):
     cells, space = cells_of("webvid_prepare", tmp_path, min_seconds=25.0)
     for cell in cells: exec(cell, space)
     assert space["result"]["videos"] == 2
+
+
+def test_videos_of_several_lengths_are_compared_over_the_same_frames(tmp_path, monkeypatch):
+    from camflow.media.video import read_video, write_video
+    monkeypatch.setenv("CAMFLOW_RUN_DIR", "")
+    write_multicam(tmp_path/"set", scenes=1, frames=9, cameras=2, size=(32, 48), val=False)
+    scene = next((tmp_path/"set/train").glob("*/*"))
+    short = scene/"videos/cam02.mp4"
+    write_video(short, read_video(short, range(6)), 8)
+    cells, space = cells_of("da3_smoke", tmp_path/"run", videos=str(scene/"videos"), cameras=str(scene/"cameras/camera_extrinsics.json"), frames=0)
+    for cell in cells[:2]: exec(cell, space)
+    assert [len(clip) for clip in space["clips"].values()] == [len(path) for path in space["truth"].values()] == [6, 6]
 
 
 def test_options_may_name_relative_folders(tmp_path, monkeypatch):
@@ -204,3 +216,14 @@ def test_depth_of_pictures_that_have_none(ask):
     for i in range(4):
         to_pil(shape_clip(100000 + i).frames, 0).save(f"{i}.png")
     assert "silhouettes_gap" not in (found := ask("joint_sample", mode="second_given_first", data="images", source=".")[1]) and found["calls"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recam_finetune", "tiny_vae"])
+def test_no_held_out_clip_counts_twice(ask, name):
+    assert ask(name, clips=5)[1]["held_out_clips"] == 2
+
+
+@pytest.mark.slow
+def test_priors_of_small_clips_of_the_world(ask):
+    assert ask("gflow_priors", world=["odd"], short=48, masks="epipolar")[1]["failed"] == 0

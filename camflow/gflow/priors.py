@@ -315,12 +315,14 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
     if not isinstance(frames, Frames): raise InputError(f"the frames are of type {type(frames).__name__}; gather_priors; give Frames (one size for all, and a known value range)")
     frames, T = Frames(frames.byte().data.cpu().expand(-1, 3, -1, -1).contiguous(), "byte", frames.fps), len(frames)
     if truth is not None and (len(truth.frames) != T or truth.frames.size != frames.size): raise InputError(f"truth of {truth.frames!r} for {frames!r}; gather_priors; give the clip that the frames are of")
+    tell = None if isinstance(depth, Depth) else _of(DEPTH, depth, "depth")   # wrong names before the flow is measured
+    find = None if masks is None or isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")
     ask = Ask(frames, list(range(T)) if numbers is None else list(numbers), truth, folder, flow_weights, options=dict(options or {}))
     ask.flows = both_flows(flow, ask)
     told = K if K is not None else truth.cameras.K[0].numpy() if truth is not None and fov is None else None
     ask.K_33 = known_K(told) if told is not None else choose_focal(frames.size, fov=fov).K.numpy() if fov is not None else None
     ask.weights = weights
-    answer = Answer(depth) if isinstance(depth, Depth) else _of(DEPTH, depth, "depth")(ask)
+    answer = Answer(depth) if tell is None else tell(ask)
     lens = "given" if K is not None else "truth" if told is not None else "depth prior" if answer.K_33 is not None else "field of view"
     K_33 = ask.K_33 if lens in ("given", "truth") or answer.K_33 is None else answer.K_33
     if K_33 is None: raise InputError(f"no focal length: neither K nor fov, and the depth prior {_named(depth)!r} tells none; gather_priors; give fov (60 degrees is a common view)")
@@ -329,7 +331,7 @@ def gather_priors(frames: Frames,          # at least one, at the size that the 
     priors = Priors(frames, known_depth(answer.depth, frames, f"depth prior {_named(depth)!r}"), known_K(K_33), *ask.flows, None, answer.c2w_T44,
                     known_mask(prompt, frames.size, "the user's mask"), ask.numbers, names)
     if masks is None: return priors
-    moving = masks if isinstance(masks, np.ndarray) else _of(MASKS, masks, "mask")(priors, truth, folder)
+    moving = masks if find is None else find(priors, truth, folder)
     return replace(priors, moving=known_mask(moving, (T, *frames.size), "the moving mask"))
 
 

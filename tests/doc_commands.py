@@ -33,6 +33,7 @@ RULES = [
     How(r"omnicam_generate -f wan -p 'slg_layers=", put=((r"(-f wan)", "-f smoke -p guidance=5.0"), (r"(\[9\])", "[2]"))), # the tiny model has four blocks
     # ---- cannot run here
     How(r"^make ", "make: builds an environment first; demo is `camflow run recam_grpo -f demo`, the others have jobs of their own"),
+    How(r"^source \.venv/", "the environment that make has built"),
     How(r"^(pip|source|python3\.11) ", f"{NETWORK}, or an Ascend host"),
     How(r"^camflow (run|serve|sweep|resume|rerun|list|show|compare|weights|doctor)$(?<!list)(?<!weights)(?<!doctor)", "names a command"),
     How(r"python -m camflow\.data\.download", NETWORK),

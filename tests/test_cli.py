@@ -38,6 +38,7 @@ def test_help_is_fast():
 @pytest.mark.parametrize("words, message", [
     (["run", "{toy}", "-p", "stps=3"], "-p: unknown parameter 'stps'; did you mean 'steps'? Allowed: steps, lr, mode"),
     (["run", "{toy}", "-p", "steps=many"], "-p: steps must be int, got str 'many'"),
+    (["run", "omnicam_generate", "-p", "images=my room.png"], """write -p 'images=["my room.png"]'"""),
     (["run", "{toy}", "-p", "steps"], "must read key=value"),
     (["run", "{toy}", "-f", "smok"], "its profiles: smoke"),
     (["run", "no_such_notebook"], "no_such_notebook"),

@@ -1,6 +1,7 @@
 "Runs executed for real: done, failed and resumed, out of time, terminated, killed; and what is left of them."
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def test_termination_leaves_no_orphans(hanging):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 143 and gone(pids), err
     run = scan(reports)[0]
+    assert f"`camflow resume {run}` continues it" in err
     assert run.status == "killed" and run.info["error"] == "stopped by SIGTERM" and "location.reload" not in (run.path/"report.html").read_text()
 
 
@@ -266,6 +268,11 @@ def test_index_survives_a_broken_folder(tmp_path):
     page = build_index(tmp_path).read_text()
     assert page.count("<tr>") == 3 and "unreadable" in page
     assert find_run("a", tmp_path).path == good
+
+
+def test_links_to_the_parts_of_a_report_may_go_on_in_the_next_line():
+    from camflow.lab.report import _contents
+    assert re.search(r"</a>\s+<a", _contents("<!--contents--><h2>Training</h2><h2>Before and after</h2>"))
 
 
 def test_camera_plot_of_any_size():

@@ -8,7 +8,9 @@ import torch
 
 from camflow.data.omnicam_cache import OmniCamCache
 from camflow.files import InputError
+from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
 from camflow.geometry.script import Segment, parse, script_text
+from camflow.geometry.trajectory import pose, preset
 from camflow.wan import omnicam_cache, omnicam_generate
 from camflow.wan.omnicam_generate import asked_camera, guided, make_guider, prompt_parts, read_latents
 from camflow.wan.omnicam_train import starting_model
@@ -27,6 +29,37 @@ def test_the_readme_prompt_is_a_camera_as_it_stands():
     assert description.startswith("A triangular piece") and [s.direction for s in parse(script)] == ["forward", "right", "leftdown30"]
     whole, part = (asked_camera(text, (48, 80), 33, 8.0)[0] for text in (README, script))
     assert torch.equal(whole.c2w, part.c2w)
+
+
+def test_a_camera_in_few_words():
+    "A text that is given as a camera need not say so."
+    few, whole = (asked_camera(text, (48, 80), 9, 8.0) for text in ("slow pan left", "The camera pans slowly to the left."))
+    assert torch.equal(few[0].c2w, whole[0].c2w) and few[1] == whole[1]
+    with pytest.raises(InputError, match="a cake"): asked_camera("A cake.", (48, 80), 9, 8.0)
+    with pytest.raises(InputError, match="no preset .zom_in."): asked_camera("zom_in", (48, 80), 9, 8.0)
+    assert torch.equal(asked_camera("zoom-in", (48, 80), 9, 8.0)[0].c2w, asked_camera("zoom_in", (48, 80), 9, 8.0)[0].c2w)
+
+
+def test_camera_files_of_other_sets(tmp_path):
+    "RealEstate10K's with their lens, MultiCamVideo's where it holds one camera."
+    size = (48, 80)
+    clip = Cameras(pose((0, 50, 0), (9, 0, 0)) @ preset("arc_left", 9), focal_K(35, size), size)
+    clip.to_realestate10k(tmp_path/"clip.txt")
+    write_unreal_json(tmp_path/"clip.json", {"cam01": clip})
+    write_unreal_json(tmp_path/"ten.json", {"cam01": clip, "cam02": clip})
+    for end, focal in ((".txt", 35), (".json", 24)):
+        found, script = asked_camera(str(tmp_path/f"clip{end}"), size, 9, 8.0)
+        torch.testing.assert_close(found.c2w, clip.relative().c2w, atol=1e-5, rtol=0)
+        assert script == "" and float(found.K[0, 0, 0]) == pytest.approx(float(focal_K(focal, size)[0, 0]), rel=1e-4)
+    assert list(omnicam_generate.named_cameras([str(tmp_path/"clip.txt")])) == ["01_clip"]
+    with pytest.raises(InputError, match="2 cameras .cam01, cam02."): asked_camera(str(tmp_path/"ten.json"), size, 9, 8.0)
+
+
+def test_a_folder_of_pictures_is_its_pictures(tmp_path):
+    for name in ("10.png", "2.jpg", "notes.txt"): (tmp_path/name).write_bytes(b"")
+    (tmp_path/"none").mkdir()
+    assert omnicam_generate.all_pictures(["a.png", str(tmp_path)]) == ["a.png", str(tmp_path/"2.jpg"), str(tmp_path/"10.png")]
+    with pytest.raises(InputError, match="none holds no picture"): omnicam_generate.all_pictures([str(tmp_path/"none")])
 
 
 # ---- generation

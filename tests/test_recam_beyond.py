@@ -301,6 +301,25 @@ def test_moves_of_a_file_can_ride_on_an_estimated_source(tmp_path):
     torch.testing.assert_close(made, source @ preset("pan_left", 9), atol=1e-5, rtol=1e-5)
 
 
+def test_realestate10k_files_are_trajectories(tmp_path):
+    "The same poses in either file are the same paths, every k-th where there are more than frames; other files are refused by what they are."
+    clip = Cameras(pose((0, 50, 0), (9, 0, 0)) @ preset("arc_left", 17), focal_K(24, (48, 80)), (48, 80))
+    clip.to_realestate10k(tmp_path/"clip.txt")
+    write_unreal_json(tmp_path/"clip.json", {"cam01": clip})
+    one, other = (generate.asked_paths("all", str(tmp_path/f"clip.{end}"), 9)["cam_type1"] for end in ("txt", "json"))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, clip[list(range(0, 17, 2))].relative().c2w, atol=1e-5, rtol=0)
+    sources = [generate.source_path({"source_cameras": str(tmp_path/f"clip.{end}")}, tmp_path/"any.mp4", None, [2, 4, 6]) for end in ("txt", "json")]
+    torch.testing.assert_close(*sources, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="no camera file that is read here"): generate.asked_paths("all", str(tmp_path/"path.npz"), 9)
+
+
+@pytest.mark.parametrize("asked", ["arc_left", "arc-left", "Arc left", 9, "9"])
+def test_presets_are_known_as_people_write_them(asked):
+    assert list(generate.asked_paths(asked, frames=5)) == ["cam_type9"] and torch.equal(preset(asked, 5), preset("arc_left", 5))
+    with pytest.raises(InputError, match="no preset"): generate.asked_paths("arc", frames=5)
+
+
 @pytest.mark.parametrize("wrong,words", [({"follow": True}, "needs the source's camera"), ({"source_cameras": "estimate"}, "changes nothing here"), ({"start": [1, 2]}, "three angles"),
                                          ({"trajectory": "t.json", "source_cameras": "estimate"}, "has no place in"), ({"trajectory": "t.json", "source_cameras": "s.json", "follow": True}, "leave out follow")])
 def test_source_settings_that_contradict_are_refused(wrong, words):

@@ -16,6 +16,9 @@ from camflow.world.write import write_multicam
 from tests.test_benchmarks import PROMISED
 
 
+SHOWN = {"recam_generate": "cam_type5, zoom_in", "joint_sample": "samples: image above depth", "gflow_fit": '<a href="viewer.html">'} # what a report has to show beside its numbers
+
+
 @pytest.mark.parametrize("name", list_runs())
 def test_smoke(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -26,6 +29,7 @@ def test_smoke(name, tmp_path, monkeypatch, capfd):
     assert run.status == "ok", run.info.get("traceback") or run.info["error"]
     page = (run.path/"report.html").read_text(encoding="utf-8")
     assert needs_network(page) == [] and "Traceback (most recent call last)" not in page and "nothing to plot yet" not in page
+    assert SHOWN.get(name, "") in page
     result = json.loads((run.path/"result.json").read_text(encoding="utf-8"))
     assert result["headline"] and all(key in result for key in result["headline"])
     if name in PROMISED: assert result["headline"] == PROMISED[name] and any("seconds" in key and result[key] for key in result)

@@ -160,6 +160,13 @@ def test_bad_folders_are_refused_before_anything_runs(data, tmp_path, how, told)
     assert not list((tmp_path/"run").rglob("*.npy"))
 
 
+def test_maps_that_miss_matched_features_are_doubted():
+    "As read on real pairs: the tiny network at 960 x 540 and at 480 x 270, where its disparities are half as large."
+    from camflow.stereo.depth import doubts
+    assert "weights=sgbm" in doubts(dict(matches=327, median_px=15.9, largest_px=115.3), (540, 960))[0]
+    assert doubts(dict(matches=345, median_px=0.89, largest_px=58.7), (270, 480)) == []
+
+
 def test_huge_frames_are_said_to_be_huge(tmp_path):
     wide = torch.zeros(1, 3, 16, 1700, dtype=torch.uint8)
     job = prepare(depth.checked(dict(PLAIN, left=str(write_folders(tmp_path, wide, wide)))))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SUBJECT', 'progress', 'speed_law', 'static', 'pan', 'tilt', 'roll', 'translate', 'dolly', 'look_at',
-           'preset', 'orbit', 'arc', 'spiral', 'compose', 'chain', 'rescale', 'pose', 'target_path',
+           'preset_name', 'preset', 'orbit', 'arc', 'spiral', 'compose', 'chain', 'rescale', 'pose', 'target_path',
            'random_trajectory', 'describe', 'plot_paths']
 
 # %% ../../nbs/geometry/02_trajectory.ipynb #3fa0bbe1
 import math
+import re
 
 import torch
 
@@ -96,13 +97,19 @@ def look_at(position_T3: torch.Tensor,  # camera centres
     return homogeneous(torch.cat([R, position_T3[..., None]], -1))
 
 # %% ../../nbs/geometry/02_trajectory.ipynb #b83d89bb
-def preset(name,                        # one of PRESETS, or 1..10
+def preset_name(name) -> str: # one of PRESETS, also with hyphens, spaces or capitals, or 1..10
+    "The preset's name as it stands in PRESETS."
+    if str(name).isdigit() and 1 <= int(name) <= len(PRESETS): return PRESETS[int(name) - 1]
+    if (found := re.sub(r"[-\s]+", "_", str(name).strip().lower())) in PRESETS: return found
+    raise InputError(f"no preset {name!r}; trajectory.preset; choose 1..10 or one of {', '.join(PRESETS)}")
+
+
+def preset(name,                        # as for `preset_name`
            frames: int = 81,            # number of frames
            scale: float = 1.0,          # metres per metre of the original; angles do not change
            speed: float = 0.0):         # speed law; 0 is the original
     "One of ReCamMaster's ten camera paths, camera-to-world relative to its first frame, [T,4,4]."
-    if isinstance(name, int) and 1 <= name <= len(PRESETS): name = PRESETS[name - 1]
-    if name not in PRESETS: raise InputError(f"no preset {name!r}; trajectory.preset; choose 1..10 or one of {', '.join(PRESETS)}")
+    name = preset_name(name)
     u = speed_law(progress(frames), speed) * (80 / 80.5)
     sign = 1.0 if name in ("pan_right", "tilt_up", "zoom_in", "translate_down", "arc_right") else -1.0
     kind = name.split("_")[0]

@@ -32,6 +32,7 @@ def _told(run) -> int:
     say(f"{run}: {info['status']} after {show_seconds(info.get('seconds'))}" + (f"\n{error[0]}" if error[0] else "") + ("\n(the traceback is in the report)" if error[2] else ""))
     if info.get("report_error"): say(f"report.html could not be made: {info['report_error']}")
     if numbers := headline(run.result): say("  ".join(f"{k} {show_number(v)}" for k, v in numbers.items()))
+    if info["status"] in ("killed", "timeout"): say(f"`camflow resume {run}` continues it")
     print(run.path/"report.html" if (run.path/"report.html").exists() else run.path)
     return 130 if info.get("signal") == "SIGINT" else EXIT.get(info["status"], 1)
 

@@ -19,7 +19,7 @@ from ..files import InputError
 
 # %% ../../nbs/lab/09_doctor.ipynb #4202c19f
 NEEDED = ("torch", "numpy", "diffusers", "transformers", "accelerate", "peft", "safetensors", "papermill", "nbconvert", "ipykernel", "nbdev", "av", "scipy", "pandas")
-OPTIONAL = {"decord": "PyAV reads the same frames", "pycolmap": "structure from motion is not available; the tiny pose network and photometric poses are", "torch-npu": "no Ascend plug-in; `pip install camflow[npu]` on a 910B"}
+OPTIONAL = {"decord": "PyAV reads the same frames", "pycolmap": "structure from motion is not available; the tiny pose network and photometric poses are", "torch-npu": "no Ascend plug-in; `pip install -e \".[npu]\"` on a 910B"}
 
 
 def packages():

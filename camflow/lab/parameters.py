@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import re
+import shlex
 import tokenize
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,7 +126,9 @@ def check_parameters(declared: dict[str, Parameter], # what the notebook has
             wrong.append(unknown_name(str(name), allowed, where))
             continue
         try: fitted[name] = fit(value, declared[name].type)
-        except TypeError: wrong.append(f"{where}: {name} must be {declared[name].type}, got {type(value).__name__} {value!r}")
+        except TypeError:
+            single = where == "-p" and isinstance(value, str) and re.match(r"list\b", declared[name].type)   # one value where a list is wanted, the usual slip
+            wrong.append(f"{where}: {name} must be {declared[name].type}, got {type(value).__name__} {value!r}" + (f"; write -p {shlex.quote(f'{name}={json.dumps([value], ensure_ascii=False)}')}" if single else ""))
     if wrong: raise InputError("\n".join(wrong))
     return fitted
 

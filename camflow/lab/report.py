@@ -38,7 +38,7 @@ def parameter_table(values: dict,                       # all parameters of the 
 def _facts(run: Run, info: dict) -> str:
     "Status, times, place and links as a table."
     env = read_json(run.path/"env.json") if (run.path/"env.json").exists() else {}
-    files = [f for f in ("run.ipynb", "config.json", "result.json", "metrics.jsonl", "train.log", "env.json", "comparison.json") if (run.path/f).exists()]
+    files = [f for f in ("run.ipynb", "config.json", "result.json", "metrics.jsonl", "train.log", "env.json", "comparison.json", "viewer.html") if (run.path/f).exists()]
     cells = f"{info.get('cell')} of {info.get('cells')}" if info["status"] != "ok" and info.get("cell") else ""
     rows = [("status", f'<span class="status {info["status"]}">{info["status"]}</span>'), ("error", f"<pre>{html.escape(info['error'])}</pre>" if info.get("error") else ""),
             ("in cell" if info["status"] == "running" else "stopped in cell", cells), ("started", info.get("started", "")), ("took", show_seconds(info["seconds"]) if info.get("seconds") is not None else ""), ("profile", info.get("profile") or ""),
@@ -120,7 +120,7 @@ def _contents(page: str) -> str:
         found.append((re.sub(r"\W+", "-", html.unescape(text)).strip("-") or f"part-{len(found)}", text))
         return f'<h2 id="{found[-1][0]}">{match[1]}</h2>'
     page = re.sub(r"<h2>(.*?)</h2>", mark, page)
-    links = "".join(f'<a href="#{name}">{text}</a>' for name, text in found)
+    links = "\n".join(f'<a href="#{name}">{text}</a>' for name, text in found)   # lines break between them
     return page.replace("<!--contents-->", f'<nav class="contents">{links}</nav>' if links else "", 1)
 
 # %% ../../nbs/lab/04_report.ipynb #4c7f0be8

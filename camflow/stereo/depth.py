@@ -299,7 +299,7 @@ def against_matches(job: Job, files, most: int = 3) -> dict: # maps of `compute_
 
 def doubts(found: dict, size) -> list: # of `against_matches`; (H, W)
     "What to say when the maps contradict the matches."
-    if found["matches"] < 25 or not found["median_px"] > max(3.0, 0.3 * found["largest_px"]): return []
+    if found["matches"] < 25 or not found["median_px"] > max(3.0, min(0.3 * found["largest_px"], 0.01 * size[1])): return []
     return [f"the maps differ from {found['matches']} matched features by {found['median_px']:.1f} px at the median (disparities reach {found['largest_px']:.0f} px in frames {size[1]} wide): "
             f"do not trust them; try max_size={max(64, int(max(size) / 64 + 0.5) * 32)}, which halves disparities, min_disparity=-1 when everything is close, other weights, or weights=sgbm"]
 

@@ -17,7 +17,7 @@ from ..assets import tiny_path
 from ..device import device, generator
 from ..files import InputError, listed, read_json, write_json, writable
 from ..geometry.camera import Cameras
-from ..geometry.trajectory import PRESETS, pose, preset, target_path
+from ..geometry.trajectory import PRESETS, pose, preset, preset_name, target_path
 from ..media.frames import Frames
 from ..media.video import probe, read_video, resample_indices, write_video
 from ..training.checkpoint import from_folder
@@ -47,32 +47,36 @@ def load_pipeline(weights: str = "",  # folder in diffusers' layout; "" = the ti
     return pipe
 
 # %% ../../nbs/wan/10_generate.ipynb #c8630733
-def poses_file(path): # camera_extrinsics.json in MultiCamVideo's layout
-    "(parsed content, camera names in natural order)."
+def poses_file(path): # camera_extrinsics.json in MultiCamVideo's layout, or the .txt of a RealEstate10K clip
+    "(number of poses, {camera, in natural order: its Cameras at frame numbers})."
+    if Path(path).suffix.lower() == ".txt":
+        clip = Cameras.from_realestate10k(path, (9, 16))     # of which only the poses are used
+        return len(clip), {Path(path).stem: lambda frames: Cameras.from_realestate10k(path, (9, 16), frames=frames)}
+    if Path(path).suffix.lower() != ".json": raise InputError(f"{path} is no camera file that is read here; give MultiCamVideo's .json or RealEstate10K's .txt; docs/howto/bring_your_data.md writes one of other cameras")
     poses = read_json(path)
     if not isinstance(poses, dict) or not isinstance(poses.get("frame0"), dict): raise InputError(f"{path} has no frame0, so it holds no camera poses in MultiCamVideo's layout; give a camera_extrinsics.json")
-    return poses, sorted(poses["frame0"], key=lambda name: (len(name), name))
+    read = lambda name: lambda frames: Cameras.from_unreal_json(path, name, frames=frames)
+    return len(poses), {name: read(name) for name in sorted(poses["frame0"], key=lambda name: (len(name), name))}
 
 
-def file_paths(trajectory,      # camera_extrinsics.json
+def file_paths(trajectory,      # as for `poses_file`
                frames: int = 81, # T
                own: bool = True): # relative to each path's own first pose; False: as they stand in the file's world
     "{folder name: path} of the cameras of a file, spread over its length."
-    poses, cameras = poses_file(trajectory)
-    if len(poses) < frames: raise InputError(f"{len(poses)} poses for {frames} frames; {trajectory}; give a longer trajectory or ask for fewer frames")
-    step = max(1, (len(poses) - 1) // (frames - 1)) if frames > 1 else 1
-    read = lambda camera: Cameras.from_unreal_json(trajectory, camera, frames=list(range(0, len(poses), step))[:frames])
-    return {f"cam_type{i + 1}": (read(camera).relative() if own else read(camera)).c2w for i, camera in enumerate(cameras)}
+    count, cameras = poses_file(trajectory)
+    if count < frames: raise InputError(f"{count} poses for {frames} frames; {trajectory}; give a longer trajectory or ask for fewer frames")
+    step = max(1, (count - 1) // (frames - 1)) if frames > 1 else 1
+    found = [read(list(range(0, count, step))[:frames]) for read in cameras.values()]
+    return {f"cam_type{i + 1}": (path.relative() if own else path).c2w for i, path in enumerate(found)}
 
 
 def asked_paths(names="all",          # "all", a preset's name or number 1..10, or a list of these
-                trajectory: str = "", # camera_extrinsics.json; its cameras are used instead of presets
+                trajectory: str = "", # as for `poses_file`; its cameras are used instead of presets
                 frames: int = 81):    # T
     "{folder name: path [T,4,4] relative to its first frame}."
     if trajectory: return file_paths(trajectory, frames)
     names = list(PRESETS) if names == "all" else [names] if isinstance(names, (str, int)) else list(names)
-    names = [PRESETS[int(n) - 1] if str(n).isdigit() and 1 <= int(n) <= len(PRESETS) else n for n in names]
-    return {f"cam_type{PRESETS.index(n) + 1 if n in PRESETS else 0}": preset(n, frames) for n in names}
+    return {f"cam_type{PRESETS.index(n) + 1}": preset(n, frames) for n in map(preset_name, names)}
 
 # %% ../../nbs/wan/10_generate.ipynb #2aab2a0d
 @functools.lru_cache(1)
@@ -81,7 +85,7 @@ def _estimator(folder):
     return load_estimator(folder)
 
 
-def source_path(config,         # source_cameras ("estimate", or a camera_extrinsics.json), estimator
+def source_path(config,         # source_cameras ("estimate", or a file as for `poses_file`), estimator
                 video,          # its file
                 clip: Frames,   # T frames of it
                 indices):       # the file's frames that the clip holds
@@ -92,7 +96,7 @@ def source_path(config,         # source_cameras ("estimate", or a camera_extrin
     file = config["source_cameras"]
     _, cameras = poses_file(file)
     if len(cameras) > 1 and video.stem not in cameras: raise InputError(f"{file} has no camera {video.stem!r} for {video.name}; cameras there: {', '.join(cameras)}; name the video after its camera, or give a file with one camera")
-    return Cameras.from_unreal_json(file, video.stem if len(cameras) > 1 else cameras[0], frames=indices).c2w
+    return cameras[video.stem if len(cameras) > 1 else next(iter(cameras))](indices).c2w
 
 
 def placed(moves,          # {folder name: path}, from `asked_paths`

@@ -193,6 +193,13 @@ def test_an_overlay_corrects_and_the_raw_table_stays(tmp_path):
     with pytest.raises(InputError, match="raw table"): write_clean(again, tmp_path/"out/metadata.csv", tmp_path/"out")
 
 
+@pytest.mark.parametrize("first", ["# captions; 2024", "name;text", "file_name\ttext", "My shots\tv2"])
+@pytest.mark.parametrize("sign", [",", ";"])
+def test_the_rows_say_what_divides_columns_whatever_stands_above(first, sign, tmp_path):
+    (tmp_path/"m.csv").write_text(f"{first}\na.mp4{sign}one\nb.mp4{sign}two\n")
+    assert [(row.name, row.text) for row in read_table(tmp_path/"m.csv")[0]] == [("a.mp4", "one"), ("b.mp4", "two")]
+
+
 def test_poses_are_asked_about_moving_cameras(tmp_path):
     folder = tmp_path/"train/f24_aperture5/scene1/cameras"
     folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 "The evaluation engine: one pass, resume after a kill, crashes that stay where they belong, and every kind of bad video."
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -336,6 +337,14 @@ def test_a_class_that_holds_itself_has_a_key():
         def __init__(self, depth): self.depth = depth
     Node.first, Node.kind = Node(1), Node
     assert describe(Node(2)) == describe(Node(2)) != describe(Node(3))
+
+
+def test_the_logger_of_a_class_is_its_name():
+    "A logger leads to all others of the process: the key took seconds, and was another one after each import."
+    class Mine: log = logging.getLogger("mine")
+    before = describe(Mine())
+    logging.getLogger("mine.later")
+    assert describe(Mine()) == before and len(str(before)) < 1000
 
 
 MEMORY = """

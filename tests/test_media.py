@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from camflow.files import InputError
 from camflow.media.frames import Depth, Flow, Frames, cover_geometry, grid_video
-from camflow.media.video import (VideoError, decodable_frames, frame_times, has_decord, probe, read_video, resample_indices, sample_indices, to_data_uri,
+from camflow.media.video import (VideoError, decodable_frames, frame_times, has_decord, on_screen, probe, read_video, resample_indices, sample_indices, to_data_uri,
                                  video_chunks, write_video)
 
 REAL = Path(__file__).resolve().parents[2] / "shared/real"
@@ -252,6 +252,15 @@ def test_variable_rate(tmp_path):
         write_video(tmp_path / "copy.mp4", read_video(path))
     regular = resample_indices(path, 60)
     assert regular == [sum(t <= k / 60 + 1e-6 for t in times.tolist()) - 1 for k in range(len(regular))] and len(regular) / 60 <= times[-1] + 1 / 60
+
+
+@pytest.mark.parametrize("told", [0.9901, 0.997, 0.9999, 1.0])
+def test_a_mean_rate_told_a_trifle_low_loses_no_frame(told):
+    "The rate in a header counts the time of the last frame too: a clip of just the frames needed was refused."
+    times = torch.tensor([0, 20, 120, 150, 217, 240, 360, 390, 400]).double() / 1000
+    mean = (len(times) - 1) / float(times[-1])
+    assert len(on_screen(times, told * mean)) == len(times) and on_screen(times, told * mean)[-1] == len(times) - 1
+    assert len(on_screen(times, 0.9 * mean)) == len(times) - 1                       # a rate of one's choice ends with the file
 
 
 def test_what_players_show_differently_is_said_once(tmp_path):

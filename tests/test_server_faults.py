@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -25,7 +26,7 @@ import torch
 from camflow.processes import die_with_parent, resident, started
 from camflow.rewards.client import RemoteReward
 from camflow.rewards.protocol import RewardStop, Sample, no_scores, run_reward
-from camflow.rewards.wire import SHM, Limits
+from camflow.rewards.wire import SHM, Limits, SharedMemory
 from camflow.servers.service import ServerConfig, Service
 from camflow.servers.worker import Broken, Worker, WorkerSpec, read_ahead
 from tests.serving import ENV, GATE, ROOT, Process, clip, running, wait_for
@@ -200,6 +201,18 @@ def test_clips_of_a_killed_training_do_not_stay(server, folder):
     left = SHM/f"camflow-{os.getuid()}"/f"{killed.pid}-left.npy"
     left.write_bytes(b"clip")
     assert RemoteReward(server.url)([sample(51)]).status == ["ok"] and not left.exists()
+
+
+def test_clips_of_another_container_stay_for_a_day(tmp_path):
+    "Its processes cannot be seen from here, and shared memory is the same for all that were started with --ipc=host."
+    shared = SharedMemory(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended: pass
+    mine = Path(shared(torch.zeros(2).numpy())["shm"])
+    assert mine.name.startswith(f"{os.getpid()}-{shared.space()}-")
+    theirs, old, ours = (tmp_path/f"{ended.pid}-{space}-{name}.npy" for space, name in ((shared.space() + 1, "a"), (shared.space() + 1, "b"), (shared.space(), "c")))
+    for path in (theirs, old, ours): path.write_bytes(b"clip")
+    os.utime(old, (time.time() - 90000,) * 2)
+    assert shared.sweep() == 2 and sorted(tmp_path.iterdir()) == sorted([mine, theirs])
 
 
 def test_a_reward_that_gives_up_at_once_is_asked_again_after_a_pause(monkeypatch):

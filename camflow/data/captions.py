@@ -86,9 +86,13 @@ _HEADERS = ["file_name", "text"], ["filename", "text"]
 def _header(line: str, sign: str) -> list: return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=sign), [])]
 
 
-def _sign_of(line: str) -> str: # the first line
-    "What divides the columns: what makes it a header or a row of a video, else what stands in it."
-    return next((s for s in _SIGNS if _header(line, s) in _HEADERS or _START[s].match(line)), next((s for s in _SIGNS if s in line), ","))
+def _sign_of(lines) -> str: # at least one
+    "What divides the columns: what makes the first row of a video one, of several what makes the header; without such a row what stands in the first line."
+    head = rows = []
+    for line in lines:
+        head = head or [s for s in _SIGNS if _header(line, s) in _HEADERS] or [s for s in _SIGNS if s in line] or [","]
+        if rows := [s for s in _SIGNS if _START[s].match(_rewrapped(line, s))]: break
+    return head[0] if not rows or head[0] in rows else rows[0]
 
 # %% ../../nbs/data/12_captions.ipynb #8b9972d9
 class _Reader:
@@ -131,8 +135,7 @@ def read_table(path) -> tuple: # metadata.csv -> (rows, findings)
     except FileNotFoundError: raise InputError(f"caption table not found; {path}; check the path") from None
     lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1].strip(): lines.pop()       # the end of the last line
-    head = "".join(c for c in decode_line(lines[0])[0] if ord(c) >= 32 or c == "\t") if lines else ""
-    reader = _Reader(_sign_of(head))
+    reader = _Reader(_sign_of("".join(c for c in decode_line(line)[0] if ord(c) >= 32 or c == "\t") for line in lines) if lines else ",")
     start = _START[reader.sign]
     for number, data in enumerate(lines, 1):
         line, encoding = decode_line(data.rstrip(b"\r"))

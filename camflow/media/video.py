@@ -406,7 +406,8 @@ def on_screen(times,       # [T] seconds of each frame, of `frame_times`
              ) -> list:
     "Number of the frame on screen at each tick of a constant rate."
     times = torch.as_tensor(times, dtype=torch.float64)
-    ticks = torch.arange(int(times[-1] * fps + 1e-6) + 1, dtype=torch.float64) / fps
+    last, steps = len(times) - 1, float(times[-1] * fps)
+    ticks = torch.arange(int(steps + 1e-6) + 1 + (max(0.99 * last, last - 1) < steps < last - 1e-6), dtype=torch.float64) / fps # a file's own mean may be told a trifle low: none is lost
     return (torch.searchsorted(times, ticks + 1e-6, right=True) - 1).tolist()
 
 

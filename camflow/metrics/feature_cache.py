@@ -12,6 +12,7 @@ import inspect
 import re
 from enum import Enum
 from functools import lru_cache, partial
+from logging import Logger
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def describe(obj,         # any setting
     if isinstance(obj, np.ndarray): return [name, str(obj.dtype), list(obj.shape), hashlib.sha256(np.ascontiguousarray(obj).tobytes()).hexdigest()]
     if isinstance(obj, Tensor): return [name, str(obj.dtype), list(obj.shape), hashlib.sha256(obj.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()]
     if name.startswith("transformers."): return name # tokenizers hold thousands of settings
-    if isinstance(obj, Enum): return [name, obj.name]
+    if isinstance(obj, (Enum, Logger)): return [name, obj.name]                                # a logger leads to all others
     if isinstance(obj, partial): return [name, part(obj.func), part(obj.args), part(obj.keywords)]
     if inspect.ismethod(obj): return [part(obj.__func__), part(obj.__self__)]
     if inspect.isroutine(obj) or inspect.isclass(obj): return _definition(obj, (*inside, obj))

@@ -14,6 +14,7 @@ import math
 import os
 import stat
 import struct
+import time
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
@@ -208,7 +209,7 @@ class SharedMemory:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def __call__(self, array: np.ndarray) -> dict:
-        path = self.folder/f"{os.getpid()}-{uuid.uuid4().hex}.npy"
+        path = self.folder/f"{os.getpid()}-{self.space()}-{uuid.uuid4().hex}.npy"
         self.paths.append(path)
         np.save(path, array)
         return {"shm": str(path)}
@@ -219,9 +220,21 @@ class SharedMemory:
 
     def sweep(self) -> int:
         "Removes what processes left that are no more; returns how many files."
-        dead = [p for p in self.folder.glob("*-*.npy") if p.name.split("-")[0].isdigit() and not Path(f"/proc/{p.name.split('-')[0]}").exists()]
+        dead = [p for p in self.folder.glob("*-*.npy") if self.left(p)]
         for path in dead: path.unlink(missing_ok=True)
         return len(dead)
+
+    def space(self) -> int:
+        "The system's number of the space of process ids that we live in: a container has its own."
+        try: return Path("/proc/self/ns/pid").stat().st_ino
+        except OSError: return 0
+
+    def left(self, path: Path) -> bool: # a clip
+        "Whether its writer is no more; of another container, whose processes cannot be seen, whether it is older than a day."
+        pid, space, *_ = path.name.split("-")
+        if not (space.isdigit() and int(space) != self.space()): return pid.isdigit() and not Path(f"/proc/{pid}").exists()
+        try: return time.time() - path.stat().st_mtime > 86400
+        except FileNotFoundError: return False
 
 
 def _put_clip(frames, put) -> dict:

@@ -252,3 +252,11 @@ def test_a_ledger_keeps_whole_lines_only(tmp_path):
     again = Ledger(tmp_path, 0)
     again.add("k100", value=1)
     assert len(Ledger(tmp_path).rows) == 21 and not Ledger(tmp_path).damaged
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan")])
+def test_a_cache_of_no_limit_is_found_again(limit, tmp_path):
+    "Infinity stood as null in its record, and a hash that tells the two apart took it for another one."
+    LatentCache(tmp_path, {"limit": limit})
+    assert len(LatentCache(tmp_path, {"limit": limit})) == 0
+    with pytest.raises(InputError, match="other limit"): LatentCache(tmp_path, {"limit": None})

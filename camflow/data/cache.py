@@ -32,7 +32,7 @@ class LatentCache:
             if differ: raise InputError(f"cache {self.folder} was made with other {', '.join(differ)}; use another folder or remove it")
             identity = found
         elif identity is None: raise InputError(f"{self.folder} holds no cache (cache.json); fill one first")
-        else: write_json(record, {"format": 1, "identity": identity})
+        else: write_json(record, {"format": 1, "identity": identity}, exact=True)
         self.identity, self.where, self.read_shards, self.dropped = identity, {}, set(), []
         self.refresh(drop_bad)
 

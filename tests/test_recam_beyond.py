@@ -12,6 +12,7 @@ from camflow.files import InputError
 from camflow.geometry.camera import Cameras, focal_K, write_unreal_json
 from camflow.geometry.trajectory import pose, preset, static
 from camflow.media.frames import Frames
+from camflow.media.video import write_video
 from camflow.wan import finetune, generate
 from camflow.wan.conditions import Hidden, hide
 from camflow.wan.evaluate import camera_input
@@ -290,6 +291,15 @@ def test_a_target_may_start_elsewhere(trained):
     told, untold = generate.rerender(trained, source, [path, move], caption, CONFIG, "x")
     assert torch.allclose(path[0], pose((0, 6, 0))) and psnr(told, truth) > psnr(untold, truth) + 1
 
+def test_a_source_whose_camera_cannot_be_estimated_is_refused_before_anything_is_filmed(tmp_path, monkeypatch):
+    "The estimator has no pose for a clip of the sky; with skip_bad the other videos are filmed."
+    monkeypatch.setattr(generate, "_estimator", lambda folder: lambda clips: torch.full((len(clips), len(clips[0]), 4, 4), torch.nan))
+    write_video(tmp_path/"sky.mp4", Frames(torch.full((9, 3, 48, 80), 200, dtype=torch.uint8), "byte"), fps=8)
+    config = {"videos": str(tmp_path/"sky.mp4"), "preset": "pan_left", "frames": 9, "steps": 1, "source_cameras": "estimate", "follow": True}
+    with pytest.raises(InputError, match="cannot say how the camera of .*sky.mp4 moves"): generate.main(config, tmp_path/"run")
+    assert not (tmp_path/"run/results/cameras.json").exists()
+    with pytest.raises(InputError, match="no video can be used"): generate.main({**config, "skip_bad": True}, tmp_path/"run")
+
 
 def test_moves_of_a_file_can_ride_on_an_estimated_source(tmp_path):
     "The file's world and the source's have nothing in common: the file gives moves, relative to their own first poses."
@@ -318,6 +328,7 @@ def test_realestate10k_files_are_trajectories(tmp_path):
 def test_presets_are_known_as_people_write_them(asked):
     assert list(generate.asked_paths(asked, frames=5)) == ["cam_type9"] and torch.equal(preset(asked, 5), preset("arc_left", 5))
     with pytest.raises(InputError, match="no preset"): generate.asked_paths("arc", frames=5)
+    with pytest.raises(InputError, match="no preset"): generate.asked_paths("²", frames=5)   # a digit that is no number
 
 
 @pytest.mark.parametrize("wrong,words", [({"follow": True}, "needs the source's camera"), ({"source_cameras": "estimate"}, "changes nothing here"), ({"start": [1, 2]}, "three angles"),

@@ -99,7 +99,7 @@ def look_at(position_T3: torch.Tensor,  # camera centres
 # %% ../../nbs/geometry/02_trajectory.ipynb #b83d89bb
 def preset_name(name) -> str: # one of PRESETS, also with hyphens, spaces or capitals, or 1..10
     "The preset's name as it stands in PRESETS."
-    if str(name).isdigit() and 1 <= int(name) <= len(PRESETS): return PRESETS[int(name) - 1]
+    if str(name).isdecimal() and 1 <= int(name) <= len(PRESETS): return PRESETS[int(name) - 1]
     if (found := re.sub(r"[-\s]+", "_", str(name).strip().lower())) in PRESETS: return found
     raise InputError(f"no preset {name!r}; trajectory.preset; choose 1..10 or one of {', '.join(PRESETS)}")
 

@@ -92,7 +92,9 @@ def source_path(config,         # source_cameras ("estimate", or a file as for `
     "Poses of the source's camera [T,4,4], metres: estimated, or those of the camera in the file that has the video's name."
     if config["source_cameras"] == "estimate":
         from camflow.depth.estimators import estimate
-        return estimate(_estimator(config["estimator"]), [clip.byte().data])[0][0]
+        path = estimate(_estimator(config["estimator"]), [clip.byte().data])[0][0]
+        if not path.isfinite().all(): raise InputError(f"the estimator cannot say how the camera of {video} moves; source_cameras; give a clip that shows more than sky, or a file with its camera")
+        return path
     file = config["source_cameras"]
     _, cameras = poses_file(file)
     if len(cameras) > 1 and video.stem not in cameras: raise InputError(f"{file} has no camera {video.stem!r} for {video.name}; cameras there: {', '.join(cameras)}; name the video after its camera, or give a file with one camera")

@@ -1499,6 +1499,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'camflow/geometry/script_language.py'),
                                                   'camflow.geometry.script_language.field_accuracy': ( 'geometry/script_language.html#field_accuracy',
                                                                                                        'camflow/geometry/script_language.py'),
+                                                  'camflow.geometry.script_language.is_order': ( 'geometry/script_language.html#is_order',
+                                                                                                 'camflow/geometry/script_language.py'),
                                                   'camflow.geometry.script_language.motion_agreement': ( 'geometry/script_language.html#motion_agreement',
                                                                                                          'camflow/geometry/script_language.py'),
                                                   'camflow.geometry.script_language.same_fields': ( 'geometry/script_language.html#same_fields',

@@ -25,7 +25,7 @@ from ..depth.estimators import load_lens
 from ..depth.mono import load_mono
 from ..geometry.focal import choose_focal
 from ..geometry.script import parse, script_path, script_text
-from ..geometry.script_language import understand
+from ..geometry.script_language import is_order, understand
 from ..geometry.trajectory import PRESETS, SUBJECT, preset
 from ..media.frames import Frames
 from ..media.images import picture_facts, read_first_frame
@@ -96,7 +96,7 @@ def asked_camera(asked: str,           # script, words, preset, or the path of a
     K = lens_K(size, fov) if K is None else K
     if re.fullmatch(r"\d+|[A-Za-z]+[-_][A-Za-z]+", name): return Cameras(preset(name, frames, unit / SUBJECT), K, size), ""
     if not name: raise InputError("one camera is empty; give a script, words, a preset or a camera file")
-    segments = parse(name) if "<" in name else understand(name if re.search(r"\bcamera\b", name, re.I) else f"The camera: {name}")
+    segments = parse(name) if "<" in name else understand(f"The camera: {name}" if is_order(name) else name)
     return Cameras(script_path(segments, frames, fps, unit), K, size), script_text(segments)
 
 # %% ../../nbs/wan/28_omnicam_generate.ipynb #ef79125b
